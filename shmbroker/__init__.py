@@ -1,0 +1,84 @@
+"""shmbroker: hand tensors to another process through shared memory, without copying and without serializing them."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from shmbroker.client import Client, connect
+    from shmbroker.errors import (
+        ArenaFull,
+        ArenaTooSmall,
+        BadFrame,
+        BadInput,
+        BrokerUnreachable,
+        CallError,
+        CallTimeout,
+        ChannelError,
+        InstanceInUse,
+        NoSuchService,
+        PeerRefused,
+        ProtocolMismatch,
+        RemoteOpError,
+        SegmentError,
+        SharedMemoryFull,
+        ShmBrokerError,
+        WorkerDraining,
+        WorkerLost,
+    )
+    from shmbroker.local import LocalBroker, local_broker
+    from shmbroker.memory.spec import TensorSpec
+    from shmbroker.worker import Worker
+
+# The broker imports this package too, and must not pay for torch: public names are loaded when they are first asked for.
+_HOME = {
+    "Client": "shmbroker.client",
+    "connect": "shmbroker.client",
+    "LocalBroker": "shmbroker.local",
+    "local_broker": "shmbroker.local",
+    "TensorSpec": "shmbroker.memory.spec",
+    "Worker": "shmbroker.worker",
+}
+
+__all__ = [
+    "ArenaFull",
+    "ArenaTooSmall",
+    "BadFrame",
+    "BadInput",
+    "BrokerUnreachable",
+    "CallError",
+    "CallTimeout",
+    "ChannelError",
+    "Client",
+    "InstanceInUse",
+    "LocalBroker",
+    "NoSuchService",
+    "PeerRefused",
+    "ProtocolMismatch",
+    "RemoteOpError",
+    "SegmentError",
+    "SharedMemoryFull",
+    "ShmBrokerError",
+    "TensorSpec",
+    "Worker",
+    "WorkerDraining",
+    "WorkerLost",
+    "__version__",
+    "connect",
+    "local_broker",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module 'shmbroker' has no attribute {name!r}")
+    value: object = getattr(importlib.import_module(_HOME.get(name, "shmbroker.errors")), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,5 @@
+"""``python -m shmbroker``: the same as the console script."""
+
+from shmbroker.cli import main
+
+main()

@@ -1,0 +1,340 @@
+"""The broker daemon: makes segments and doorbells, introduces peers, watches processes, reaps what the dead leave behind.
+
+It is not on the path of a call: nothing here is waited for once a channel is open. It imports neither torch nor NumPy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import secrets
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+import posix_ipc
+import zmq
+
+from shmbroker import __version__
+from shmbroker.control import endpoint as endpoints
+from shmbroker.control import messages as m
+from shmbroker.control.liveness import Watch
+from shmbroker.control.sockets import Responder
+from shmbroker.errors import InstanceInUse, ProtocolMismatch
+from shmbroker.memory import names
+from shmbroker.memory.geometry import Geometry
+from shmbroker.memory.hold import Hold
+from shmbroker.memory.reaper import objects, reap
+from shmbroker.memory.segment import make_segment
+
+log = logging.getLogger(__name__)
+
+SILENT_SECONDS = 10.0
+"""A peer that cannot be watched by pidfd (another pid namespace) is taken for gone after so long without a heartbeat."""
+
+HANDOVER_SECONDS = 30.0
+"""How long the broker holds an object that it made until its owner does."""
+
+TICK_SECONDS = 1.0
+
+SWEEP_SECONDS = 5.0
+"""How often everything unheld is reaped, also what nobody announced: a listing of one folder."""
+
+
+@dataclass(slots=True)
+class Peer:
+    """A process that said Hello."""
+
+    hello: m.Hello
+    sender: bytes
+    watch: Watch
+    since: float
+    heard: float
+    stats: m.PeerStats = field(default_factory=m.PeerStats)
+
+
+@dataclass(slots=True)
+class _Handover:
+    """Objects made for a peer that has not said Hello yet."""
+
+    holds: list[Hold]
+    since: float
+
+
+class Broker:
+    """One broker of one instance. ``group``: id of the group that may share memory and sockets; -1 for the user alone."""
+
+    def __init__(self, instance: str, group: int = -1, until_exit: int = 0) -> None:
+        self.instance = names.check_instance(instance)
+        self._gid = group
+        self._mode = 0o660 if group >= 0 else 0o600
+        self._epoch = secrets.token_hex(8)
+        self._started = time.monotonic()
+        self._peers: dict[str, Peer] = {}
+        self._handovers: dict[str, _Handover] = {}
+        self._next_sweep = 0.0
+        self._stopping = False
+        self._until_exit = until_exit
+        self._handlers: dict[type, Callable[[bytes, m.AnyMessage], m.Message | None]] = {
+            m.Hello: self._on_hello,
+            m.Heartbeat: self._on_heartbeat,
+            m.Goodbye: self._on_goodbye,
+            m.MakeSegment: self._on_make_segment,
+            m.MakeBell: self._on_make_bell,
+            m.FindService: self._on_find_service,
+            m.GetStatus: self._on_get_status,
+        }
+        path = endpoints.socket_path(self.instance)
+        endpoints.make_private_dir(path.parent, 0o750 if group >= 0 else 0o700, group)
+        self._lock = _take_instance(path.with_suffix(".lock"), self.instance)
+        self._socket_path = path
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        umask = os.umask(0o777 & ~self._mode)
+        try:
+            self._responder = Responder(self._context, endpoints.ipc_endpoint(path))
+        finally:
+            os.umask(umask)
+        if group >= 0:
+            os.chown(path, -1, group)
+        self._poller = zmq.Poller()
+        self._poller.register(self._responder.socket, zmq.POLLIN)
+
+    @property
+    def endpoint(self) -> str:
+        """Where the broker listens."""
+        return self._responder.endpoint
+
+    def serve(self, ready: Callable[[], None] = lambda: None) -> None:
+        """Run until SIGTERM or SIGINT, or until process ``until_exit`` ends. Segments of living clients stay."""
+        wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        previous_fd = signal.set_wakeup_fd(wake_write)
+        previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._poller.register(wake_read, zmq.POLLIN)
+        parent_fd = -1
+        try:
+            if self._until_exit:
+                with contextlib.suppress(ProcessLookupError):
+                    parent_fd = os.pidfd_open(self._until_exit)
+                    self._poller.register(parent_fd, zmq.POLLIN)
+                self._stopping = parent_fd < 0
+            self._reap("left by processes that died before")
+            for name in objects(self.instance):
+                log.info("%s is held by a living process: adopted", name.file)
+            log.info("instance %s: listening on %s", self.instance, self.endpoint)
+            ready()
+            while not self._stopping:
+                events = dict(self._poller.poll(int(TICK_SECONDS * 1000)))
+                if parent_fd in events:
+                    break
+                if wake_read in events:
+                    os.read(wake_read, 64)
+                self._responder.answer_waiting(self._handle)
+                self._look_after_peers()
+        finally:
+            signal.set_wakeup_fd(previous_fd)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+            for fd in (wake_read, wake_write, parent_fd):
+                if fd >= 0:
+                    os.close(fd)
+            self._close()
+
+    def _close(self) -> None:
+        for peer in self._peers.values():
+            peer.watch.close()
+        for handover in self._handovers.values():
+            for hold in handover.holds:
+                hold.release()
+        self._reap("never taken over")
+        with contextlib.suppress(FileNotFoundError):
+            self._socket_path.unlink()
+        self._responder.close()
+        self._context.term()
+        # The lock file stays: removing it would let two brokers lock two files of one name.
+        os.close(self._lock)
+        log.info("instance %s: stopped", self.instance)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._stopping = True
+
+    def _handle(self, sender: bytes, message: m.AnyMessage) -> m.Message | None:
+        handler = self._handlers.get(type(message))
+        if handler is None:
+            raise ProtocolMismatch(f"the broker takes no {type(message).__name__}")
+        return handler(sender, message)
+
+    # --- requests -----------------------------------------------------------------------------------------------------------------
+
+    def _on_hello(self, sender: bytes, hello: m.AnyMessage) -> m.Message:
+        assert isinstance(hello, m.Hello)
+        known = self._peers.pop(hello.peer, None)
+        if known is not None:
+            self._unwatch(known)
+        now = time.monotonic()
+        watch = Watch(hello.process)
+        self._peers[hello.peer] = Peer(hello, sender, watch, now, now)
+        if watch.fd >= 0:
+            self._poller.register(watch.fd, zmq.POLLIN)
+        handover = self._handovers.pop(hello.peer, None)
+        if handover is not None:
+            for hold in handover.holds:
+                hold.release()
+        if known is None:
+            log.info(
+                "%s %s (%s, pid %d) joined%s",
+                hello.role,
+                hello.name,
+                hello.peer,
+                hello.process.pid,
+                f", offers {', '.join(hello.services)} on {hello.endpoint}" if hello.services else "",
+            )
+        return m.Welcome(self.instance, self._epoch, __version__)
+
+    def _on_heartbeat(self, sender: bytes, beat: m.AnyMessage) -> m.Message:
+        assert isinstance(beat, m.Heartbeat)
+        peer = self._peers.get(beat.peer)
+        if peer is not None:
+            peer.heard = time.monotonic()
+            peer.stats = beat.stats
+            peer.sender = sender
+        return m.HeartbeatSeen(self._epoch, peer is not None)
+
+    def _on_goodbye(self, sender: bytes, goodbye: m.AnyMessage) -> None:
+        assert isinstance(goodbye, m.Goodbye)
+        if goodbye.peer in self._peers:
+            self._remove(goodbye.peer, "left")
+
+    def _on_make_segment(self, sender: bytes, request: m.AnyMessage) -> m.Message:
+        assert isinstance(request, m.MakeSegment)
+        name = names.segment_name(self.instance, _checked_id(request.peer))
+        geometry = Geometry(request.arena_bytes, request.channel_count, request.depth)
+        hold = make_segment(
+            name, geometry, instance=self.instance, owner=request.peer, owner_pid=request.pid, mode=self._mode, gid=self._gid
+        )
+        self._hold_until_hello(request.peer, hold)
+        return m.Made(name)
+
+    def _on_make_bell(self, sender: bytes, request: m.AnyMessage) -> m.Message:
+        assert isinstance(request, m.MakeBell)
+        name = names.bell_name(self.instance, _checked_id(request.peer))
+        semaphore = posix_ipc.Semaphore(name, posix_ipc.O_CREX, mode=self._mode, initial_value=0)
+        semaphore.close()
+        path = names.bell_path(name)
+        os.chmod(path, self._mode)
+        if self._gid >= 0:
+            os.chown(path, -1, self._gid)
+        self._hold_until_hello(request.peer, Hold.on(path))
+        return m.Made(name)
+
+    def _on_find_service(self, sender: bytes, request: m.AnyMessage) -> m.Message:
+        assert isinstance(request, m.FindService)
+        workers = tuple(
+            m.WorkerInfo(peer.hello.peer, peer.hello.name, peer.hello.process, peer.hello.endpoint, peer.hello.device)
+            for peer in self._peers.values()
+            if request.service in peer.hello.services
+        )
+        services = sorted({service for peer in self._peers.values() for service in peer.hello.services})
+        return m.Found(workers, tuple(services))
+
+    def _on_get_status(self, sender: bytes, request: m.AnyMessage) -> m.Message:
+        now = time.monotonic()
+        space = os.statvfs(names.SHM_DIR)
+        return m.StatusReport(
+            instance=self.instance,
+            endpoint=self.endpoint,
+            pid=os.getpid(),
+            version=__version__,
+            uptime_seconds=now - self._started,
+            shm_free_bytes=space.f_bavail * space.f_frsize,
+            peers=tuple(
+                m.PeerStatus(
+                    role=peer.hello.role,
+                    peer=peer.hello.peer,
+                    name=peer.hello.name,
+                    pid=peer.hello.process.pid,
+                    services=peer.hello.services,
+                    device=peer.hello.device,
+                    segment=peer.hello.segment,
+                    segment_bytes=_file_bytes(peer.hello.segment),
+                    age_seconds=now - peer.since,
+                    silent_seconds=now - peer.heard,
+                    stats=peer.stats,
+                )
+                for peer in self._peers.values()
+            ),
+        )
+
+    # --- objects and processes ----------------------------------------------------------------------------------------------------
+
+    def _hold_until_hello(self, owner: str, hold: Hold) -> None:
+        self._handovers.setdefault(owner, _Handover([], time.monotonic())).holds.append(hold)
+
+    def _look_after_peers(self) -> None:
+        now = time.monotonic()
+        for peer_id, peer in list(self._peers.items()):
+            if not peer.watch.alive():
+                self._remove(peer_id, "died")
+            elif peer.watch.fd < 0 and now - peer.heard > SILENT_SECONDS:
+                self._remove(peer_id, f"was silent for {SILENT_SECONDS:g} s")
+        for owner, handover in list(self._handovers.items()):
+            if now - handover.since > HANDOVER_SECONDS:
+                del self._handovers[owner]
+                for hold in handover.holds:
+                    hold.release()
+                self._reap("never taken over", owner)
+        if now >= self._next_sweep:
+            self._next_sweep = now + SWEEP_SECONDS
+            self._reap("held by nobody")
+
+    def _unwatch(self, peer: Peer) -> None:
+        if peer.watch.fd >= 0:
+            self._poller.unregister(peer.watch.fd)
+        peer.watch.close()
+
+    def _remove(self, peer_id: str, why: str) -> None:
+        peer = self._peers.pop(peer_id)
+        self._unwatch(peer)
+        log.info("%s %s (%s, pid %d) %s", peer.hello.role, peer.hello.name, peer_id, peer.hello.process.pid, why)
+        self._reap(f"of {peer_id}, which {why}", peer_id)
+        for other in self._peers.values():
+            self._responder.send(other.sender, m.PeerGone(peer_id))
+
+    def _reap(self, why: str, owner: str | None = None) -> None:
+        for reaped in reap(self.instance, owner):
+            log.info("reaped %s (%d bytes), %s", reaped.name.file, reaped.nbytes, why)
+
+
+def _checked_id(peer: str) -> str:
+    if names.parse(f"shmbroker.x.segment.{peer}") is None:
+        raise ValueError(f"{peer!r} is not an id: 16 hexadecimal digits")
+    return peer
+
+
+def _file_bytes(segment: str) -> int:
+    if not segment:
+        return 0
+    try:
+        return (Path(names.SHM_DIR) / segment.lstrip("/")).stat().st_size
+    except OSError:
+        return 0
+
+
+def _take_instance(path: Path, instance: str) -> int:
+    """Lock the instance for life. Two brokers on one socket would steal each other's clients without a word."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        pid = os.read(fd, 32).decode("ascii", "replace").strip()
+        os.close(fd)
+        raise InstanceInUse(
+            f"a broker already serves instance {instance!r} (pid {pid}): use it, stop it, or choose another --instance"
+        ) from None
+    os.ftruncate(fd, 0)
+    os.write(fd, f"{os.getpid()}\n".encode())
+    return fd

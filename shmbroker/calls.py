@@ -1,0 +1,224 @@
+"""Calls on their way: what is kept of one while it is outstanding, and the future that stands for it."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import threading
+import time
+from collections.abc import Callable, Generator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from shmbroker.errors import BadFrame, CallError, CallTimeout, RemoteOpError, ShmBrokerError, WorkerDraining
+from shmbroker.lane.frames import Completion, FrameTemplate
+from shmbroker.memory.layout import Status
+from shmbroker.memory.spec import contiguous_strides, spec_of
+from shmbroker.ops import Outputs
+
+if TYPE_CHECKING:
+    from shmbroker.channel import Channel
+    from shmbroker.statistics import OpStatistics
+
+Result = torch.Tensor | tuple[torch.Tensor, ...]
+
+
+class Plan:
+    """All that is the same for every call with inputs of the same shapes, dtypes and strides."""
+
+    __slots__ = ("bytes_in", "bytes_out", "outputs", "single", "template")
+
+    def __init__(self, op_id: int, inputs: Sequence[torch.Tensor], outputs: Outputs, arguments: bytes) -> None:
+        self.template = FrameTemplate(
+            op_id,
+            [(spec_of(tensor), tensor.stride()) for tensor in inputs],
+            [(spec, contiguous_strides(spec.shape)) for spec in outputs.specs],
+            arguments,
+        )
+        self.outputs = tuple((spec.shape, spec.dtype) for spec in outputs.specs)
+        self.single = outputs.single
+        self.bytes_out = sum(tensor.nbytes for tensor in inputs)
+        self.bytes_in = sum(spec.nbytes for spec in outputs.specs)
+
+
+class Call:
+    """One call from submission to completion. It holds inputs and outputs, so their blocks cannot be placed anew meanwhile."""
+
+    __slots__ = (
+        "begun_ns",
+        "build_ns",
+        "call_id",
+        "channel",
+        "copied_bytes",
+        "copy_ns",
+        "deadline",
+        "done",
+        "error",
+        "future",
+        "inputs",
+        "outputs",
+        "plan",
+        "statistics",
+        "wake",
+    )
+
+    def __init__(
+        self,
+        channel: Channel,
+        statistics: OpStatistics,
+        plan: Plan,
+        inputs: tuple[torch.Tensor, ...],
+        outputs: tuple[torch.Tensor, ...],
+        begun_ns: int,
+        deadline: float | None,
+    ) -> None:
+        self.channel = channel
+        self.statistics = statistics
+        self.inputs = inputs
+        self.outputs = outputs
+        self.plan = plan
+        self.begun_ns = begun_ns
+        self.deadline = deadline
+        self.call_id = 0
+        self.copy_ns = 0
+        self.build_ns = 0
+        self.copied_bytes = 0
+        self.done = False
+        self.error: ShmBrokerError | None = None
+        self.wake: threading.Lock | None = None
+        self.future: CallFuture | None = None
+
+    def finish(self, completion: Completion, taken_ns: int) -> None:
+        """The worker has answered."""
+        statistics = self.statistics
+        if completion.status != Status.OK:
+            self.error = self._error_of(completion)
+            statistics.errors += 1
+        now = time.perf_counter_ns()
+        rpc_ns = now - self.begun_ns
+        statistics.calls += 1
+        statistics.rpc_ns += rpc_ns
+        statistics.samples.append(rpc_ns)
+        # A worker's figures are its own claim: never more than the call took.
+        statistics.compute_ns += min(completion.compute_ns, rpc_ns)
+        statistics.queued_ns += min(completion.queued_ns, rpc_ns)
+        statistics.copy_ns += self.copy_ns
+        statistics.build_ns += self.build_ns
+        statistics.read_ns += now - taken_ns
+        statistics.copied_bytes += self.copied_bytes
+        statistics.bytes_out += self.plan.bytes_out
+        statistics.bytes_in += self.plan.bytes_in
+        self._end()
+
+    def fail(self, error: ShmBrokerError) -> None:
+        """The call will never be answered."""
+        self.error = error
+        self.statistics.errors += 1
+        self._end()
+
+    def _end(self) -> None:
+        self.done = True
+        wake = self.wake
+        if wake is not None:
+            try:
+                wake.release()
+            except RuntimeError:
+                pass  # handed the lead in the same moment
+        if self.future is not None:
+            self.future.settle()
+
+    def result(self) -> Result:
+        """The outputs of a call that is done, or its error raised."""
+        if self.error is not None:
+            raise self.error
+        return self.outputs[0] if self.plan.single else self.outputs
+
+    def timeout_error(self) -> CallTimeout:
+        """What to raise when the deadline has passed."""
+        age = (time.perf_counter_ns() - self.begun_ns) / 1e9
+        return CallTimeout(
+            f"op {self.statistics.name!r}, call {self.call_id}: no completion after {age:.3f} s from {self.channel.peer_text()}; its blocks "
+            "stay held until the worker is done with them; raise timeout= if the op needs longer"
+        )
+
+    def _error_of(self, completion: Completion) -> CallError:
+        text = completion.body.decode("utf-8", "replace")
+        name = self.statistics.name
+        peer = self.channel.worker_name
+        if completion.status == Status.OP_ERROR:
+            type_name, _, message = text.partition("\n")
+            return RemoteOpError(f"op {name!r} failed on worker {peer!r}: {type_name}: {message}", type_name)
+        if completion.status == Status.BAD_FRAME:
+            return BadFrame(f"worker {peer!r} rejected the frame of op {name!r}: {text}")
+        if completion.status == Status.EXPIRED:
+            return CallTimeout(f"op {name!r}, call {self.call_id}: its deadline had passed when worker {peer!r} took it; it was not run")
+        if completion.status == Status.DRAINING:
+            return WorkerDraining(f"op {name!r}, call {self.call_id}: worker {peer!r} is shutting down and did not run it; call another worker")
+        return CallError(f"op {name!r}, call {self.call_id}: worker {peer!r} answered with unknown status {completion.status}")
+
+
+class _Waiters(list[Any]):
+    """The future's list of waiters, as ``concurrent.futures.wait`` and ``as_completed`` use it: whoever joins it will not call
+    :meth:`CallFuture.result`, so the call must be completed in the background."""
+
+    def __init__(self, joined: Callable[[], None]) -> None:
+        super().__init__()
+        self._joined = joined
+
+    def append(self, waiter: Any) -> None:
+        super().append(waiter)
+        self._joined()
+
+
+class CallFuture(concurrent.futures.Future[Result]):
+    """A call that was submitted. A ``concurrent.futures.Future``, and awaitable in asyncio.
+
+    The thread that asks for :meth:`result` takes the completion itself. Only when a callback is added, or the future is awaited, a background
+    thread does. A call cannot be cancelled once it is submitted.
+    """
+
+    def __init__(self, call: Call) -> None:
+        super().__init__()
+        self._call = call
+        self._waiters = _Waiters(self._watch)
+        self.set_running_or_notify_cancel()
+
+    def settle(self) -> None:
+        """Take over the outcome of the call."""
+        call = self._call
+        try:
+            if call.error is not None:
+                self.set_exception(call.error)
+            else:
+                self.set_result(call.result())
+        except concurrent.futures.InvalidStateError:
+            pass  # timed out before
+
+    def _watch(self) -> None:
+        if not self._call.done:
+            self._call.channel.completions.watch(self._call)
+
+    def result(self, timeout: float | None = None) -> Result:
+        """The outputs. Raises the call's error; TimeoutError when they are not there after ``timeout`` seconds."""
+        self._wait(timeout)
+        return super().result(0)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """The call's error, or None. Raises TimeoutError when it is not done after ``timeout`` seconds."""
+        self._wait(timeout)
+        return super().exception(0)
+
+    def _wait(self, timeout: float | None) -> None:
+        call = self._call
+        if not self.done():
+            call.channel.wait(call, timeout)
+
+    def add_done_callback(self, fn: Callable[[concurrent.futures.Future[Result]], object]) -> None:
+        """Have ``fn(self)`` called when the call is done."""
+        super().add_done_callback(fn)
+        self._watch()
+
+    def __await__(self) -> Generator[Any, None, Result]:
+        """Wait in an asyncio event loop."""
+        return asyncio.wrap_future(self).__await__()

@@ -1,0 +1,270 @@
+"""A channel: one client's line to one worker. Binds ops, submits their frames, takes their completions."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from shmbroker.calls import Call
+from shmbroker.completions import CompletionLoop
+from shmbroker.control import messages as m
+from shmbroker.control.endpoint import transport_of
+from shmbroker.control.liveness import Watch
+from shmbroker.control.sockets import Requester
+from shmbroker.errors import ArenaFull, ArenaTooSmall, CallTimeout, ChannelError, ShmBrokerError, WorkerLost
+from shmbroker.lane.frames import FrameTemplate
+from shmbroker.lane.shm_lane import ShmClientLane
+from shmbroker.lane.zmq_lane import ZmqClientLane
+from shmbroker.memory.arena import Place
+from shmbroker.memory.spec import DTYPE_NAMED, NAME_OF, TensorSpec
+from shmbroker.ops import OutSpec, Outputs
+from shmbroker.remote_op import RemoteOp
+from shmbroker.report import Report
+from shmbroker.statistics import OpStatistics
+
+if TYPE_CHECKING:
+    from shmbroker.client import Client
+
+log = logging.getLogger(__name__)
+
+Answer = TypeVar("Answer", bound=m.Message)
+
+
+class Channel:
+    """Made by :meth:`Client.channel`. Thread-safe: several threads may bind, call, submit and wait on one channel."""
+
+    def __init__(
+        self,
+        client: Client,
+        service: str,
+        worker: m.WorkerInfo,
+        opened: m.ChannelOpened,
+        requester: Requester,
+        lane: ShmClientLane | ZmqClientLane,
+        completions: CompletionLoop,
+        index: int,
+    ) -> None:
+        self.service = service
+        self.worker_name = worker.name
+        self.worker_pid = worker.process.pid
+        self.worker_id = worker.peer
+        self.lane = lane.kind.value
+        self.doorbell = lane.doorbell.value
+        self.control = transport_of(worker.endpoint)
+        self.ops = opened.ops
+        self.completions = completions
+        self.index = index
+        self._client = client
+        self._opened = opened
+        self._requester = requester
+        self._control_lock = threading.Lock()
+        self._lane = lane
+        self._submit_lock = threading.Lock()
+        self._outstanding: dict[int, Call] = {}
+        self._next_call_id = 1
+        self._watch = Watch(worker.process)
+        self._lost: ShmBrokerError | None = None
+        self._statistics: list[OpStatistics] = []
+        completions.add(self)
+
+    # --- binding --------------------------------------------------------------------------------------------------------------------
+
+    def bind(self, op: str, *, out_spec: OutSpec | None = None, **static: Any) -> RemoteOp:
+        """Fix the static arguments of ``op`` once; returns a callable for tensors.
+
+        ``out_spec(*input_specs, **static)`` gives the outputs' :class:`TensorSpec` without asking; without it the worker is asked once for
+        each new combination of input shapes and dtypes. Static arguments are numbers, strings, booleans, None, and lists of these.
+        Raises :class:`BadInput` when the worker has no such op or the op refuses the arguments.
+        """
+        bound = self._ask(m.Bind(self._opened.channel, op, static), m.Bound)
+        statistics = OpStatistics(op)
+        self._statistics.append(statistics)
+        outputs = self._local_outputs(out_spec, static) if out_spec is not None else self._ask_outputs(bound.op_id)
+        return RemoteOp(self, op, bound.op_id, outputs, statistics)
+
+    @staticmethod
+    def _local_outputs(out_spec: OutSpec, static: dict[str, Any]) -> Callable[[Sequence[TensorSpec]], Outputs]:
+        return lambda inputs: Outputs.of(out_spec(*inputs, **static))
+
+    def _ask_outputs(self, op_id: int) -> Callable[[Sequence[TensorSpec]], Outputs]:
+        def ask(inputs: Sequence[TensorSpec]) -> Outputs:
+            infos = tuple(m.SpecInfo(spec.shape, NAME_OF[spec.dtype]) for spec in inputs)
+            answer = self._ask(m.AskOutSpec(self._opened.channel, op_id, infos), m.OutSpecs)
+            return Outputs(tuple(TensorSpec(spec.shape, DTYPE_NAMED[spec.dtype]) for spec in answer.outputs), answer.single)
+
+        return ask
+
+    def _ask(self, message: m.Message, answer: type[Answer]) -> Answer:
+        self._check_open()
+        with self._control_lock:
+            try:
+                return self._requester.ask(message, answer)
+            except TimeoutError:
+                self.completions.check_peers()
+                self._check_open()
+                raise ChannelError(f"{self.peer_text()} does not answer control requests") from None
+
+    # --- calls ------------------------------------------------------------------------------------------------------------------------
+
+    def submit(self, call: Call, template: FrameTemplate, places: Sequence[Place]) -> None:
+        """Write the frame of ``call`` and ring. Waits for a free slot until the call's deadline when the queue is full."""
+        begun = time.perf_counter_ns()
+        lane = self._lane
+        deadline = call.deadline
+        while True:
+            with self._submit_lock:
+                if self._lost is not None:
+                    raise self._lost
+                slot = lane.claim() if len(self._outstanding) < lane.depth else None
+                if slot is not None:
+                    call.call_id = call_id = self._next_call_id
+                    self._next_call_id = call_id + 1
+                    self._outstanding[call_id] = call
+                    now = time.monotonic_ns()
+                    left_ns = 0 if deadline is None else now + max(1, int((deadline - time.monotonic()) * 1e9))
+                    template.write(slot, call_id, left_ns, now, places)
+                    lane.commit(template.nbytes)
+                    break
+            left = 1.0 if deadline is None else deadline - time.monotonic()
+            if left <= 0:
+                raise CallTimeout(
+                    f"op {call.statistics.name!r}: {len(self._outstanding)} calls are outstanding with {self.peer_text()} and none was "
+                    "completed before the deadline"
+                )
+            self.completions.wait_any(left)
+        call.build_ns += time.perf_counter_ns() - begun
+
+    def wait(self, call: Call, timeout: float | None = None) -> None:
+        """Wait until ``call`` is done. Its own deadline fails it; an earlier ``timeout`` (seconds) only ends the waiting."""
+        patience = None if timeout is None else time.monotonic() + timeout
+        limits = [limit for limit in (call.deadline, patience) if limit is not None]
+        if self.completions.wait(call, min(limits, default=None)):
+            return
+        if patience is not None and (call.deadline is None or patience < call.deadline):
+            raise TimeoutError(f"op {call.statistics.name!r}, call {call.call_id} is not done after {timeout:g} s")
+        self.completions.check_peers()
+        if not call.done:
+            # The call stays outstanding, and so holds its blocks, until the worker answers it or dies.
+            error = call.timeout_error()
+            call.statistics.errors += 1
+            call.error = error
+            if call.future is not None:
+                call.future.settle()
+            raise error
+
+    def drain(self) -> int:
+        """Take all completions there are and finish their calls. Called by the leader of the waiters only."""
+        count = 0
+        while (completion := self._lane.take()) is not None:
+            taken_ns = time.perf_counter_ns()
+            count += 1
+            call = self._outstanding.pop(completion.call_id, None)
+            if call is None:
+                log.warning("%s completed call %d, which is not outstanding: ignored", self.peer_text(), completion.call_id)
+            else:
+                call.finish(completion, taken_ns)
+        return count
+
+    def has_frames(self) -> bool:
+        """Whether a completion waits to be taken."""
+        return self._lane.ready()
+
+    def check_peer(self) -> None:
+        """Fail what is outstanding when the worker has died. Called by the leader of the waiters only."""
+        if self._lost is None and not self._watch.alive():
+            self.drain()  # what it answered before it died is answered
+            self.lose(f"{self.peer_text()} died")
+
+    def lose(self, why: str) -> None:
+        """No call on this channel will be answered any more: fail those outstanding."""
+        with self._submit_lock:
+            if self._lost is not None:
+                return
+            self._lost = WorkerLost(f"{why}; open a new channel once a worker offers {self.service!r} again")
+            lost, self._outstanding = self._outstanding, {}
+        for call in lost.values():
+            call.fail(WorkerLost(f"op {call.statistics.name!r}, call {call.call_id}: {why} before it answered"))
+
+    def _check_open(self) -> None:
+        if self._lost is not None:
+            raise self._lost
+
+    def peer_text(self) -> str:
+        """The worker, for messages."""
+        state = "running" if self._watch.alive() else "dead"
+        return f"worker {self.worker_name!r} (pid {self.worker_pid}, {state})"
+
+    # --- tensors, for RemoteOp --------------------------------------------------------------------------------------------------------
+
+    def find(self, tensor: torch.Tensor) -> Place | None:
+        """Where ``tensor`` lies in the arena, or None."""
+        return self._client.arena.find(tensor)
+
+    def place(self, shape: tuple[int, ...], dtype: torch.dtype, timeout: float | None) -> tuple[torch.Tensor, Place]:
+        """A fresh block as a tensor. While the arena is full, completions are taken, since they may set blocks free."""
+        arena = self._client.arena
+        if not self._outstanding:
+            limit = self._client.place_timeout
+            return arena.place(shape, dtype, limit if timeout is None else min(timeout, limit))
+        until = time.monotonic() + (self._client.place_timeout if timeout is None else min(timeout, self._client.place_timeout))
+        while True:
+            left = max(0.0, until - time.monotonic())
+            try:
+                return arena.place(shape, dtype, 0.0 if self._outstanding else left)
+            except ArenaTooSmall:
+                raise
+            except ArenaFull:
+                if left == 0.0 or not self._outstanding:
+                    raise
+                self.completions.wait_any(left)
+
+    @property
+    def default_timeout(self) -> float | None:
+        """Seconds that a call may take when it does not say otherwise."""
+        return self._client.timeout
+
+    # --- the rest -----------------------------------------------------------------------------------------------------------------------
+
+    def report(self) -> Report:
+        """Calls, times and bytes of this channel so far, per op and in all."""
+        return Report.of(self._statistics, self.lane, self.doorbell, self.control, self._lane.socket_bytes)
+
+    def info(self) -> m.ChannelInfo:
+        """For ``shmbroker status``."""
+        return m.ChannelInfo(
+            service=self.service,
+            worker=self.worker_id,
+            lane=self.lane,
+            doorbell=self.doorbell,
+            control=self.control,
+            calls=sum(s.calls for s in self._statistics),
+            bytes_out=sum(s.bytes_out for s in self._statistics),
+            bytes_in=sum(s.bytes_in for s in self._statistics),
+            socket_bytes=self._lane.socket_bytes,
+        )
+
+    @property
+    def outstanding(self) -> int:
+        """Calls that were submitted and not yet answered."""
+        return len(self._outstanding)
+
+    def close(self) -> None:
+        """Tell the worker, and fail what is outstanding."""
+        alive = self._lost is None and self._watch.alive()
+        self.completions.remove(self)
+        self.lose("the channel was closed")
+        if alive:
+            try:
+                with self._control_lock:
+                    self._requester.ask(m.CloseChannel(self._opened.channel), m.Done, timeout=1.0)
+            except (ShmBrokerError, TimeoutError) as error:
+                log.debug("closing channel %d: %s", self._opened.channel, error)
+        self._requester.close()
+        self._lane.close()
+        self._watch.close()
+        self._client.forget(self)

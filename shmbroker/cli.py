@@ -1,0 +1,111 @@
+"""The ``shmbroker`` command: broker daemon, status, reaper, demo."""
+
+from __future__ import annotations
+
+import grp
+import json
+import os
+import signal
+import sys
+
+import click
+
+from shmbroker import __version__, console
+from shmbroker.errors import BadInput
+
+_instance_option = click.option(
+    "--instance", metavar="NAME", help="Which broker; one machine may run several. Default: $SHMBROKER_INSTANCE, else 'default'."
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+@click.option("--log-level", type=click.Choice(console.LEVELS), default="info", show_default=True)
+def cli(log_level: str) -> None:
+    """Hand tensors between processes through shared memory."""
+    console.set_up_logging(log_level)
+
+
+@cli.command()
+@_instance_option
+@click.option("--group", metavar="NAME", help="Let members of this group share memory and sockets (modes 0660). Default: this user alone.")
+@click.option("--until-exit", type=int, default=0, metavar="PID", help="End when this process does.")
+def serve(instance: str | None, group: str | None, until_exit: int) -> None:
+    """Run the broker: make segments, introduce peers, watch processes, reap what the dead leave behind."""
+    from shmbroker.broker import Broker
+    from shmbroker.local import READY_LINE
+    from shmbroker.process import resolve_instance
+
+    def ready() -> None:
+        print(READY_LINE, flush=True)
+
+    Broker(resolve_instance(instance), group=_group_id(group), until_exit=until_exit).serve(ready)
+
+
+def _group_id(group: str | None) -> int:
+    if group is None:
+        return -1
+    try:
+        return grp.getgrnam(group).gr_gid
+    except KeyError:
+        raise BadInput(f"there is no group {group!r}: make it with 'groupadd {group}'") from None
+
+
+@cli.command()
+@_instance_option
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def status(instance: str | None, as_json: bool) -> None:
+    """List workers, services, segments and channels."""
+    from shmbroker import status as status_module
+
+    report = status_module.ask(instance)
+    if as_json:
+        click.echo(json.dumps(status_module.as_dict(report), indent=2))
+    else:
+        status_module.show(report)
+
+
+@cli.command()
+@_instance_option
+@click.option("--all", "everything", is_flag=True, help="Of all instances.")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def gc(instance: str | None, everything: bool, as_json: bool) -> None:
+    """Unlink what no living process holds in shared memory."""
+    from shmbroker.memory.reaper import objects, reap
+    from shmbroker.process import resolve_instance
+    from shmbroker.sizes import mib
+
+    which = None if everything else resolve_instance(instance)
+    reaped = reap(which)
+    left = list(objects(which))
+    if as_json:
+        rows = [{"name": one.name.file, "bytes": one.nbytes} for one in reaped]
+        click.echo(json.dumps({"reaped": rows, "kept": [name.file for name in left]}, indent=2))
+        return
+    for one in reaped:
+        click.echo(f"reaped {one.name.file}, {mib(one.nbytes)}")
+    click.echo(f"{len(reaped)} reaped, {mib(sum(one.nbytes for one in reaped))} given back; {len(left)} in use")
+
+
+@cli.command()
+@click.option("--prompt", default="Explain in three sentences why the sky is blue.", show_default=True)
+@click.option("--max-new-tokens", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--split", "splits", multiple=True, help="linear, fused or op; may be given several times.  [default: all three]")
+@click.option("--lane", "lanes", multiple=True, help="shm or zmq; may be given several times.  [default: both]")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def demo(prompt: str, max_new_tokens: int, splits: tuple[str, ...], lanes: tuple[str, ...], as_json: bool) -> None:
+    """Generate text with a small model split over real processes, and compare it with the model in one process."""
+    # The demo drives the two programs above this package, as their user would: by their command lines.
+    from shmbroker.demo import run
+
+    sys.exit(0 if run(prompt, max_new_tokens, splits, lanes, as_json) else 1)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL) if os.name == "posix" else None
+    console.run(cli)
+
+
+if __name__ == "__main__":
+    main()

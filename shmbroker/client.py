@@ -1,0 +1,346 @@
+"""A client: one segment of its own, from which it places tensors, and channels to workers."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from types import TracebackType
+
+import torch
+import zmq
+
+from shmbroker import __version__
+from shmbroker.broker_link import BrokerLink
+from shmbroker.channel import Channel
+from shmbroker.completions import CompletionLoop
+from shmbroker.control import endpoint as endpoints
+from shmbroker.control import messages as m
+from shmbroker.control.liveness import this_process
+from shmbroker.control.sockets import Requester
+from shmbroker.errors import BadInput, ChannelError, NoSuchService, ShmBrokerError
+from shmbroker.lane.doorbell import DEFAULT_SPIN_SECONDS, PollingBell, SemaphoreBell, Waiter, shm_lane_supported
+from shmbroker.lane.kinds import Doorbell, Lane
+from shmbroker.lane.shm_lane import ShmClientLane, clear_channel
+from shmbroker.lane.zmq_lane import ZmqClientLane
+from shmbroker.memory import layout, names
+from shmbroker.memory.arena import DEFAULT_PLACE_SECONDS, Arena
+from shmbroker.memory.geometry import DEFAULT_ARENA_BYTES, DEFAULT_CHANNELS, DEFAULT_DEPTH, Geometry
+from shmbroker.memory.hold import Hold, unlink_own
+from shmbroker.memory.segment import Segment
+from shmbroker.process import ask_broker, peer_name, resolve_instance
+from shmbroker.sizes import parse_bytes
+
+log = logging.getLogger(__name__)
+
+DEFAULT_CALL_SECONDS = 30.0
+"""Timeout of a call that does not give one: far above any op, far below anybody's patience."""
+
+DEFAULT_SERVICE_SECONDS = 5.0
+"""How long :meth:`Client.channel` waits for a worker that is still starting."""
+
+_SERVICE_POLL_SECONDS = 0.05
+
+_open: weakref.WeakSet[Client] = weakref.WeakSet()
+
+
+def connect(
+    instance: str | None = None,
+    *,
+    arena: int | str = DEFAULT_ARENA_BYTES,
+    name: str | None = None,
+    timeout: float | None = DEFAULT_CALL_SECONDS,
+    place_timeout: float = DEFAULT_PLACE_SECONDS,
+    spin: float = DEFAULT_SPIN_SECONDS,
+    channels: int = DEFAULT_CHANNELS,
+    depth: int = DEFAULT_DEPTH,
+) -> Client:
+    """Join the broker of ``instance`` (``$SHMBROKER_INSTANCE``, else ``default``) and have a segment made.
+
+    ``arena``: bytes for tensors, or a text like ``"512M"``; all of it is reserved now. ``timeout``: seconds that a call may take. ``place_timeout``:
+    seconds to wait for room in a full arena. ``spin``: seconds to look for a completion before sleeping; 0 to sleep at once. ``channels``: how
+    many may be open. ``depth``: calls in flight on each, a power of two.
+
+    Raises :class:`BrokerUnreachable`, :class:`SharedMemoryFull`, :class:`BadInput`.
+    """
+    return Client(
+        resolve_instance(instance),
+        arena_bytes=layout.round_up(parse_bytes(arena), layout.PAGE),
+        name=name or peer_name(),
+        timeout=timeout,
+        place_timeout=place_timeout,
+        spin=spin,
+        channel_count=channels,
+        depth=depth,
+    )
+
+
+class Client:
+    """Made by :func:`connect`; a context manager. Thread-safe. Belongs to the process that made it: connect anew after a fork."""
+
+    def __init__(
+        self,
+        instance: str,
+        *,
+        arena_bytes: int,
+        name: str,
+        timeout: float | None,
+        place_timeout: float,
+        spin: float,
+        channel_count: int,
+        depth: int,
+    ) -> None:
+        try:
+            geometry = Geometry(arena_bytes, channel_count, depth)
+        except ValueError as error:
+            raise BadInput(str(error)) from None
+        self.instance = instance
+        self.name = name
+        self.id = names.new_id()
+        self.timeout = timeout
+        self.place_timeout = place_timeout
+        self._pid = os.getpid()
+        self._channels: list[Channel] = []
+        self._free_areas = list(range(geometry.channel_count))
+        self._lock = threading.Lock()
+        self._endpoint = endpoints.broker_endpoint(instance)
+        self._undo = contextlib.ExitStack()
+        with contextlib.ExitStack() as stack:
+            self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+            stack.callback(self._context.term)
+            self._requester = Requester(self._context, self._endpoint)
+            stack.callback(self._requester.close)
+            self._link: BrokerLink | None = None
+            # Undone after the holds are released, so that the broker, on our Goodbye, finds nothing held.
+            stack.callback(self._stop_link)
+            request = m.MakeSegment(self.id, self._pid, geometry.arena_bytes, geometry.channel_count, geometry.depth)
+            made = ask_broker(self._requester, request, m.Made, instance, timeout=_reserving_seconds(geometry))
+            self._segment = Segment.attach(made.name, hold=True)
+            stack.callback(unlink_own, names.SHM_DIR + made.name)
+            stack.callback(self._segment.close)
+            bell = ask_broker(self._requester, m.MakeBell(self.id), m.Made, instance)
+            self._bell_name = bell.name
+            bell_hold = Hold.on(names.bell_path(bell.name))
+            stack.callback(unlink_own, names.bell_path(bell.name))
+            stack.callback(bell_hold.release)
+            self._bell = SemaphoreBell(bell.name)
+            stack.callback(self._bell.close)
+            self.arena = Arena(self._segment)
+            self._waiters = {Doorbell.SEM: Waiter(self._bell, spin), Doorbell.POLL: Waiter(PollingBell(), spin)}
+            self._spin = spin
+            self._loops: dict[Doorbell, CompletionLoop] = {}
+            self._link = BrokerLink(self._context, self._endpoint, self._hello, self._stats, self._peer_gone)
+            self._link.start()
+            self._undo = stack.pop_all()
+        _open.add(self)
+
+    # --- joining ----------------------------------------------------------------------------------------------------------------------
+
+    def _hello(self) -> m.Hello:
+        return m.Hello(
+            role="client", peer=self.id, process=this_process(), name=self.name, version=__version__, segment=self._segment.name
+        )
+
+    def _stats(self) -> m.PeerStats:
+        occupancy = self.arena.occupancy()
+        channels = tuple(channel.info() for channel in list(self._channels))
+        return m.PeerStats(
+            calls=sum(channel.calls for channel in channels),
+            channels=channels,
+            arena=m.ArenaInfo(occupancy.total_bytes, occupancy.held_bytes, occupancy.largest_free_bytes, occupancy.blocks),
+        )
+
+    def _peer_gone(self, peer: str) -> None:
+        for channel in list(self._channels):
+            if channel.worker_id == peer:
+                channel.lose(f"worker {channel.worker_name!r} (pid {channel.worker_pid}) left")
+
+    # --- tensors ----------------------------------------------------------------------------------------------------------------------
+
+    def empty(self, shape: tuple[int, ...] | list[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """A tensor of ``shape`` in shared memory, values undefined: write into it, and no call will copy it.
+
+        Its block is free again when the last view of it dies. Raises :class:`ArenaFull`, :class:`ArenaTooSmall`, :class:`BadInput`.
+        """
+        self._check_open()
+        return self.arena.empty(tuple(shape), dtype, self.place_timeout)
+
+    def copy_in(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A contiguous copy of ``tensor`` in shared memory, for several calls to use."""
+        self._check_open()
+        return self.arena.copy_in(tensor, self.place_timeout)
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether ``tensor`` lies in this client's arena, so that handing it over copies nothing."""
+        return self.arena.find(tensor) is not None
+
+    # --- channels -----------------------------------------------------------------------------------------------------------------------
+
+    def channel(
+        self, service: str = "gpu", *, lane: str = "auto", doorbell: str = "auto", wait: float = DEFAULT_SERVICE_SECONDS
+    ) -> Channel:
+        """Open a channel to a worker that offers ``service``, waiting ``wait`` seconds for one to come.
+
+        ``lane``: ``shm`` (queues in shared memory) or ``zmq`` (a socket); ``doorbell`` of lane shm: ``sem`` or ``poll``. ``auto`` takes the fastest
+        that works at both ends. Raises :class:`NoSuchService`, :class:`ChannelError`, :class:`BadInput`.
+        """
+        self._check_open()
+        wanted_lane, wanted_doorbell = _choose(lane, doorbell)
+        worker = self._find(service, wait)
+        with self._lock:
+            if not self._free_areas:
+                raise ChannelError(f"all {len(self._channels)} channels of this client are open: close one, or connect(channels=...)")
+            index = self._free_areas.pop()
+        try:
+            channel = self._open_channel(service, worker, wanted_lane, wanted_doorbell, index)
+        except BaseException:
+            self._free_areas.append(index)
+            raise
+        with self._lock:
+            self._channels.append(channel)
+        log.info(
+            "channel to %s (pid %d) for %r: lane %s, doorbell %s, control %s",
+            worker.name,
+            worker.process.pid,
+            service,
+            channel.lane,
+            channel.doorbell,
+            channel.control,
+        )
+        return channel
+
+    def _find(self, service: str, wait: float) -> m.WorkerInfo:
+        until = time.monotonic() + wait
+        while True:
+            with self._lock:
+                found = ask_broker(self._requester, m.FindService(service), m.Found, self.instance)
+            if found.workers:
+                return found.workers[0]
+            if time.monotonic() >= until:
+                there = ", ".join(map(repr, found.services)) or "none at all"
+                raise NoSuchService(
+                    f"no worker offers service {service!r} on instance {self.instance!r} (offered: {there}) and none came within {wait:g} s: "
+                    "start one, e.g. 'gpu-worker serve --model DIR'"
+                )
+            time.sleep(_SERVICE_POLL_SECONDS)
+
+    def _open_channel(self, service: str, worker: m.WorkerInfo, lane: Lane, doorbell: Doorbell, index: int) -> Channel:
+        clear_channel(self._segment, index)
+        with contextlib.ExitStack() as stack:
+            requester = Requester(self._context, worker.endpoint)
+            stack.callback(requester.close)
+            opening = m.OpenChannel(
+                client=self.id,
+                client_name=self.name,
+                process=this_process(),
+                segment=self._segment.name,
+                index=index,
+                service=service,
+                lane=lane.value,
+                doorbell=doorbell.value,
+                bell=self._bell_name,
+            )
+            try:
+                opened = requester.ask(opening, m.ChannelOpened)
+                end: ShmClientLane | ZmqClientLane
+                if Lane(opened.lane) is Lane.SHM:
+                    worker_bell = SemaphoreBell(opened.bell) if Doorbell(opened.doorbell) is Doorbell.SEM else PollingBell()
+                    end = ShmClientLane(self._segment, index, worker_bell)
+                    loop = self._loop(Doorbell(opened.doorbell))
+                else:
+                    zmq_end = end = ZmqClientLane(self._context, opened.endpoint, opened.token, self._segment.geometry.depth)
+                    loop = CompletionLoop(lambda ready, seconds: zmq_end.wait(seconds))
+            except TimeoutError as error:
+                raise ChannelError(f"worker {worker.name!r} (pid {worker.process.pid}) does not answer: {error}") from None
+            stack.pop_all()
+            return Channel(self, service, worker, opened, requester, end, loop, index)
+
+    def _loop(self, doorbell: Doorbell) -> CompletionLoop:
+        """The waiters on this process's doorbell: one loop for all channels of the shm lane that use it."""
+        with self._lock:
+            if doorbell not in self._loops:
+                waiter = self._waiters[doorbell]
+                sleeping = [(self._segment.words, layout.offset_of(layout.SegmentHeader, "client_sleeping") // 8)]
+
+                def block(ready: Callable[[], bool], seconds: float) -> bool:
+                    return waiter.wait(ready, sleeping, seconds)
+
+                self._loops[doorbell] = CompletionLoop(block)
+            return self._loops[doorbell]
+
+    def forget(self, channel: Channel) -> None:
+        """For :meth:`Channel.close`."""
+        with self._lock:
+            if channel in self._channels:
+                self._channels.remove(channel)
+                self._free_areas.append(channel.index)
+
+    # --- leaving ------------------------------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Close all channels and leave. Living tensors keep their memory, which has no name any more. A second time does nothing."""
+        if self not in _open:
+            return
+        _open.discard(self)
+        if os.getpid() != self._pid:
+            return  # the parent's: sockets and threads are not ours to touch
+        for channel in list(self._channels):
+            channel.close()
+        for loop in self._loops.values():
+            loop.close()
+        self._undo.close()
+
+    def _stop_link(self) -> None:
+        if self._link is not None:
+            self._link.stop()
+
+    def _check_open(self) -> None:
+        if os.getpid() != self._pid:
+            raise ChannelError(f"this client belongs to process {self._pid}: connect() anew after a fork")
+        if self not in _open:
+            raise ChannelError("the client is closed")
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Client {self.name!r} of instance {self.instance!r}, arena {self.arena.nbytes} bytes>"
+
+
+def _choose(lane: str, doorbell: str) -> tuple[Lane, Doorbell]:
+    """Lane and doorbell to ask for."""
+    if lane not in ("auto", "shm", "zmq"):
+        raise BadInput(f"lane {lane!r} is not known; there are: auto, shm, zmq")
+    if doorbell not in ("auto", "sem", "poll"):
+        raise BadInput(f"doorbell {doorbell!r} is not known; there are: auto, sem, poll")
+    if lane == "zmq" or (lane == "auto" and not shm_lane_supported()):
+        if doorbell != "auto":
+            raise BadInput(f"doorbell {doorbell!r} belongs to lane shm; lane zmq has its socket")
+        return Lane.ZMQ, Doorbell.SOCKET
+    if not shm_lane_supported():
+        raise BadInput("lane shm needs x86-64, where plain stores are seen in order: use lane zmq")
+    return Lane.SHM, Doorbell.SEM if doorbell == "auto" else Doorbell(doorbell)
+
+
+def _reserving_seconds(geometry: Geometry) -> float:
+    """How long making a segment may take: every page is zeroed, at 1 GiB/s or better, on top of the usual patience."""
+    return 5.0 + geometry.total_bytes / 2**30
+
+
+def _close_all() -> None:
+    for client in list(_open):
+        try:
+            client.close()
+        except (ShmBrokerError, OSError) as error:
+            log.debug("closing at exit: %s", error)
+
+
+atexit.register(_close_all)

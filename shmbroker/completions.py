@@ -1,0 +1,171 @@
+"""Waiting for completions: several threads may wait, one of them reads for all.
+
+C1  One thread at a time, the leader, takes completions and blocks on the doorbell; the others wait for a word from it.
+C2  A leader whose own call is done hands the lead to one that still waits.
+C3  Nobody waits for longer than ``RECHECK_SECONDS`` at once, and after each such wait the peers' lives and the deadlines are looked at.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from shmbroker.lane.doorbell import RECHECK_SECONDS
+
+
+class Waitable(Protocol):
+    """A call that is waited for."""
+
+    done: bool
+    wake: threading.Lock | None
+
+
+class Source(Protocol):
+    """Where completions come from: a channel."""
+
+    def drain(self) -> int:
+        """Take all completions there are, finish their calls, and return how many."""
+
+    def has_frames(self) -> bool:
+        """Whether a completion is there to be taken."""
+
+    def check_peer(self) -> None:
+        """Fail all outstanding calls when the peer is dead."""
+
+
+class CompletionLoop:
+    """The waiters on one doorbell. ``block(ready, seconds)`` blocks until ``ready()``, at most so long."""
+
+    def __init__(self, block: Callable[[Callable[[], bool], float], bool]) -> None:
+        self._block = block
+        self._sources: list[Source] = []
+        self._leader = threading.Lock()
+        self._followers: list[Waitable] = []
+        self._watched: queue.SimpleQueue[Waitable | None] = queue.SimpleQueue()
+        self._watcher: threading.Thread | None = None
+        self._watcher_lock = threading.Lock()
+
+    def add(self, source: Source) -> None:
+        """Take completions from ``source`` too."""
+        self._sources = [*self._sources, source]
+
+    def remove(self, source: Source) -> None:
+        """No longer; when this returns, no thread reads from ``source``."""
+        with self._leader:
+            self._sources = [other for other in self._sources if other is not source]
+        self._hand_over()
+
+    def check_peers(self) -> None:
+        """Look at all peers' lives now, rather than after the next wait."""
+        with self._leader:
+            self._check_peers()
+        self._hand_over()
+
+    def wait(self, call: Waitable, deadline: float | None) -> bool:
+        """Wait until ``call`` is done, at most until ``deadline`` (monotonic seconds); returns whether it is."""
+        while not call.done:
+            if deadline is not None and time.monotonic() >= deadline:
+                return self._last_look(call)
+            if self._leader.acquire(blocking=False):
+                try:
+                    self._lead(call, deadline)
+                finally:
+                    self._leader.release()
+                    self._hand_over()
+            else:
+                self._follow(call, deadline)
+        return True
+
+    def wait_any(self, seconds: float) -> None:
+        """Take what there is, or wait for one completion: for a caller that needs a free slot rather than a certain call."""
+        if self._leader.acquire(timeout=min(seconds, RECHECK_SECONDS)):
+            try:
+                if not self._drain():
+                    self._block(self._ready, min(seconds, RECHECK_SECONDS))
+                    self._drain()
+                    self._check_peers()
+            finally:
+                self._leader.release()
+                self._hand_over()
+
+    def _last_look(self, call: Waitable) -> bool:
+        if self._leader.acquire(blocking=False):
+            try:
+                self._drain()
+            finally:
+                self._leader.release()
+                self._hand_over()
+        return call.done
+
+    def _lead(self, call: Waitable, deadline: float | None) -> None:
+        while True:
+            self._drain()
+            if call.done:
+                return
+            left = RECHECK_SECONDS if deadline is None else deadline - time.monotonic()
+            if left <= 0:
+                return
+            if not self._block(self._ready, min(left, RECHECK_SECONDS)):
+                self._check_peers()
+
+    def _follow(self, call: Waitable, deadline: float | None) -> None:
+        wake = threading.Lock()
+        wake.acquire()
+        call.wake = wake
+        self._followers.append(call)
+        try:
+            # The leader may have finished the call, or left, before it could see this follower.
+            if not call.done and self._leader.locked():
+                left = RECHECK_SECONDS if deadline is None else min(RECHECK_SECONDS, max(0.0, deadline - time.monotonic()))
+                wake.acquire(timeout=left)
+        finally:
+            self._followers.remove(call)
+            call.wake = None
+
+    def _hand_over(self) -> None:
+        for call in self._followers:
+            wake = call.wake
+            if not call.done and wake is not None:
+                release_waiter(wake)
+                return
+
+    def _drain(self) -> int:
+        return sum([source.drain() for source in self._sources])
+
+    def _ready(self) -> bool:
+        return any([source.has_frames() for source in self._sources])
+
+    def _check_peers(self) -> None:
+        for source in self._sources:
+            source.check_peer()
+
+    # --- calls that no thread waits for ---------------------------------------------------------------------------------------------
+
+    def watch(self, call: Waitable) -> None:
+        """Have ``call`` completed in the background: for futures with callbacks, which nobody need wait for."""
+        with self._watcher_lock:
+            if self._watcher is None:
+                self._watcher = threading.Thread(target=self._watch, name="shmbroker-completions", daemon=True)
+                self._watcher.start()
+        self._watched.put(call)
+
+    def _watch(self) -> None:
+        while (call := self._watched.get()) is not None:
+            self.wait(call, None)
+
+    def close(self) -> None:
+        """End the background thread, once the calls it watches are done."""
+        if self._watcher is not None:
+            self._watched.put(None)
+            self._watcher.join()
+
+
+def release_waiter(wake: threading.Lock) -> None:
+    """Let a follower look again; harmless when somebody was faster."""
+    try:
+        wake.release()
+    except RuntimeError:
+        pass

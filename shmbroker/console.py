@@ -1,0 +1,38 @@
+"""What all console scripts share: the log's form, and errors as one line instead of a traceback."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+
+import click
+
+from shmbroker.errors import ShmBrokerError
+
+LEVELS = ("debug", "info", "warning", "error")
+
+
+def set_up_logging(level: str) -> None:
+    """Log to standard error, one line an event."""
+    logging.basicConfig(level=level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
+
+
+def run(command: Callable[..., object]) -> None:
+    """Run a click command; errors of ours become one line on standard error and exit status 1. Tracebacks need ``--log-level debug``."""
+    try:
+        command(standalone_mode=False)
+    except click.exceptions.Exit as end:
+        sys.exit(end.exit_code)
+    except click.Abort:
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except ShmBrokerError as error:
+        if logging.getLogger().isEnabledFor(logging.DEBUG):
+            raise
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,61 @@
+"""Where the broker of an instance listens, and who may reach it."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from shmbroker.errors import BadInput
+
+SYSTEM_DIR = Path("/run/shmbroker")
+"""Made by systemd (``RuntimeDirectory=``) or by a broker that runs as root."""
+
+MAX_PATH_BYTES = 100
+"""Of a unix socket: the kernel takes 108 with the final zero, and ZeroMQ wants some."""
+
+
+def runtime_dir() -> Path:
+    """The folder of the sockets: ``$SHMBROKER_RUNTIME_DIR``, else ``/run/shmbroker`` where it can be used, else the user's own."""
+    told = os.environ.get("SHMBROKER_RUNTIME_DIR")
+    if told:
+        return Path(told)
+    if os.geteuid() == 0 or os.access(SYSTEM_DIR, os.R_OK | os.X_OK):
+        return SYSTEM_DIR
+    user = os.environ.get("XDG_RUNTIME_DIR")
+    if user and os.access(user, os.W_OK):
+        return Path(user) / "shmbroker"
+    return Path(f"/tmp/shmbroker-{os.geteuid()}")
+
+
+def make_private_dir(path: Path, mode: int, gid: int = -1) -> None:
+    """Make the folder, or check that the one there is ours and that others cannot write in it."""
+    path.mkdir(mode=mode, parents=True, exist_ok=True)
+    found = path.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+        raise BadInput(f"{path} belongs to user {found.st_uid}, not to {os.geteuid()}: set SHMBROKER_RUNTIME_DIR to a folder of your own")
+    os.chmod(path, mode)
+    if gid >= 0:
+        os.chown(path, -1, gid)
+
+
+def socket_path(instance: str) -> Path:
+    """Of the broker's control socket."""
+    return runtime_dir() / f"{instance}.sock"
+
+
+def broker_endpoint(instance: str) -> str:
+    """ZeroMQ endpoint of the broker of ``instance``."""
+    return ipc_endpoint(socket_path(instance))
+
+
+def ipc_endpoint(path: Path) -> str:
+    """ZeroMQ endpoint of a unix socket."""
+    if len(os.fsencode(path)) > MAX_PATH_BYTES:
+        raise BadInput(f"{path} is too long for a unix socket ({MAX_PATH_BYTES} bytes at most): set SHMBROKER_RUNTIME_DIR to a shorter one")
+    return f"ipc://{path}"
+
+
+def transport_of(endpoint: str) -> str:
+    """``ipc`` or ``tcp``."""
+    return endpoint.partition("://")[0]

@@ -1,0 +1,60 @@
+"""Whether a process lives, told by the kernel (pidfd) and not by its silence."""
+
+from __future__ import annotations
+
+import os
+import select
+from pathlib import Path
+
+from shmbroker.control.messages import ProcessId
+
+_START_TIME_FIELD = 19
+"""Of ``/proc/PID/stat``, counted after the command's closing bracket (proc(5), field 22)."""
+
+
+def _start_time(pid: int) -> int:
+    stat = Path(f"/proc/{pid}/stat").read_bytes()
+    return int(stat[stat.rindex(b")") + 2 :].split()[_START_TIME_FIELD])
+
+
+def _namespace() -> int:
+    return os.stat("/proc/self/ns/pid").st_ino
+
+
+def this_process() -> ProcessId:
+    """The caller's own identity, to be told to others."""
+    return ProcessId(os.getpid(), _start_time(os.getpid()), _namespace())
+
+
+class Watch:
+    """Watches one process. ``fd`` becomes readable when it ends; -1 when the process cannot be watched from here."""
+
+    __slots__ = ("_dead", "_poll", "fd")
+
+    def __init__(self, process: ProcessId) -> None:
+        self.fd = -1
+        self._dead = False
+        self._poll = select.poll()
+        if process.namespace != _namespace():
+            return  # its pid means nothing here: left to the broker's heartbeats
+        try:
+            self.fd = os.pidfd_open(process.pid)
+            if _start_time(process.pid) != process.start_time:
+                raise ProcessLookupError
+            self._poll.register(self.fd, select.POLLIN)
+        except (ProcessLookupError, FileNotFoundError):
+            self._dead = True
+        except OSError:
+            self.close()  # no pidfd on this kernel or in this sandbox
+
+    def alive(self) -> bool:
+        """False once the process has ended; True while it lives or cannot be watched."""
+        if not self._dead and self.fd >= 0 and self._poll.poll(0):
+            self._dead = True
+        return not self._dead
+
+    def close(self) -> None:
+        """Stop watching."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)

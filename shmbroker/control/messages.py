@@ -1,0 +1,346 @@
+"""The control protocol: typed messages, msgpack on the wire, one version number for all of them.
+
+Who asks whom::
+
+    client, worker -> broker   Hello, Heartbeat, Goodbye, MakeSegment, MakeBell, FindService, GetStatus
+    broker -> worker, client   PeerGone
+    client -> worker           OpenChannel, CloseChannel, Bind, AskOutSpec
+
+Every request is answered once, by its answer or by ``Refused``; heartbeats and PeerGone are not answered.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from shmbroker.errors import ProtocolMismatch
+
+PROTOCOL_VERSION = 1
+
+MAX_MESSAGE_BYTES = 1 << 20
+"""No control message comes near this; a longer one is refused before it is read."""
+
+
+class Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """Base of all messages; the tag on the wire is the class's name."""
+
+
+class ProcessId(msgspec.Struct, frozen=True):
+    """A process for good: a pid alone may be given again."""
+
+    pid: int
+    start_time: int
+    """Clock ticks after boot (``/proc/PID/stat``)."""
+    namespace: int
+    """Inode of the pid namespace: in another one, pids mean other processes."""
+
+
+class ChannelInfo(msgspec.Struct, frozen=True):
+    """An open channel, as its client sees it."""
+
+    service: str
+    worker: str
+    lane: str
+    doorbell: str
+    control: str
+    """Transport of the control channel: ipc or tcp."""
+    calls: int = 0
+    bytes_out: int = 0
+    bytes_in: int = 0
+    socket_bytes: int = 0
+
+
+class ArenaInfo(msgspec.Struct, frozen=True):
+    """Occupancy of an arena, bytes."""
+
+    total_bytes: int
+    held_bytes: int
+    largest_free_bytes: int
+    blocks: int
+
+
+class PeerStats(msgspec.Struct, frozen=True):
+    """What a process tells of itself with every heartbeat."""
+
+    calls: int = 0
+    errors: int = 0
+    channels: tuple[ChannelInfo, ...] = ()
+    arena: ArenaInfo | None = None
+
+
+class Hello(Message):
+    """I am here. Sent at start and whenever the broker is a new one; lists all that the broker must know to adopt the sender."""
+
+    role: str
+    """client or worker."""
+    peer: str
+    """The sender's id."""
+    process: ProcessId
+    name: str
+    version: str
+    services: tuple[str, ...] = ()
+    endpoint: str = ""
+    """Where a worker takes control requests of clients."""
+    device: str = ""
+    segment: str = ""
+
+
+class Welcome(Message):
+    """Answer to Hello. ``epoch`` is another for another broker process."""
+
+    broker: str
+    epoch: str
+    version: str
+
+
+class Heartbeat(Message):
+    """I still am."""
+
+    peer: str
+    stats: PeerStats
+
+
+class HeartbeatSeen(Message):
+    """Answer to Heartbeat; a peer that meets a foreign epoch, or is not ``known``, says Hello again."""
+
+    epoch: str
+    known: bool
+
+
+class Goodbye(Message):
+    """I am leaving in good order."""
+
+    peer: str
+
+
+class MakeSegment(Message):
+    """Make a segment for me."""
+
+    peer: str
+    pid: int
+    arena_bytes: int
+    channel_count: int
+    depth: int
+
+
+class MakeBell(Message):
+    """Make a semaphore for me to sleep on."""
+
+    peer: str
+
+
+class Made(Message):
+    """The object's POSIX name; the broker holds it until the peer says Hello."""
+
+    name: str
+
+
+class FindService(Message):
+    """Who offers this service?"""
+
+    service: str
+
+
+class WorkerInfo(msgspec.Struct, frozen=True):
+    """A worker, as the broker introduces it."""
+
+    peer: str
+    name: str
+    process: ProcessId
+    endpoint: str
+    device: str
+
+
+class Found(Message):
+    """Workers that offer the service, longest registered first; and all services there are."""
+
+    workers: tuple[WorkerInfo, ...]
+    services: tuple[str, ...]
+
+
+class GetStatus(Message):
+    """Tell me everything."""
+
+
+class PeerStatus(msgspec.Struct, frozen=True):
+    """One process that the broker knows."""
+
+    role: str
+    peer: str
+    name: str
+    pid: int
+    services: tuple[str, ...]
+    device: str
+    segment: str
+    segment_bytes: int
+    age_seconds: float
+    silent_seconds: float
+    """Since its last heartbeat."""
+    stats: PeerStats
+
+
+class StatusReport(Message):
+    """All that the broker knows."""
+
+    instance: str
+    endpoint: str
+    pid: int
+    version: str
+    uptime_seconds: float
+    shm_free_bytes: int
+    peers: tuple[PeerStatus, ...]
+
+
+class PeerGone(Message):
+    """Broker to everyone: this process is gone, and what was its own is reaped."""
+
+    peer: str
+
+
+class OpenChannel(Message):
+    """Map my segment and serve channel area ``index`` of it."""
+
+    client: str
+    client_name: str
+    process: ProcessId
+    segment: str
+    index: int
+    service: str
+    lane: str
+    doorbell: str
+    bell: str
+
+
+class ChannelOpened(Message):
+    """Answer to OpenChannel: lane and doorbell as agreed, and what the client needs to use them."""
+
+    channel: int
+    lane: str
+    doorbell: str
+    bell: str
+    endpoint: str
+    token: bytes
+    ops: tuple[str, ...]
+
+
+class CloseChannel(Message):
+    """I have no more calls on this channel."""
+
+    channel: int
+
+
+class Done(Message):
+    """It is done."""
+
+
+class Bind(Message):
+    """Give op ``op`` with these static arguments a number."""
+
+    channel: int
+    op: str
+    static: dict[str, Any]
+
+
+class Bound(Message):
+    """Answer to Bind. Without an ``out_spec`` of its own, the client asks for the outputs' shapes."""
+
+    op_id: int
+    has_out_spec: bool
+
+
+class SpecInfo(msgspec.Struct, frozen=True):
+    """Shape and dtype of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class AskOutSpec(Message):
+    """What are the outputs of this bound op, given such inputs?"""
+
+    channel: int
+    op_id: int
+    inputs: tuple[SpecInfo, ...]
+
+
+class OutSpecs(Message):
+    """Answer to AskOutSpec. ``single``: the op returns one tensor rather than a sequence."""
+
+    outputs: tuple[SpecInfo, ...]
+    single: bool
+
+
+class Refused(Message):
+    """The request could not be done: the error's type and text."""
+
+    type_name: str
+    text: str
+
+
+AnyMessage = (
+    Hello
+    | Welcome
+    | Heartbeat
+    | HeartbeatSeen
+    | Goodbye
+    | MakeSegment
+    | MakeBell
+    | Made
+    | FindService
+    | Found
+    | GetStatus
+    | StatusReport
+    | PeerGone
+    | OpenChannel
+    | ChannelOpened
+    | CloseChannel
+    | Done
+    | Bind
+    | Bound
+    | AskOutSpec
+    | OutSpecs
+    | Refused
+)
+
+
+class Envelope(msgspec.Struct, frozen=True, array_like=True):
+    """What travels: protocol version and number of the request, then the message, decoded only once the version is known."""
+
+    version: int
+    request: int
+    body: msgspec.Raw
+
+
+_encoder = msgspec.msgpack.Encoder()
+_envelope_decoder = msgspec.msgpack.Decoder(Envelope)
+_body_decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)
+
+
+def encode(message: Message, request: int = 0) -> bytes:
+    """The bytes of one message."""
+    return _encoder.encode(Envelope(PROTOCOL_VERSION, request, msgspec.Raw(_encoder.encode(message))))
+
+
+def open_envelope(data: bytes) -> Envelope:
+    """The envelope alone, of whatever version. Raises ValueError for what is no control message at all."""
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise ValueError(f"a control message of {len(data)} bytes; at most {MAX_MESSAGE_BYTES}")
+    try:
+        return _envelope_decoder.decode(data)
+    except msgspec.DecodeError as error:
+        raise ValueError(f"not a control message: {error}") from None
+
+
+def read_body(envelope: Envelope) -> AnyMessage:
+    """The message in an envelope. Raises :class:`ProtocolMismatch` for another version, ValueError for an unreadable message."""
+    if envelope.version != PROTOCOL_VERSION:
+        raise ProtocolMismatch(
+            f"the peer speaks version {envelope.version} of the control protocol, this program version {PROTOCOL_VERSION}: run the same "
+            "release of shmbroker at both ends"
+        )
+    try:
+        return _body_decoder.decode(envelope.body)
+    except msgspec.DecodeError as error:
+        raise ValueError(f"a control message that cannot be read: {error}") from None

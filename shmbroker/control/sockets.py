@@ -1,0 +1,124 @@
+"""The sockets that carry control messages: one that asks, one that answers."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import zmq
+
+from shmbroker.control.messages import AnyMessage, Message, Refused, encode, open_envelope, read_body
+from shmbroker import errors
+from shmbroker.errors import PeerRefused, ProtocolMismatch, ShmBrokerError
+
+log = logging.getLogger(__name__)
+
+Answer = TypeVar("Answer", bound=Message)
+
+DEFAULT_REQUEST_SECONDS = 10.0
+"""How long a request may take; a bind may load something, everything else takes a millisecond."""
+
+
+class Requester:
+    """Asks one peer, one request at a time. Used by one thread at a time."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> None:
+        self.endpoint = endpoint
+        self._context = context
+        self._numbers = itertools.count(1)
+        self._socket = self._connect()
+
+    def _connect(self) -> zmq.Socket[bytes]:
+        socket = self._context.socket(zmq.DEALER)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.connect(self.endpoint)
+        return socket
+
+    def ask(self, message: Message, answer: type[Answer], timeout: float = DEFAULT_REQUEST_SECONDS) -> Answer:
+        """Send ``message`` and wait for its answer, ``timeout`` seconds at most.
+
+        Raises TimeoutError when none comes, :class:`PeerRefused` with the peer's error, :class:`ProtocolMismatch`.
+        """
+        number = next(self._numbers)
+        self._socket.send(encode(message, number))
+        until = time.monotonic() + timeout
+        while (left := until - time.monotonic()) > 0:
+            if not self._socket.poll(max(1, int(left * 1000))):
+                break
+            try:
+                envelope = open_envelope(self._socket.recv())
+                if envelope.request != number:
+                    continue  # the answer to a request that was given up
+                body = read_body(envelope)
+            except ValueError as error:
+                log.warning("%s sent something else than a control message: %s", self.endpoint, error)
+                continue
+            if isinstance(body, Refused):
+                raise _error_named(body)
+            if isinstance(body, answer):
+                return body
+            raise ProtocolMismatch(f"{self.endpoint} answered {type(message).__name__} with {type(body).__name__}")
+        # A message that waits in a dead peer's pipe must not reach the next one that binds the endpoint.
+        self._socket.close()
+        self._socket = self._connect()
+        raise TimeoutError(f"{self.endpoint} did not answer {type(message).__name__} within {timeout:g} s")
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._socket.close()
+
+
+def _error_named(refused: Refused) -> ShmBrokerError:
+    """The error that the peer raised, where it is one of ours; else :class:`PeerRefused` with its type and text."""
+    kind = getattr(errors, refused.type_name, None)
+    if isinstance(kind, type) and issubclass(kind, ShmBrokerError):
+        return kind(refused.text)
+    return PeerRefused(f"{refused.type_name}: {refused.text}")
+
+
+class Responder:
+    """Answers whoever asks. Used by one thread."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> None:
+        self.socket = context.socket(zmq.ROUTER)
+        self.socket.setsockopt(zmq.LINGER, 100)  # milliseconds: the last answer of a process that ends still goes out
+        self.socket.setsockopt(zmq.MAXMSGSIZE, 2 << 20)
+        self.socket.bind(endpoint)
+        self.endpoint: str = self.socket.getsockopt(zmq.LAST_ENDPOINT).decode()
+
+    def answer_waiting(self, handle: Callable[[bytes, AnyMessage], Message | None]) -> None:
+        """Hand every message that has come to ``handle(sender, message)`` and send back what it returns, or its error as Refused."""
+        while True:
+            try:
+                parts = self.socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            if len(parts) != 2:
+                continue
+            sender, data = parts
+            request = 0
+            try:
+                envelope = open_envelope(data)
+                request = envelope.request
+                reply = handle(sender, read_body(envelope))
+            except (ShmBrokerError, ValueError) as error:
+                reply = Refused(type(error).__name__, str(error))
+            except Exception as error:  # a peer's odd request must not end the process that serves the others
+                log.exception("control request failed")
+                reply = Refused(type(error).__name__, str(error))
+            if reply is not None:
+                self.send(sender, reply, request)
+
+    def send(self, receiver: bytes, message: Message, request: int = 0) -> None:
+        """Send a message to a peer that has written before; dropped when it is gone."""
+        try:
+            self.socket.send_multipart([receiver, encode(message, request)], zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            log.debug("a message was dropped: %s", error)
+
+    def close(self) -> None:
+        """Close the socket."""
+        self.socket.close()

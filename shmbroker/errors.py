@@ -1,0 +1,82 @@
+"""Every error that shmbroker raises on purpose. A leaf: imports nothing of ours, and any part may import it.
+
+Each message says what happened, with the figures, and what to do next.
+"""
+
+from __future__ import annotations
+
+
+class ShmBrokerError(Exception):
+    """Base of all errors below: catch this to catch whatever shmbroker itself has to complain of."""
+
+
+class BadInput(ShmBrokerError, ValueError):
+    """An argument that cannot be used: an unknown dtype, too many tensors, a name with odd characters."""
+
+
+class ArenaFull(ShmBrokerError, MemoryError):
+    """No room for a block was released before the deadline. The message names the oldest holders."""
+
+
+class ArenaTooSmall(ArenaFull):
+    """A block larger than the whole arena was asked for: waiting could not help. Says how large it must be."""
+
+
+class SharedMemoryFull(ShmBrokerError, OSError):
+    """The shared-memory file system has less room than a segment needs."""
+
+
+class SegmentError(ShmBrokerError):
+    """A segment cannot be used: gone, still being made, of another layout version, or not one of ours."""
+
+
+class BrokerUnreachable(ShmBrokerError, ConnectionError):
+    """No broker answered on this instance."""
+
+
+class InstanceInUse(ShmBrokerError):
+    """Another broker already serves this instance."""
+
+
+class NoSuchService(ShmBrokerError, LookupError):
+    """No worker offers the service that a channel was asked for."""
+
+
+class ProtocolMismatch(ShmBrokerError):
+    """The peer speaks another version of the control protocol or of the memory layout."""
+
+
+class PeerRefused(ShmBrokerError):
+    """A peer answered a control request with an error of its own; the text is the peer's."""
+
+
+class ChannelError(ShmBrokerError):
+    """A channel that cannot be opened or that was closed."""
+
+
+class WorkerLost(ChannelError, ConnectionError):
+    """The worker died or went away while calls were outstanding or before one was sent."""
+
+
+class CallError(ShmBrokerError):
+    """A call that did not succeed."""
+
+
+class RemoteOpError(CallError):
+    """The op raised on the worker. ``type_name`` is the worker's exception type, the message is its text."""
+
+    def __init__(self, message: str, type_name: str = "") -> None:
+        super().__init__(message)
+        self.type_name = type_name
+
+
+class BadFrame(CallError):
+    """A frame that the reader rejects: an offset outside the segment, a dtype it does not know, ..."""
+
+
+class CallTimeout(CallError, TimeoutError):
+    """No completion came before the deadline. The blocks of the call stay held until the worker is done."""
+
+
+class WorkerDraining(CallError):
+    """The worker is shutting down and takes no new calls."""

@@ -1,0 +1,154 @@
+"""Doorbells: how a process that waits for frames is woken.
+
+Every process sleeps on one bell, whatever it waits for; whoever writes it a frame rings. Only a sleeper is rung for::
+
+    sleeper   sleeping = 1; fence; look again; block; sleeping = 0
+    writer    publish;      fence; if sleeping: ring
+
+D1  Between its word and its look (or its frame and its look at the word) each side has a full fence, so at least one sees the other.
+D2  A ring is a hint: after every wake-up all state is read again.
+D3  No wait lasts longer than ``RECHECK_SECONDS`` before the state and the peer's liveness are looked at again.
+"""
+
+from __future__ import annotations
+
+import platform
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import posix_ipc
+
+from shmbroker.lane.kinds import Doorbell
+
+RECHECK_SECONDS = 0.1
+"""D3. Bounds what a lost ring or a dead peer can cost."""
+
+DEFAULT_SPIN_SECONDS = 50e-6
+"""How long to look before blocking: about what blocking and being woken costs (46 us on the reference machine)."""
+
+_POLL_FIRST_SECONDS = 20e-6
+_POLL_LAST_SECONDS = 1e-3
+"""Back-off of the polling doorbell: 1 ms costs an idle waiter well under 1 % of a CPU."""
+
+_fence_lock = threading.Lock()
+
+
+def fence() -> None:
+    """A full memory barrier: taking a lock is a locked instruction, which orders an earlier store before a later load on x86-64."""
+    _fence_lock.acquire()
+    _fence_lock.release()
+
+
+def shm_lane_supported() -> bool:
+    """Whether plain stores from Python are ordered here as the queues need it (x86-64)."""
+    return platform.machine() in ("x86_64", "AMD64")
+
+
+class Bell(Protocol):
+    """What a process sleeps on."""
+
+    kind: Doorbell
+
+    def wait(self, seconds: float) -> None:
+        """Block until rung, for ``seconds`` at most. May return early at any time (D2)."""
+
+    def ring(self) -> None:
+        """Wake the sleeper."""
+
+    def close(self) -> None:
+        """Give the bell up."""
+
+
+class SemaphoreBell:
+    """A named POSIX semaphore, made by the broker."""
+
+    __slots__ = ("_semaphore", "ring")
+
+    kind = Doorbell.SEM
+
+    def __init__(self, name: str) -> None:
+        self._semaphore = posix_ipc.Semaphore(name)
+        self.ring: Callable[[], None] = self._semaphore.release
+
+    def wait(self, seconds: float) -> None:
+        """Block until rung, for ``seconds`` at most."""
+        try:
+            self._semaphore.acquire(seconds)
+        except (posix_ipc.BusyError, posix_ipc.SignalError):
+            pass
+
+    def close(self) -> None:
+        """Give the semaphore up; its name stays."""
+        self._semaphore.close()
+
+
+class PollingBell:
+    """No bell: the sleeper naps, a little longer each time until :meth:`rested`."""
+
+    __slots__ = ("_nap",)
+
+    kind = Doorbell.POLL
+
+    def __init__(self) -> None:
+        self._nap = _POLL_FIRST_SECONDS
+
+    def wait(self, seconds: float) -> None:
+        """Nap."""
+        time.sleep(min(self._nap, seconds))
+        self._nap = min(self._nap * 2, _POLL_LAST_SECONDS)
+
+    def ring(self) -> None:
+        """Nobody hears; the sleeper looks by itself."""
+
+    def rested(self) -> None:
+        """Start over with short naps: something came."""
+        self._nap = _POLL_FIRST_SECONDS
+
+    def close(self) -> None:
+        """Nothing to give up."""
+
+
+class Waiter:
+    """Waits for frames: looks for ``spin_seconds``, then blocks on the process's bell."""
+
+    __slots__ = ("_bell", "spin_seconds")
+
+    def __init__(self, bell: SemaphoreBell | PollingBell, spin_seconds: float = DEFAULT_SPIN_SECONDS) -> None:
+        self._bell = bell
+        self.spin_seconds = spin_seconds
+
+    def wait(self, ready: Callable[[], bool], sleeping: Sequence[tuple[memoryview, int]], seconds: float) -> bool:
+        """Wait until ``ready()``, for ``min(seconds, RECHECK_SECONDS)`` at most; returns what ``ready()`` says in the end.
+
+        ``sleeping``: the words (memory, index) to set while blocked, one for each peer that may ring.
+        """
+        if ready():
+            return True
+        if self.spin_seconds > 0:
+            until = time.perf_counter() + min(self.spin_seconds, seconds)
+            while time.perf_counter() < until:
+                if ready():
+                    return True
+        bell = self._bell
+        if isinstance(bell, PollingBell):
+            until = time.monotonic() + min(seconds, RECHECK_SECONDS)
+            bell.rested()
+            while not ready():
+                left = until - time.monotonic()
+                if left <= 0:
+                    return False
+                bell.wait(left)
+            return True
+        for words, index in sleeping:
+            words[index] = 1
+        try:
+            fence()
+            if ready():
+                return True
+            bell.wait(min(seconds, RECHECK_SECONDS))
+        finally:
+            for words, index in sleeping:
+                words[index] = 0
+        return ready()

@@ -1,0 +1,288 @@
+"""Frames: how a call and its outcome are written, and how a reader checks what it cannot trust.
+
+F1  A reader copies a frame out of shared memory before it looks at it: the other side can change it meanwhile.
+F2  Nothing in a frame is believed before it was checked: counts, dtype, dimensions, strides' reach, bounds, alignment.
+F3  A tensor's form (dtype, shape, strides) is checked once and remembered by its bytes; offsets are checked in every frame.
+
+The structures are those of :mod:`shmbroker.memory.layout`; a test compares every offset used here with them.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from shmbroker.errors import BadFrame, BadInput
+from shmbroker.memory import layout
+from shmbroker.memory.spec import CODE_OF, DTYPE_OF, TensorSpec, extent_elements
+
+SUBMISSION_HEADER = struct.Struct("<QQIHHIIQQ16x")
+DESCRIPTOR = struct.Struct("<QQIBBBB8q8q")
+COMPLETION_HEADER = struct.Struct("<QQIHHIIQQ16x")
+SHAPE = struct.Struct("<Q8q")
+
+_HEADER_BYTES = SUBMISSION_HEADER.size
+_METADATA_OFFSET = layout.offset_of(layout.SubmissionFrame, "metadata")
+_BODY_OFFSET = layout.offset_of(layout.CompletionFrame, "body")
+_FORM_OFFSET = layout.offset_of(layout.TensorDescriptor, "dtype")
+
+# Indices of the 64-bit words of a frame.
+SEQUENCE_WORD = 0
+CALL_ID_WORD = 1
+_DEADLINE_WORD = layout.offset_of(layout.SubmissionFrame, "deadline_ns") // 8
+_SUBMITTED_WORD = layout.offset_of(layout.SubmissionFrame, "submitted_ns") // 8
+_FIRST_TENSOR_WORD = layout.offset_of(layout.SubmissionFrame, "tensors") // 8
+_TENSOR_WORDS = DESCRIPTOR.size // 8
+_GENERATION_WORD = layout.offset_of(layout.TensorDescriptor, "generation") // 8
+
+_KNOWN_FORMS = 4096
+"""Forms remembered; a process whose peer sends ever new ones starts over rather than growing."""
+
+_UINT64_MAX = (1 << 64) - 1
+
+
+class Slot(NamedTuple):
+    """Where a frame is written: the same memory as bytes and as native 64-bit words."""
+
+    bytes: memoryview
+    words: memoryview
+
+
+def private_slot(nbytes: int) -> Slot:
+    """A slot in private memory, for the lane that sends frames as messages."""
+    memory = memoryview(bytearray(nbytes))
+    return Slot(memory, memory.cast("Q"))
+
+
+class FrameTemplate:
+    """A submission whose tensors' forms are known: all is packed beforehand but ids, times, offsets and generations."""
+
+    __slots__ = ("_kinds", "_packed", "nbytes", "tensor_count")
+
+    def __init__(
+        self,
+        op_id: int,
+        inputs: Sequence[tuple[TensorSpec, tuple[int, ...]]],
+        outputs: Sequence[tuple[TensorSpec, tuple[int, ...]]],
+        metadata: bytes = b"",
+    ) -> None:
+        """``inputs`` and ``outputs`` as pairs of spec and strides (elements). Raises :class:`BadInput` for what no frame can carry."""
+        tensors = [*inputs, *outputs]
+        if len(tensors) > layout.MAX_TENSORS:
+            raise BadInput(f"{len(tensors)} tensors in one call (inputs and outputs); a frame carries at most {layout.MAX_TENSORS}")
+        if len(metadata) > layout.METADATA_BYTES:
+            raise BadInput(f"{len(metadata)} bytes of per-call arguments; a frame carries at most {layout.METADATA_BYTES}: bind them instead")
+        frame = bytearray(layout.SUBMISSION_SLOT_BYTES)
+        SUBMISSION_HEADER.pack_into(frame, 0, 0, 0, op_id, len(inputs), len(outputs), 0, len(metadata), 0, 0)
+        kinds = []
+        at = _HEADER_BYTES
+        for spec, strides in tensors:
+            pad = (0,) * (layout.MAX_DIMS - len(spec.shape))
+            code = int(CODE_OF[spec.dtype])
+            DESCRIPTOR.pack_into(
+                frame, at, 0, spec.nbytes, 0, code, len(spec.shape), layout.Space.SEGMENT, 0, *spec.shape, *pad, *strides, *pad
+            )
+            word = at // 8 + _GENERATION_WORD
+            kinds.append((at // 8, word, code << 32 | len(spec.shape) << 40 | layout.Space.SEGMENT << 48))
+            at += DESCRIPTOR.size
+        self.nbytes = at
+        if metadata:
+            frame[_METADATA_OFFSET : _METADATA_OFFSET + len(metadata)] = metadata
+            self.nbytes = layout.SUBMISSION_SLOT_BYTES
+        self.tensor_count = len(tensors)
+        self._packed = bytes(frame[8 : self.nbytes])
+        self._kinds = tuple(kinds)
+
+    def write(self, slot: Slot, call_id: int, deadline_ns: int, submitted_ns: int, places: Sequence[tuple[int, int]]) -> None:
+        """Fill ``slot`` with everything but the sequence number. ``places``: offset and generation of each tensor, inputs first."""
+        slot.bytes[8 : self.nbytes] = self._packed
+        words = slot.words
+        words[CALL_ID_WORD] = call_id
+        words[_DEADLINE_WORD] = deadline_ns
+        words[_SUBMITTED_WORD] = submitted_ns
+        for (offset_word, generation_word, kind), (offset, generation) in zip(self._kinds, places, strict=True):
+            words[offset_word] = offset
+            words[generation_word] = kind | generation
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Form:
+    """A checked dtype, shape and strides; ``extent_bytes`` is how far the elements reach from the first one.
+
+    Compared by identity: a reader makes one for each form that it meets.
+    """
+
+    spec: TensorSpec
+    strides: tuple[int, ...]
+    nbytes: int
+    extent_bytes: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the elements."""
+        return self.spec.dtype
+
+
+class Descriptor(NamedTuple):
+    """A checked tensor of a frame: where its first element lies, and its form."""
+
+    offset: int
+    generation: int
+    form: Form
+
+
+class Submission(NamedTuple):
+    """A checked call."""
+
+    call_id: int
+    op_id: int
+    deadline_ns: int
+    submitted_ns: int
+    inputs: tuple[Descriptor, ...]
+    outputs: tuple[Descriptor, ...]
+    metadata: bytes
+
+
+class SubmissionReader:
+    """Checks and reads frames whose tensors must lie in ``[first_byte, end_byte)`` of a segment."""
+
+    __slots__ = ("_end", "_first", "_forms")
+
+    def __init__(self, first_byte: int, end_byte: int) -> None:
+        self._first = first_byte
+        self._end = end_byte
+        self._forms: dict[bytes, Form] = {}
+
+    def read(self, frame: bytes) -> Submission:
+        """The call in ``frame``, a private copy (F1). Raises :class:`BadFrame` that says what is wrong with it."""
+        if len(frame) < _HEADER_BYTES:
+            raise BadFrame(f"a frame of {len(frame)} bytes is shorter than its header of {_HEADER_BYTES}")
+        (_, call_id, op_id, input_count, output_count, flags, metadata_bytes, deadline_ns, submitted_ns) = (
+            SUBMISSION_HEADER.unpack_from(frame)
+        )
+        count = input_count + output_count
+        if flags:
+            raise BadFrame(f"flags {flags:#x} are not known")
+        if count > layout.MAX_TENSORS:
+            raise BadFrame(f"{input_count} inputs and {output_count} outputs; a frame carries at most {layout.MAX_TENSORS} tensors")
+        if metadata_bytes > layout.METADATA_BYTES:
+            raise BadFrame(f"{metadata_bytes} bytes of metadata; a frame carries at most {layout.METADATA_BYTES}")
+        needed = layout.SUBMISSION_SLOT_BYTES if metadata_bytes else _HEADER_BYTES + count * DESCRIPTOR.size
+        if len(frame) < needed:
+            raise BadFrame(f"a frame of {len(frame)} bytes ends before its last tensor at {needed}")
+        tensors = tuple([self._descriptor(frame, _HEADER_BYTES + i * DESCRIPTOR.size, i) for i in range(count)])
+        metadata = frame[_METADATA_OFFSET : _METADATA_OFFSET + metadata_bytes] if metadata_bytes else b""
+        return Submission(call_id, op_id, deadline_ns, submitted_ns, tensors[:input_count], tensors[input_count:], metadata)
+
+    def _descriptor(self, frame: bytes, at: int, index: int) -> Descriptor:
+        form = self._forms.get(frame[at + _FORM_OFFSET : at + DESCRIPTOR.size])
+        offset, nbytes, generation = _PLACE.unpack_from(frame, at)
+        if form is None:
+            form = self._check_form(frame, at, index)
+        if nbytes != form.nbytes:
+            raise BadFrame(f"tensor {index} ({form.spec}) says {nbytes} bytes; its shape makes {form.nbytes}")
+        if offset < self._first or offset + form.extent_bytes > self._end:
+            raise BadFrame(
+                f"tensor {index} ({form.spec}) at {offset} reaches over {form.extent_bytes} bytes, outside the arena "
+                f"[{self._first}, {self._end})"
+            )
+        if offset % form.spec.dtype.itemsize:
+            raise BadFrame(f"tensor {index} ({form.spec}) at {offset} is not aligned to its elements")
+        return Descriptor(offset, generation, form)
+
+    def _check_form(self, frame: bytes, at: int, index: int) -> Form:
+        (_, _, _, code, ndim, space, flags, *dims) = DESCRIPTOR.unpack_from(frame, at)
+        dtype = DTYPE_OF.get(code)
+        if dtype is None:
+            raise BadFrame(f"tensor {index} has dtype code {code}, which is not known")
+        if space != layout.Space.SEGMENT:
+            raise BadFrame(f"tensor {index} lies in space {space}, which is not known")
+        if flags:
+            raise BadFrame(f"tensor {index} has flags {flags:#x}, which are not known")
+        if ndim > layout.MAX_DIMS:
+            raise BadFrame(f"tensor {index} has {ndim} dimensions; at most {layout.MAX_DIMS}")
+        shape, strides = tuple(dims[:ndim]), tuple(dims[layout.MAX_DIMS : layout.MAX_DIMS + ndim])
+        if any(dims[ndim : layout.MAX_DIMS]) or any(dims[layout.MAX_DIMS + ndim :]):
+            raise BadFrame(f"tensor {index} has values in dimensions that it says it lacks")
+        if any(size < 0 for size in shape) or any(stride < 0 for stride in strides):
+            raise BadFrame(f"tensor {index} has a negative dimension or stride: shape {list(shape)}, strides {list(strides)}")
+        spec = TensorSpec(shape, dtype)
+        extent = extent_elements(shape, strides) * dtype.itemsize
+        if spec.nbytes > _UINT64_MAX or extent > self._end - self._first:
+            raise BadFrame(f"tensor {index} ({spec}, strides {list(strides)}) reaches over {extent} bytes, more than the arena")
+        form = Form(spec, strides, spec.nbytes, extent)
+        if len(self._forms) >= _KNOWN_FORMS:
+            self._forms.clear()
+        self._forms[frame[at + _FORM_OFFSET : at + DESCRIPTOR.size]] = form
+        return form
+
+
+_PLACE = struct.Struct("<QQI")
+
+
+class Completion(NamedTuple):
+    """How a call ended. ``body`` is an error's text, or the actual shapes of ``shape_count`` outputs."""
+
+    call_id: int
+    status: int
+    shape_count: int
+    queued_ns: int
+    compute_ns: int
+    body: bytes
+
+
+def write_completion(slot: Slot, completion: Completion) -> int:
+    """Fill ``slot`` with everything but the sequence number; returns the bytes used."""
+    body = completion.body
+    text_bytes = 0 if completion.shape_count else len(body)
+    COMPLETION_HEADER.pack_into(
+        slot.bytes,
+        0,
+        0,
+        completion.call_id,
+        completion.status,
+        completion.shape_count,
+        0,
+        text_bytes,
+        0,
+        completion.queued_ns,
+        completion.compute_ns,
+    )
+    if body:
+        slot.bytes[_BODY_OFFSET : _BODY_OFFSET + len(body)] = body
+    return _BODY_OFFSET + len(body)
+
+
+def read_completion(frame: bytes) -> Completion | None:
+    """The completion in ``frame``, a private copy (F1); None for one that cannot be one (too short, counts beyond the room)."""
+    if len(frame) < _BODY_OFFSET:
+        return None
+    _, call_id, status, shape_count, _, text_bytes, _, queued_ns, compute_ns = COMPLETION_HEADER.unpack_from(frame)
+    body_bytes = shape_count * SHAPE.size if shape_count else text_bytes
+    if shape_count > layout.MAX_TENSORS or body_bytes > len(frame) - _BODY_OFFSET:
+        return None
+    return Completion(call_id, status, shape_count, queued_ns, compute_ns, frame[_BODY_OFFSET : _BODY_OFFSET + body_bytes])
+
+
+def pack_text(text: str) -> bytes:
+    """UTF-8, cut at a character so that it fits a completion."""
+    return text.encode("utf-8", "replace")[: layout.TEXT_BYTES].decode("utf-8", "ignore").encode()
+
+
+def pack_shapes(shapes: Sequence[tuple[int, ...]]) -> bytes:
+    """Actual output shapes for the body of a completion."""
+    return b"".join(SHAPE.pack(len(shape), *shape, *(0,) * (layout.MAX_DIMS - len(shape))) for shape in shapes)
+
+
+def unpack_shapes(body: bytes) -> list[tuple[int, ...]] | None:
+    """What :func:`pack_shapes` packed; None when a shape is not one."""
+    shapes = []
+    for ndim, *sizes in SHAPE.iter_unpack(body):
+        if ndim > layout.MAX_DIMS or any(size < 0 for size in sizes):
+            return None
+        shapes.append(tuple(sizes[:ndim]))
+    return shapes

@@ -1,0 +1,84 @@
+"""A queue of frames in shared memory: one producer, one consumer, fixed slots, and a sequence number per slot that is written last.
+
+The producer of a queue writes its slots, the consumer writes one word, ``taken``::
+
+    position p goes into slot p % depth
+    free        taken > p - depth       the producer may fill the slot
+    published   sequence == p + 1       the consumer may copy the frame
+
+Q1  A slot is filled only after the consumer has taken what was in it ``depth`` positions before.
+Q2  The sequence number is stored last, as one aligned 64-bit word, so a frame is seen whole or not at all.
+Q3  The consumer copies the frame before it says that it has taken it.
+
+Plain stores and loads keep these orders on x86-64 only (total store order); elsewhere the shm lane is not offered.
+A peer that writes nonsense into its words can lose its own frames, nothing else: positions are counted privately.
+"""
+
+from __future__ import annotations
+
+from shmbroker.lane.frames import SEQUENCE_WORD, Slot
+from shmbroker.memory.segment import Segment
+
+
+def _slots(segment: Segment, offset: int, depth: int, slot_bytes: int) -> list[Slot]:
+    memory = memoryview(segment.map)
+    starts = range(offset, offset + depth * slot_bytes, slot_bytes)
+    return [Slot(memory[at : at + slot_bytes], segment.words[at // 8 : (at + slot_bytes) // 8]) for at in starts]
+
+
+class QueueWriter:
+    """The producer's end. Not thread-safe."""
+
+    __slots__ = ("_known_taken", "_mask", "_position", "_slots", "_taken_word", "_words")
+
+    def __init__(self, segment: Segment, offset: int, depth: int, slot_bytes: int, taken_offset: int) -> None:
+        self._slots = _slots(segment, offset, depth, slot_bytes)
+        self._words = segment.words
+        self._taken_word = taken_offset // 8
+        self._mask = depth - 1
+        self._position = 0
+        self._known_taken = 0
+
+    def claim(self) -> Slot | None:
+        """The next slot, to be filled and then committed; None while the queue is full (Q1)."""
+        position = self._position
+        if position - self._known_taken > self._mask:
+            self._known_taken = min(self._words[self._taken_word], position)
+            if position - self._known_taken > self._mask:
+                return None
+        return self._slots[position & self._mask]
+
+    def commit(self) -> None:
+        """Publish the slot that was claimed last (Q2)."""
+        position = self._position
+        self._slots[position & self._mask].words[SEQUENCE_WORD] = position + 1
+        self._position = position + 1
+
+
+class QueueReader:
+    """The consumer's end. Not thread-safe."""
+
+    __slots__ = ("_mask", "_position", "_slots", "_taken_word", "_words")
+
+    def __init__(self, segment: Segment, offset: int, depth: int, slot_bytes: int, taken_offset: int) -> None:
+        self._slots = _slots(segment, offset, depth, slot_bytes)
+        self._words = segment.words
+        self._taken_word = taken_offset // 8
+        self._mask = depth - 1
+        self._position = 0
+
+    def ready(self) -> bool:
+        """Whether a frame is published and not yet taken."""
+        position = self._position
+        return bool(self._slots[position & self._mask].words[SEQUENCE_WORD] == position + 1)
+
+    def take(self) -> bytes | None:
+        """A copy of the next frame, or None when there is none (Q3)."""
+        position = self._position
+        slot = self._slots[position & self._mask]
+        if slot.words[SEQUENCE_WORD] != position + 1:
+            return None
+        frame = bytes(slot.bytes)
+        self._position = position = position + 1
+        self._words[self._taken_word] = position
+        return frame

@@ -1,0 +1,142 @@
+"""The zmq lane: the same frames as ZeroMQ messages, on sockets of the channel's own. Slower, and works everywhere.
+
+A channel has two client sockets, one that only sends and one that only receives, so that a thread that submits never waits for one that
+waits for completions (a ZeroMQ socket is used by one thread at a time)::
+
+    client  DEALER "s" + token  ---- submissions --->   ROUTER  worker
+    client  DEALER "c" + token  <--- completions ----
+
+The token is made by the worker for each channel and told only to its client: it is what a frame is known by.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+
+import zmq
+
+from shmbroker.lane.frames import Completion, Slot, private_slot, read_completion, write_completion
+from shmbroker.lane.kinds import Doorbell, Lane
+from shmbroker.memory import layout
+
+SUBMIT = b"s"
+COMPLETE = b"c"
+READY = b"ready"
+"""Sent by the completion socket when it connects, and echoed: after that the worker can reach it."""
+
+CONNECT_SECONDS = 5.0
+"""How long the first exchange on a new channel may take; on one machine it takes a millisecond."""
+
+
+def new_token() -> bytes:
+    """A fresh token of a channel, 16 bytes."""
+    return secrets.token_bytes(16)
+
+
+class ZmqClientLane:
+    """The client's end: claims and commits submissions, takes completions. Callers serialise each of the two sides."""
+
+    kind = Lane.ZMQ
+    doorbell = Doorbell.SOCKET
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, token: bytes, depth: int) -> None:
+        """Connect and exchange the first messages. Raises TimeoutError when the worker does not answer."""
+        self.depth = depth
+        self.socket_bytes = 0
+        """Bytes of all messages sent and received."""
+        self._slot = private_slot(layout.SUBMISSION_SLOT_BYTES)
+        self._submit = self._connect(context, endpoint, SUBMIT + token)
+        self._complete = self._connect(context, endpoint, COMPLETE + token)
+        self._complete.send(READY)
+        if not self._complete.poll(int(CONNECT_SECONDS * 1000)):
+            self.close()
+            raise TimeoutError(f"the worker did not answer on {endpoint}")
+        self._complete.recv()
+
+    @staticmethod
+    def _connect(context: zmq.Context[zmq.Socket[bytes]], endpoint: str, identity: bytes) -> zmq.Socket[bytes]:
+        socket = context.socket(zmq.DEALER)
+        socket.setsockopt(zmq.IDENTITY, identity)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.connect(endpoint)
+        return socket
+
+    def claim(self) -> Slot | None:
+        """The slot to be filled and then committed."""
+        return self._slot
+
+    def commit(self, nbytes: int) -> None:
+        """Send the claimed frame."""
+        self._submit.send(self._slot.bytes[:nbytes])
+        self.socket_bytes += nbytes
+
+    def ready(self) -> bool:
+        """Whether a completion has come."""
+        return bool(self._complete.getsockopt(zmq.EVENTS) & zmq.POLLIN)
+
+    def wait(self, seconds: float) -> bool:
+        """Block until a completion comes, for ``seconds`` at most."""
+        return bool(self._complete.poll(max(1, int(seconds * 1000))))
+
+    def take(self) -> Completion | None:
+        """The next completion, or None. One that cannot be one is passed over."""
+        while True:
+            try:
+                frame = self._complete.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return None
+            self.socket_bytes += len(frame)
+            completion = read_completion(frame)
+            if completion is not None:
+                return completion
+
+    def close(self) -> None:
+        """Close both sockets."""
+        self._submit.close()
+        with contextlib.suppress(AttributeError):  # when the constructor failed between the two
+            self._complete.close()
+
+
+class ZmqWorkerSocket:
+    """The worker's end of all its zmq channels: one ROUTER."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> None:
+        self.socket = context.socket(zmq.ROUTER)
+        self.socket.setsockopt(zmq.LINGER, 0)
+        self.socket.bind(endpoint)
+        self.endpoint = self.socket.getsockopt(zmq.LAST_ENDPOINT).decode()
+        self._slot = private_slot(layout.COMPLETION_SLOT_BYTES)
+
+    def wait(self, seconds: float) -> bool:
+        """Block until a frame comes, for ``seconds`` at most."""
+        return bool(self.socket.poll(max(1, int(seconds * 1000))))
+
+    def take(self) -> tuple[bytes, bytes] | None:
+        """The next submission as token and frame, or None; first messages of new channels are answered on the way."""
+        while True:
+            try:
+                parts = self.socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return None
+            if len(parts) != 2:
+                continue
+            identity, frame = parts
+            if identity.startswith(COMPLETE) and frame == READY:
+                self._send(identity, READY)
+            elif identity.startswith(SUBMIT):
+                return identity[1:], frame
+
+    def complete(self, token: bytes, completion: Completion) -> None:
+        """Send a completion to the channel of ``token``; to nobody if it is gone."""
+        nbytes = write_completion(self._slot, completion)
+        self._send(COMPLETE + token, bytes(self._slot.bytes[:nbytes]))
+
+    def _send(self, identity: bytes, payload: bytes) -> None:
+        # NOBLOCK: a client that takes nothing must not stop the worker; ROUTER drops what it cannot deliver.
+        with contextlib.suppress(zmq.Again):
+            self.socket.send_multipart([identity, payload], zmq.NOBLOCK)
+
+    def close(self) -> None:
+        """Close the socket."""
+        self.socket.close()

@@ -1,0 +1,186 @@
+"""The arena: the ring allocator over a segment's memory, its blocks handed out as torch tensors whose death releases them.
+
+A1  A block is released when the last tensor (or array, or buffer) that views it has died; never before.
+A2  Releasing never takes a lock: it may happen at any moment, in any thread, in the middle of a garbage collection.
+A3  A tensor that lies in a block is found again by its address, also through views of views, and is never copied.
+A4  When no block is free, placing waits for a release until its deadline, then names the oldest holders.
+
+The lease is a weak reference to the memoryview slice that the torch storage keeps alive, not to the tensor: views of views share the
+storage, and NumPy arrays made from them keep it too.
+"""
+
+from __future__ import annotations
+
+import bisect
+import gc
+import queue
+import threading
+import time
+import weakref
+from typing import NamedTuple
+
+import torch
+
+from shmbroker.errors import ArenaFull, ArenaTooSmall
+from shmbroker.memory.ring import Extent, Occupancy, RingAllocator, largest_request
+from shmbroker.memory.segment import Segment
+from shmbroker.memory.spec import check_carried, contiguous_strides
+
+DEFAULT_PLACE_SECONDS = 5.0
+"""How long placing a block waits for a release. Long enough for a call in flight to end, short enough that a leak is told."""
+
+RECHECK_SECONDS = 0.1
+"""How long one wait for a release lasts at most: another thread that waits may have taken the news and left room over."""
+
+OLDEST_SHOWN = 3
+
+
+class Lease(weakref.ref[memoryview]):
+    """Tells the arena when the buffer under a block's tensors has died."""
+
+    __slots__ = ("block",)
+
+    block: Extent
+
+
+class Place(NamedTuple):
+    """Where a tensor lies: offset of its first element in the segment, and the generation of the block around it."""
+
+    offset: int
+    generation: int
+
+
+class Arena:
+    """Blocks of one segment as tensors. Thread-safe."""
+
+    def __init__(self, segment: Segment) -> None:
+        geometry = segment.geometry
+        self.nbytes = geometry.arena_bytes
+        self._offset = geometry.arena_offset
+        self._memory = memoryview(segment.map)
+        self._address: int = torch.frombuffer(self._memory, dtype=torch.uint8).data_ptr()
+        self._first_address = self._address + self._offset
+        self._end_address = self._first_address + self.nbytes
+        self._ring = RingAllocator(self._offset, self.nbytes)
+        self._lock = threading.Lock()
+        self._leases: dict[int, Lease] = {}
+        # SimpleQueue.put is reentrant and is called straight by the weak reference: that is A2.
+        self._dead: queue.SimpleQueue[Lease] = queue.SimpleQueue()
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, timeout: float = DEFAULT_PLACE_SECONDS) -> torch.Tensor:
+        """A tensor in a fresh block, values undefined, strides contiguous.
+
+        Raises :class:`ArenaFull` when nothing was released within ``timeout`` seconds, :class:`ArenaTooSmall` at once when the
+        arena could never hold it, :class:`BadInput` for a shape or dtype that cannot be carried.
+        """
+        return self.place(shape, dtype, timeout)[0]
+
+    def place(self, shape: tuple[int, ...], dtype: torch.dtype, timeout: float = DEFAULT_PLACE_SECONDS) -> tuple[torch.Tensor, Place]:
+        """The same, and where it lies."""
+        check_carried(shape, dtype)
+        count = 1
+        for size in shape:
+            count *= size
+        buffer, block = self._lease(count * dtype.itemsize or 1, timeout)
+        place = Place(block.offset, block.generation)
+        if count == 0:
+            return torch.frombuffer(buffer, dtype=torch.uint8).view(dtype).as_strided(shape, contiguous_strides(shape)), place
+        return torch.frombuffer(buffer, dtype=dtype, count=count).view(shape), place
+
+    def find(self, tensor: torch.Tensor) -> Place | None:
+        """Where ``tensor`` lies, or None when it does not lie in a block of this arena (A3)."""
+        address = tensor.data_ptr()
+        if not self._first_address <= address < self._end_address:
+            return None
+        offset = address - self._address
+        # The storage of most tensors starts with the block; one made from a slice of an array is searched for.
+        lease = self._leases.get(offset - tensor.storage_offset() * tensor.element_size())
+        if lease is None:
+            lease = self._around(offset)
+        return None if lease is None else Place(offset, lease.block.generation)
+
+    def _around(self, offset: int) -> Lease | None:
+        with self._lock:
+            starts = sorted(self._leases)
+            at = bisect.bisect_right(starts, offset) - 1
+            if at < 0:
+                return None
+            lease = self._leases[starts[at]]
+            return lease if offset < lease.block.offset + lease.block.nbytes else None
+
+    def _lease(self, nbytes: int, timeout: float) -> tuple[memoryview, Extent]:
+        with self._lock:
+            self._settle()
+            block = self._ring.place(nbytes)
+            if block is None:
+                block = self._wait_for_room(nbytes, timeout)
+            start = block.offset
+            # At least the bytes asked for, rounded to the alignment so that any dtype can view them.
+            buffer = self._memory[start : start + block.nbytes]
+            lease = Lease(buffer, self._dead.put)
+            lease.block = block
+            self._leases[start] = lease
+            return buffer, block
+
+    def _settle(self) -> None:
+        """Give the ring back what has died since the last time."""
+        dead = self._dead
+        while not dead.empty():
+            try:
+                self._release(dead.get_nowait())
+            except queue.Empty:  # a thread that waits for room was faster
+                return
+
+    def _release(self, lease: Lease) -> None:
+        block = lease.block
+        del self._leases[block.offset]
+        self._ring.release(block)
+
+    def _wait_for_room(self, nbytes: int, timeout: float) -> Extent:
+        if largest_request(nbytes) > self.nbytes:
+            raise ArenaTooSmall(
+                f"a tensor of {nbytes} bytes cannot lie in an arena of {self.nbytes} bytes: it must measure at least "
+                f"{largest_request(nbytes)}; raise --arena (or connect(arena=...))"
+            )
+        until = time.monotonic() + timeout
+        if timeout > 0:
+            self._lock.release()  # what dies now may run code that places blocks
+            try:
+                gc.collect()  # tensors in reference cycles (an exception's traceback, most often) die only here
+            finally:
+                self._lock.acquire()
+        while True:
+            self._settle()
+            block = self._ring.place(nbytes)
+            if block is not None:
+                return block
+            left = until - time.monotonic()
+            if left <= 0:
+                raise ArenaFull(self._complaint(nbytes, timeout))
+            self._lock.release()
+            try:
+                lease = self._dead.get(timeout=min(left, RECHECK_SECONDS))
+            except queue.Empty:
+                lease = None
+            finally:
+                self._lock.acquire()
+            if lease is not None:
+                self._release(lease)
+
+    def _complaint(self, nbytes: int, timeout: float) -> str:
+        figures = self._ring.occupancy()
+        now = time.monotonic()
+        oldest = "; ".join(
+            f"{block.nbytes} bytes at {block.offset}, held {now - block.placed_at:.1f} s" for block in self._ring.oldest(OLDEST_SHOWN)
+        )
+        return (
+            f"{nbytes} bytes asked, {figures.free_bytes} free (largest extent {figures.largest_free_bytes} of {self.nbytes}) and nothing "
+            f"released within {timeout:g} s; {figures.blocks} blocks held, oldest: {oldest or 'none'}; let go of tensors that are no longer "
+            "needed, or raise --arena (connect(arena=...))"
+        )
+
+    def occupancy(self) -> Occupancy:
+        """Figures of the moment."""
+        with self._lock:
+            self._settle()
+            return self._ring.occupancy()

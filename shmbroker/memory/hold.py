@@ -1,0 +1,108 @@
+"""Holding an object in shared memory: a shared ``flock`` on its file, which the kernel drops when the holder dies, however it dies.
+
+H1  Who uses an object for life (a client its segment, every process its doorbell) holds it.
+H2  The reaper unlinks an object only while it has the exclusive lock, so exactly what nobody holds.
+H3  After taking a hold, the holder checks that the object still has its name: if the reaper came between, it is told so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import time
+import weakref
+
+LOCK_SECONDS = 1.0
+"""How long a reaper's exclusive lock may stand in the way of a hold: it needs microseconds, so longer means foul play."""
+
+_holds: weakref.WeakSet[Hold] = weakref.WeakSet()
+
+
+class Hold:
+    """A shared lock on an open file, kept until :meth:`release` or death. Not inherited: a forked child's copy is closed."""
+
+    __slots__ = ("__weakref__", "fd")
+
+    def __init__(self, fd: int) -> None:
+        """Take over ``fd``. Raises FileNotFoundError when the file was unlinked before the lock was had (H3)."""
+        self.fd = fd
+        try:
+            _lock_shared(fd)
+            if os.fstat(fd).st_nlink == 0:
+                raise FileNotFoundError("unlinked before it could be held")
+        except BaseException:
+            self.release()
+            raise
+        _holds.add(self)
+
+    @classmethod
+    def on(cls, path: str) -> Hold:
+        """Hold the file at ``path``."""
+        return cls(os.open(path, os.O_RDWR | os.O_CLOEXEC))
+
+    def release(self) -> None:
+        """Give the hold up; a second time does nothing."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+def _lock_shared(fd: int) -> None:
+    until = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            return fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.001)  # the reaper's whole turn is shorter than this
+
+
+def is_held(path: str) -> bool:
+    """Whether any living process holds the file. False also when it is gone."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+def unlink_if_unheld(path: str) -> int:
+    """Unlink the file unless somebody holds it (H2). Returns the bytes given back, -1 if it is held or already gone."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return -1
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        stat = os.fstat(fd)
+        if stat.st_nlink == 0:
+            return -1
+        os.unlink(path)
+        return stat.st_blocks * 512
+    except BlockingIOError:
+        return -1
+    finally:
+        os.close(fd)
+
+
+def unlink_own(path: str) -> None:
+    """Unlink an object whose hold was just released. Where another user's broker made it, that one reaps it."""
+    with contextlib.suppress(PermissionError):
+        unlink_if_unheld(path)
+
+
+def _forget_in_child() -> None:
+    # A lock belongs to the open file, which a forked child shares: its copy would keep a dead parent's objects alive.
+    for hold in list(_holds):
+        hold.release()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)

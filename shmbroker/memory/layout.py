@@ -1,0 +1,257 @@
+"""The layout of a segment: the published ABI (``docs/memory-layout.md``), version 1.
+
+A segment is one POSIX shared-memory object, little-endian throughout::
+
+    0                  SegmentHeader, one page; the words in it have one writer each
+    channels_offset    channel_count areas of channel_bytes, each:
+                           ChannelHeader        512 bytes, one cache-line pair for each word that is written often
+                           submission queue     submission_depth x SubmissionFrame  (client writes, worker reads)
+                           completion queue     completion_depth x CompletionFrame  (worker writes, client reads)
+    arena_offset       arena_bytes of blocks, aligned to 256 bytes, placed by the client alone
+
+Invariants (quoted by the tests by number):
+
+L1  ``version`` is the last field of the header to be written; 0 there means "still being made".
+L2  ``sequence`` is the last field of a frame to be written; position ``p`` (counted from 0) is published in slot
+    ``p % depth`` by the value ``p + 1``.
+L3  Every word that changes after the header was published has exactly one writer.
+L4  Every field lies at a multiple of its own size, so an aligned 8-byte store is never seen in part.
+
+The structures are described once, here, with ctypes; the C header (``shmbroker.memory.cheader``), the hot path's offsets and the
+documentation are taken from them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+from ctypes import c_char, c_int64, c_uint8, c_uint16, c_uint32, c_uint64
+
+MAGIC = b"SHMBROKR"
+LAYOUT_VERSION = 1
+BYTE_ORDER_MARK = 0x01020304
+
+ALIGNMENT = 256
+"""Alignment of blocks, bytes: four cache lines, and what CUDA aligns its own allocations to."""
+
+PAGE = 4096
+MAX_DIMS = 8
+MAX_TENSORS = 12
+"""Tensors of one call, inputs and outputs together."""
+
+METADATA_BYTES = 160
+TEXT_BYTES = 960
+"""Room for an error's text in a completion (UTF-8, cut at a character)."""
+
+INSTANCE_BYTES = 32
+OWNER_BYTES = 32
+
+
+class DTypeCode(enum.IntEnum):
+    """How a dtype is written in a descriptor. Codes are never reused."""
+
+    FLOAT32 = 1
+    FLOAT64 = 2
+    FLOAT16 = 3
+    BFLOAT16 = 4
+    INT8 = 5
+    INT16 = 6
+    INT32 = 7
+    INT64 = 8
+    UINT8 = 9
+    BOOL = 10
+    FLOAT8_E4M3FN = 11
+    FLOAT8_E5M2 = 12
+
+
+class Space(enum.IntEnum):
+    """Which memory a descriptor's offset lies in."""
+
+    SEGMENT = 0
+
+
+class Status(enum.IntEnum):
+    """How a call ended."""
+
+    OK = 0
+    OP_ERROR = 1
+    BAD_FRAME = 2
+    EXPIRED = 3
+    DRAINING = 4
+
+
+class SegmentHeader(ctypes.LittleEndianStructure):
+    """The first page of a segment.
+
+    ::
+
+        0    magic[8]            8   version          12  byte_order
+        16   total_bytes         24  arena_offset     32  arena_bytes
+        40   channels_offset     48  channel_bytes    56  channel_count   60  alignment
+        64   submission_depth    68  submission_slot_bytes
+        72   completion_depth    76  completion_slot_bytes
+        80   instance[32]        112 owner[32]
+        144  maker_pid           148 owner_pid        152 made_at_ns (CLOCK_REALTIME)
+        256  client_sleeping     1 while the client is about to block on its doorbell (client writes)
+        320  reserved up to 4096
+    """
+
+    _fields_ = (
+        ("magic", c_char * 8),
+        ("version", c_uint32),
+        ("byte_order", c_uint32),
+        ("total_bytes", c_uint64),
+        ("arena_offset", c_uint64),
+        ("arena_bytes", c_uint64),
+        ("channels_offset", c_uint64),
+        ("channel_bytes", c_uint64),
+        ("channel_count", c_uint32),
+        ("alignment", c_uint32),
+        ("submission_depth", c_uint32),
+        ("submission_slot_bytes", c_uint32),
+        ("completion_depth", c_uint32),
+        ("completion_slot_bytes", c_uint32),
+        ("instance", c_char * INSTANCE_BYTES),
+        ("owner", c_char * OWNER_BYTES),
+        ("maker_pid", c_uint32),
+        ("owner_pid", c_uint32),
+        ("made_at_ns", c_uint64),
+        ("reserved0", c_uint8 * 96),
+        ("client_sleeping", c_uint64),
+        ("reserved1", c_uint8 * (PAGE - 264)),
+    )
+
+
+class ChannelHeader(ctypes.LittleEndianStructure):
+    """The words that client and worker exchange beside the queues; 128 bytes apart, so no two writers share a line pair.
+
+    ::
+
+        0    client_open         epoch of the open channel, 0 when the area is free   (client writes)
+        128  completions_taken   completions that the client has taken                (client writes)
+        256  submissions_taken   frames that the worker has taken                     (worker writes)
+        384  worker_sleeping     1 while the worker is about to block on its doorbell (worker writes)
+    """
+
+    _fields_ = (
+        ("client_open", c_uint64),
+        ("reserved0", c_uint8 * 120),
+        ("completions_taken", c_uint64),
+        ("reserved1", c_uint8 * 120),
+        ("submissions_taken", c_uint64),
+        ("reserved2", c_uint8 * 120),
+        ("worker_sleeping", c_uint64),
+        ("reserved3", c_uint8 * 120),
+    )
+
+
+class TensorDescriptor(ctypes.LittleEndianStructure):
+    """Where a tensor lies and how to see it.
+
+    ::
+
+        0   offset      of the first element, bytes from the start of the segment
+        8   nbytes      of the elements (not of the extent that strides span)
+        16  generation  of the block it lies in: another value, another block
+        20  dtype   21  ndim   22  space   23  flags (0)
+        24  shape[8]    elements; dimensions from ndim on are 0
+        88  strides[8]  elements
+    """
+
+    _fields_ = (
+        ("offset", c_uint64),
+        ("nbytes", c_uint64),
+        ("generation", c_uint32),
+        ("dtype", c_uint8),
+        ("ndim", c_uint8),
+        ("space", c_uint8),
+        ("flags", c_uint8),
+        ("shape", c_int64 * MAX_DIMS),
+        ("strides", c_int64 * MAX_DIMS),
+    )
+
+
+class SubmissionFrame(ctypes.LittleEndianStructure):
+    """One call on its way to the worker: a slot of the submission queue, or one message on the zmq lane.
+
+    ::
+
+        0   sequence         L2; written last
+        8   call_id          unique among the calls outstanding on the channel
+        16  op_id            given by bind
+        20  input_count      22  output_count    24  flags (0)    28  metadata_bytes
+        32  deadline_ns      CLOCK_MONOTONIC; 0 for none; a call not begun by then is answered EXPIRED
+        40  submitted_ns     CLOCK_MONOTONIC
+        48  reserved
+        64  tensors[12]      inputs first, then outputs
+        1888 metadata[160]   msgpack, the op's per-call arguments
+    """
+
+    _fields_ = (
+        ("sequence", c_uint64),
+        ("call_id", c_uint64),
+        ("op_id", c_uint32),
+        ("input_count", c_uint16),
+        ("output_count", c_uint16),
+        ("flags", c_uint32),
+        ("metadata_bytes", c_uint32),
+        ("deadline_ns", c_uint64),
+        ("submitted_ns", c_uint64),
+        ("reserved", c_uint8 * 16),
+        ("tensors", TensorDescriptor * MAX_TENSORS),
+        ("metadata", c_uint8 * METADATA_BYTES),
+    )
+
+
+class CompletionFrame(ctypes.LittleEndianStructure):
+    """How a call ended, on its way back.
+
+    ::
+
+        0   sequence      L2; written last
+        8   call_id       of the submission
+        16  status        Status
+        20  shape_count   outputs whose actual shape is given (0: all as described in the submission)
+        22  reserved0     24  text_bytes     28  reserved1
+        32  queued_ns     from submitted_ns until the worker took the frame
+        40  compute_ns    running the op
+        48  reserved2
+        64  body[960]     error text, UTF-8; or shape_count x {uint64 ndim, int64 shape[8]}
+    """
+
+    _fields_ = (
+        ("sequence", c_uint64),
+        ("call_id", c_uint64),
+        ("status", c_uint32),
+        ("shape_count", c_uint16),
+        ("reserved0", c_uint16),
+        ("text_bytes", c_uint32),
+        ("reserved1", c_uint32),
+        ("queued_ns", c_uint64),
+        ("compute_ns", c_uint64),
+        ("reserved2", c_uint8 * 16),
+        ("body", c_uint8 * TEXT_BYTES),
+    )
+
+
+STRUCTURES: tuple[type[ctypes.LittleEndianStructure], ...] = (
+    SegmentHeader,
+    ChannelHeader,
+    TensorDescriptor,
+    SubmissionFrame,
+    CompletionFrame,
+)
+
+
+def offset_of(structure: type[ctypes.LittleEndianStructure], field: str) -> int:
+    """Byte offset of ``field`` in ``structure``."""
+    return int(getattr(structure, field).offset)
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The least multiple of ``multiple`` that is not below ``value``."""
+    return -(-value // multiple) * multiple
+
+
+SUBMISSION_SLOT_BYTES = ctypes.sizeof(SubmissionFrame)
+COMPLETION_SLOT_BYTES = ctypes.sizeof(CompletionFrame)

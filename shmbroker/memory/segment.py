@@ -1,0 +1,196 @@
+"""One segment: a POSIX shared-memory object with a header, made by the broker and mapped by its client and by workers."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import mmap
+import os
+import time
+
+import posix_ipc
+
+from shmbroker.errors import SegmentError, SharedMemoryFull
+from shmbroker.memory import layout, names
+from shmbroker.memory.geometry import Geometry
+from shmbroker.memory.hold import Hold
+
+
+class Segment:
+    """A mapped segment. ``map`` covers all of it, ``words`` is the same memory as native 64-bit words.
+
+    A view of ``map`` keeps the memory mapped, so :meth:`close` never takes memory from under a living tensor.
+    """
+
+    __slots__ = ("geometry", "hold", "map", "name", "owner", "words")
+
+    def __init__(self, name: str, geometry: Geometry, owner: str, mapping: mmap.mmap, hold: Hold | None) -> None:
+        self.name = name
+        self.geometry = geometry
+        self.owner = owner
+        self.map = mapping
+        self.hold = hold
+        self.words = memoryview(mapping).cast("Q")
+
+    @classmethod
+    def attach(cls, name: str, *, hold: bool) -> Segment:
+        """Map the segment ``name``; every size is checked against the file's true size before it is believed.
+
+        A client holds its segment (``hold=True``) for life. A worker does not: it must not keep a dead client's memory alive.
+        Raises :class:`SegmentError` when it is gone, still being made, or of another layout.
+        """
+        fd = _open(name)
+        try:
+            # A lock belongs to the open file, and a mapping keeps its file open: the hold needs an open file of its own to end before it.
+            held = Hold(_open(name)) if hold else None
+        except FileNotFoundError:
+            os.close(fd)
+            raise SegmentError(f"segment {name} was reaped before it could be held: connect again") from None
+        try:
+            geometry, owner = _read_header(name, fd)
+            # Populating maps every page now: a first touch later would cost a fault for each 4 KiB, about 0.1 us apiece.
+            populate = getattr(mmap, "MAP_POPULATE", 0)
+            mapping = mmap.mmap(fd, geometry.total_bytes, flags=mmap.MAP_SHARED | populate)
+        except BaseException:
+            if held is not None:
+                held.release()
+            raise
+        finally:
+            os.close(fd)
+        return cls(name, geometry, owner, mapping, held)
+
+    def close(self) -> None:
+        """Give up hold and mapping. Living tensors keep the memory itself until the last of them dies."""
+        if self.hold is not None:
+            self.hold.release()
+        self.words.release()
+        with contextlib.suppress(BufferError):  # a view lives: the mapping goes with it
+            self.map.close()
+
+
+def _open(name: str) -> int:
+    try:
+        return int(posix_ipc.SharedMemory(name).fd)
+    except posix_ipc.ExistentialError:
+        raise SegmentError(f"segment {name} does not exist (its client or the broker is gone): connect again") from None
+    except posix_ipc.PermissionsError:
+        raise SegmentError(
+            f"segment {name} may not be opened by user {os.geteuid()}: run as the user it belongs to, or start the broker with "
+            "--group and a group that both are in"
+        ) from None
+
+
+def make_segment(
+    name: str, geometry: Geometry, *, instance: str, owner: str, owner_pid: int, mode: int = 0o600, gid: int = -1
+) -> Hold:
+    """Make, size and publish a segment; the returned hold keeps the reaper away until its client holds it too.
+
+    Raises :class:`SharedMemoryFull` when the file system has not enough room, leaving nothing behind.
+    """
+    while True:
+        fd = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=mode).fd
+        try:
+            hold = Hold(fd)
+            break
+        except FileNotFoundError:
+            continue  # the reaper met the fresh object before its lock was on: nothing was in it yet
+    try:
+        os.fchmod(fd, mode)  # the creation mode was cut by the umask
+        if gid >= 0:
+            os.fchown(fd, -1, gid)
+        _reserve(fd, geometry.total_bytes)
+        with mmap.mmap(fd, layout.PAGE) as page:
+            header = layout.SegmentHeader.from_buffer(page)
+            header.magic = layout.MAGIC
+            header.byte_order = layout.BYTE_ORDER_MARK
+            header.total_bytes = geometry.total_bytes
+            header.arena_offset = geometry.arena_offset
+            header.arena_bytes = geometry.arena_bytes
+            header.channels_offset = geometry.channels_offset
+            header.channel_bytes = geometry.channel_bytes
+            header.channel_count = geometry.channel_count
+            header.alignment = layout.ALIGNMENT
+            header.submission_depth = header.completion_depth = geometry.depth
+            header.submission_slot_bytes = layout.SUBMISSION_SLOT_BYTES
+            header.completion_slot_bytes = layout.COMPLETION_SLOT_BYTES
+            header.instance = instance.encode()
+            header.owner = owner.encode()
+            header.maker_pid = os.getpid()
+            header.owner_pid = owner_pid
+            header.made_at_ns = time.time_ns()
+            header.version = layout.LAYOUT_VERSION  # L1: last
+            del header
+    except BaseException:
+        unlink_segment(name)
+        hold.release()
+        raise
+    return hold
+
+
+def unlink_segment(name: str) -> None:
+    """Take the name away; who has it mapped keeps the memory. A name already gone is fine."""
+    with contextlib.suppress(posix_ipc.ExistentialError):
+        posix_ipc.unlink_shared_memory(name)
+
+
+def _reserve(fd: int, nbytes: int) -> None:
+    """Make sure that every page exists now: a page that is missing later is a SIGBUS in whoever touches it."""
+    stat = os.fstatvfs(fd)
+    free = stat.f_bavail * stat.f_frsize
+    try:
+        if free < nbytes:
+            raise OSError(errno.ENOSPC, "checked beforehand")
+        os.posix_fallocate(fd, 0, nbytes)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG):
+            raise
+        total = stat.f_blocks * stat.f_frsize
+        raise SharedMemoryFull(
+            f"{names.SHM_DIR} is too small: a segment of {nbytes} bytes was asked for, {free} of {total} bytes are free; ask for a "
+            f"smaller --arena, run 'shmbroker gc', or enlarge it (docker: --shm-size={-(-nbytes // 2**30) + 1}g; else: "
+            f"mount -o remount,size={-(-(nbytes + total - free) // 2**20) + 64}m {names.SHM_DIR})"
+        ) from None
+
+
+def _read_header(name: str, fd: int) -> tuple[Geometry, str]:
+    true_bytes = os.fstat(fd).st_size
+    if true_bytes < layout.PAGE:
+        raise SegmentError(f"segment {name} is still being made ({true_bytes} bytes so far): try again")
+    with mmap.mmap(fd, layout.PAGE, prot=mmap.PROT_READ) as page:
+        header = layout.SegmentHeader.from_buffer_copy(page)
+    if header.version == 0:
+        raise SegmentError(f"segment {name} is still being made: try again")
+    if header.magic != layout.MAGIC or header.byte_order != layout.BYTE_ORDER_MARK:
+        raise SegmentError(f"segment {name} is not one of shmbroker's (magic {header.magic!r}, byte order {header.byte_order:#x})")
+    if header.version != layout.LAYOUT_VERSION:
+        raise SegmentError(
+            f"segment {name} has layout version {header.version}, this program speaks {layout.LAYOUT_VERSION}: run the same "
+            "release of shmbroker at both ends"
+        )
+    try:
+        geometry = Geometry(header.arena_bytes, header.channel_count, header.submission_depth)
+    except ValueError as error:
+        raise SegmentError(f"segment {name} has a spoilt header: {error}") from None
+    told = (
+        header.total_bytes,
+        header.arena_offset,
+        header.channels_offset,
+        header.channel_bytes,
+        header.completion_depth,
+        header.submission_slot_bytes,
+        header.completion_slot_bytes,
+        header.alignment,
+    )
+    expected = (
+        geometry.total_bytes,
+        geometry.arena_offset,
+        geometry.channels_offset,
+        geometry.channel_bytes,
+        geometry.depth,
+        layout.SUBMISSION_SLOT_BYTES,
+        layout.COMPLETION_SLOT_BYTES,
+        layout.ALIGNMENT,
+    )
+    if told != expected or geometry.total_bytes != true_bytes:
+        raise SegmentError(f"segment {name} has a spoilt header: sizes {told}, expected {expected} in {true_bytes} bytes")
+    return geometry, header.owner.decode("ascii", "replace")

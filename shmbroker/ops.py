@@ -1,0 +1,106 @@
+"""Ops: what a worker runs for its clients, and how the shapes of their outputs are known beforehand."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from shmbroker.errors import BadInput
+from shmbroker.memory.spec import TensorSpec, spec_of
+
+OutSpec = Callable[..., TensorSpec | Sequence[TensorSpec]]
+"""``out_spec(*input_specs, **static)``: a pure function of shapes and dtypes, run by both sides."""
+
+Static = dict[str, Any]
+Run = Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor], Static], None]
+"""``run(inputs, outputs, per_call_arguments)``: writes all results into ``outputs``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """The outputs of a call as specs; ``single`` when the op gives one tensor rather than a sequence."""
+
+    specs: tuple[TensorSpec, ...]
+    single: bool
+
+    @classmethod
+    def of(cls, told: TensorSpec | Sequence[TensorSpec]) -> Outputs:
+        """From what an ``out_spec`` returned. Raises :class:`BadInput` for anything else."""
+        if isinstance(told, TensorSpec):
+            return cls((told,), True)
+        specs = tuple(told)
+        if not all(isinstance(spec, TensorSpec) for spec in specs):
+            raise BadInput(f"an out_spec returns a TensorSpec or a sequence of them, not {told!r}")
+        return cls(specs, False)
+
+
+@dataclass(frozen=True, slots=True)
+class OpDefinition:
+    """An op as a worker registers it.
+
+    ``function``: with a parameter ``out`` it writes its results there (one tensor, or a tuple of them); without, what it returns is copied
+    into the client's block. ``per_bind``: it is called once for each bind, with the static arguments, and returns the function to run.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    out_spec: OutSpec | None = None
+    per_bind: bool = False
+
+    def __post_init__(self) -> None:
+        if self.out_spec is None and (self.per_bind or "out" in inspect.signature(self.function).parameters):
+            raise BadInput(
+                f"op {self.name!r} writes into out or is made at bind: it needs an out_spec, a function from the inputs' specs to the "
+                "outputs' (only an op that returns its results can be tried out for their shapes)"
+            )
+
+    def bind(self, static: Static) -> BoundOp:
+        """The op with its static arguments fixed. Errors are the op's own, for the client that binds."""
+        function = self.function(**static) if self.per_bind else self.function
+        return BoundOp(self, function, {} if self.per_bind else static, static)
+
+
+class BoundOp:
+    """An op with its static arguments: what a client's small integer stands for."""
+
+    __slots__ = ("_definition", "_function", "_kwargs", "_static", "_takes_out", "name", "run")
+
+    def __init__(self, definition: OpDefinition, function: Callable[..., Any], kwargs: Static, static: Static) -> None:
+        self._definition = definition
+        self._function = function
+        self._kwargs = kwargs
+        self._static = static
+        self.name = definition.name
+        self._takes_out = "out" in inspect.signature(function).parameters
+        self.run: Run = self._run_into if self._takes_out else self._run_and_copy
+
+    @property
+    def has_out_spec(self) -> bool:
+        """Whether the worker itself knows the outputs' shapes without trying."""
+        return self._definition.out_spec is not None
+
+    def outputs(self, inputs: Sequence[TensorSpec]) -> Outputs:
+        """Specs of the outputs for such inputs: from the out_spec, else from a run on torch's ``meta`` device, which computes nothing."""
+        if self._definition.out_spec is not None:
+            return Outputs.of(self._definition.out_spec(*inputs, **self._static))
+        shells = [torch.empty(spec.shape, dtype=spec.dtype, device="meta") for spec in inputs]
+        result = self._function(*shells, **self._kwargs)
+        if isinstance(result, torch.Tensor):
+            return Outputs((spec_of(result),), True)
+        return Outputs(tuple(spec_of(tensor) for tensor in result), False)
+
+    def _run_into(self, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor], arguments: Static) -> None:
+        out = outputs[0] if len(outputs) == 1 else tuple(outputs)
+        self._function(*inputs, out=out, **self._kwargs, **arguments)
+
+    def _run_and_copy(self, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor], arguments: Static) -> None:
+        result = self._function(*inputs, **self._kwargs, **arguments)
+        results = [result] if isinstance(result, torch.Tensor) else list(result)
+        for room, value in zip(outputs, results, strict=True):
+            if room.shape != value.shape or room.dtype != value.dtype:
+                raise BadInput(f"op {self.name!r} returned {spec_of(value)} where {spec_of(room)} was foretold")
+            room.copy_(value)

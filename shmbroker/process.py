@@ -1,0 +1,42 @@
+"""What every process that joins a broker has to know first: which instance, under which name, and how to ask."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TypeVar
+
+from shmbroker.control.messages import Message
+from shmbroker.control.sockets import Requester
+from shmbroker.errors import BrokerUnreachable
+from shmbroker.memory.names import check_instance
+
+Answer = TypeVar("Answer", bound=Message)
+
+DEFAULT_INSTANCE = "default"
+INSTANCE_VARIABLE = "SHMBROKER_INSTANCE"
+
+ASK_SECONDS = 3.0
+"""How long a broker on the same machine may take to answer before it is taken for absent."""
+
+
+def resolve_instance(instance: str | None) -> str:
+    """``instance``, else ``$SHMBROKER_INSTANCE``, else ``default``."""
+    return check_instance(instance or os.environ.get(INSTANCE_VARIABLE) or DEFAULT_INSTANCE)
+
+
+def peer_name() -> str:
+    """A name for people: the program's, and its pid."""
+    return f"{Path(sys.argv[0]).name or 'python'}-{os.getpid()}"
+
+
+def ask_broker(requester: Requester, message: Message, answer: type[Answer], instance: str, timeout: float = ASK_SECONDS) -> Answer:
+    """Ask the broker. Raises :class:`BrokerUnreachable` that says how to start one when nobody answers."""
+    try:
+        return requester.ask(message, answer, timeout)
+    except TimeoutError:
+        raise BrokerUnreachable(
+            f"no broker answers for instance {instance!r} at {requester.endpoint}: start one with 'shmbroker serve"
+            f"{'' if instance == DEFAULT_INSTANCE else f' --instance {instance}'}'"
+        ) from None

@@ -1,0 +1,157 @@
+"""The report: what a channel's calls cost, per op and in all; for people as tables, for programs as JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from shmbroker.sizes import mib
+from shmbroker.statistics import OpStatistics
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+class Line(msgspec.Struct, frozen=True):
+    """Calls of one op, or of all. Times in milliseconds, sizes in bytes."""
+
+    op: str
+    calls: int
+    errors: int
+    rpc_ms: float
+    """In all, from the call until its outputs were in the caller's hands."""
+    rpc_median_ms: float
+    rpc_p99_ms: float
+    compute_ms: float
+    """Of it, the op on the worker."""
+    transport_ms: float
+    """Of it, the rest without copying: placing, describing, signalling, waking."""
+    copy_ms: float
+    """Of it, copying inputs that did not lie in the arena."""
+    build_ms: float
+    """Of the transport, placing outputs and building frames."""
+    read_ms: float
+    """Of the transport, reading completions."""
+    sent_bytes: int
+    """Inputs, handed over through shared memory."""
+    received_bytes: int
+    """Outputs, the same way."""
+    copied_bytes: int
+    """Of the inputs, copied by the client into the arena."""
+
+
+class Report(msgspec.Struct, frozen=True):
+    """What a channel's calls cost."""
+
+    lane: str
+    doorbell: str
+    control: str
+    """Transport of the control channel: ipc or tcp."""
+    socket_bytes: int
+    """Bytes of frames that went over a socket: none on the shm lane. Tensors never do."""
+    total: Line
+    ops: tuple[Line, ...]
+
+    @classmethod
+    def of(cls, statistics: Sequence[OpStatistics], lane: str, doorbell: str, control: str, socket_bytes: int) -> Report:
+        """From the counters of all ops bound on a channel; ops of one name are added up."""
+        by_name: dict[str, list[OpStatistics]] = {}
+        for one in statistics:
+            by_name.setdefault(one.name, []).append(one)
+        lines = tuple(_line(name, group) for name, group in by_name.items() if any(one.calls or one.errors for one in group))
+        return cls(lane, doorbell, control, socket_bytes, _line("all", statistics), lines)
+
+    def since(self, before: Report) -> Report:
+        """What was added since an earlier report of the same channel. Percentiles stay those of the whole."""
+        earlier = {line.op: line for line in before.ops}
+        lines = tuple(_minus(line, earlier.get(line.op)) for line in self.ops)
+        return msgspec.structs.replace(
+            self, socket_bytes=self.socket_bytes - before.socket_bytes, total=_minus(self.total, before.total), ops=lines
+        )
+
+    def render(self) -> RenderableType:
+        """As a table for a terminal."""
+        from rich.console import Group
+        from rich.table import Table
+
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        table.add_column("")
+        lines = (*self.ops, self.total)
+        for line in lines:
+            table.add_column(line.op, justify="right", style="bold" if line is self.total else "")
+        for label, cell in _ROWS:
+            table.add_row(label, *[cell(line) for line in lines])
+        foot = (
+            f"lane {self.lane}, doorbell {self.doorbell}, control {self.control}; "
+            f"{mib(self.total.sent_bytes)} out and {mib(self.total.received_bytes)} back through shared memory, "
+            f"{self.socket_bytes} bytes of frames and 0 bytes of tensors over a socket"
+        )
+        if self.total.errors:
+            foot += f"; {self.total.errors} calls failed"
+        return Group(table, foot)
+
+
+_ROWS: tuple[tuple[str, Callable[[Line], str]], ...] = (
+    ("calls", lambda line: str(line.calls)),
+    ("RPC, ms", lambda line: f"{line.rpc_ms:.1f}"),
+    ("  per call, median", lambda line: f"{line.rpc_median_ms:.3f}"),
+    ("  per call, p99", lambda line: f"{line.rpc_p99_ms:.3f}"),
+    ("  worker's compute", lambda line: f"{line.compute_ms:.1f}"),
+    ("  copying inputs in", lambda line: f"{line.copy_ms:.1f}"),
+    ("  transport", lambda line: f"{line.transport_ms:.1f}"),
+    ("    building frames", lambda line: f"{line.build_ms:.1f}"),
+    ("    reading frames", lambda line: f"{line.read_ms:.1f}"),
+    ("sent", lambda line: mib(line.sent_bytes)),
+    ("  copied by client", lambda line: mib(line.copied_bytes)),
+    ("received", lambda line: mib(line.received_bytes)),
+)
+
+_ADDED = (
+    "calls", "errors", "rpc_ms", "compute_ms", "transport_ms", "copy_ms", "build_ms", "read_ms", "sent_bytes", "received_bytes",
+    "copied_bytes",
+)  # fmt: skip
+
+
+def _minus(line: Line, before: Line | None) -> Line:
+    if before is None:
+        return line
+    return msgspec.structs.replace(line, **{field: getattr(line, field) - getattr(before, field) for field in _ADDED})
+
+
+def percentile(ordered: Sequence[int], fraction: float) -> float:
+    """Of values in ascending order, the smallest that at least ``fraction`` of them do not exceed; 0 of none."""
+    if not ordered:
+        return 0.0
+    return ordered[max(0, math.ceil(fraction * len(ordered)) - 1)]
+
+
+def _line(name: str, group: Iterable[OpStatistics]) -> Line:
+    group = list(group)
+    samples = sorted(sample for one in group for sample in one.samples.copy())
+
+    def total_ms(field: str) -> float:
+        return float(sum(getattr(one, field) for one in group)) / 1e6
+
+    def total(field: str) -> int:
+        return int(sum(getattr(one, field) for one in group))
+
+    rpc, compute, copy = total_ms("rpc_ns"), total_ms("compute_ns"), total_ms("copy_ns")
+    return Line(
+        op=name,
+        calls=total("calls"),
+        errors=total("errors"),
+        rpc_ms=rpc,
+        rpc_median_ms=percentile(samples, 0.5) / 1e6,
+        rpc_p99_ms=percentile(samples, 0.99) / 1e6,
+        compute_ms=compute,
+        transport_ms=max(0.0, rpc - compute - copy),
+        copy_ms=copy,
+        build_ms=total_ms("build_ns"),
+        read_ms=total_ms("read_ns"),
+        sent_bytes=total("bytes_out"),
+        received_bytes=total("bytes_in"),
+        copied_bytes=total("copied_bytes"),
+    )

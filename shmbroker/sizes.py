@@ -1,0 +1,30 @@
+"""Sizes as people write them: ``512M`` in, ``3328.0 MiB`` out."""
+
+from __future__ import annotations
+
+import re
+
+from shmbroker.errors import BadInput
+
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?\s*", re.IGNORECASE)
+_POWER = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+MIB = 1 << 20
+
+
+def parse_bytes(size: int | str) -> int:
+    """``"512M"``, ``"1.5 GiB"``, ``"4096"`` or a number, in bytes; k, M, G and T are powers of 1024. Raises :class:`BadInput`."""
+    if isinstance(size, int):
+        value = size
+    else:
+        match = _SIZE.fullmatch(size)
+        if match is None:
+            raise BadInput(f"size {size!r} cannot be read: write a number of bytes, or e.g. 512M, 2G")
+        value = int(float(match[1]) * 1024 ** _POWER[match[2].lower()])
+    if value <= 0:
+        raise BadInput(f"size {size!r} must be positive")
+    return value
+
+
+def mib(nbytes: int) -> str:
+    """``3328.0 MiB``."""
+    return f"{nbytes / MIB:.1f} MiB"

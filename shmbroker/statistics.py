@@ -1,0 +1,51 @@
+"""What a client counts of its calls: per op, cheap enough for every call, and read by the report."""
+
+from __future__ import annotations
+
+from collections import deque
+
+SAMPLES = 1 << 16
+"""Calls whose times are kept for the percentiles, per op: the last ones."""
+
+
+class OpStatistics:
+    """Counters of one bound op. Times in nanoseconds, sizes in bytes. Written by whoever completes a call, read at any time."""
+
+    __slots__ = (
+        "build_ns",
+        "bytes_in",
+        "bytes_out",
+        "calls",
+        "compute_ns",
+        "copied_bytes",
+        "copy_ns",
+        "errors",
+        "name",
+        "queued_ns",
+        "read_ns",
+        "rpc_ns",
+        "samples",
+    )
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.calls = 0
+        self.errors = 0
+        self.rpc_ns = 0
+        """From the call until its outputs are in the caller's hands."""
+        self.compute_ns = 0
+        """Of it, the op on the worker."""
+        self.queued_ns = 0
+        """Of it, from the frame's writing until the worker took it."""
+        self.copy_ns = 0
+        """Of it, copying inputs that did not lie in the arena."""
+        self.build_ns = 0
+        """Of it, placing outputs, building and publishing the frame."""
+        self.read_ns = 0
+        """Of it, reading the completion."""
+        self.bytes_out = 0
+        """Inputs, handed over through shared memory."""
+        self.bytes_in = 0
+        """Outputs, the same way."""
+        self.copied_bytes = 0
+        self.samples: deque[int] = deque(maxlen=SAMPLES)

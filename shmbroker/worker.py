@@ -1,0 +1,429 @@
+"""A worker: offers a service, runs ops for its clients on their tensors, in place.
+
+Threads: the caller of :meth:`Worker.serve` waits for frames and runs ops; one thread answers control requests; one keeps the worker known to
+the broker; one more serves the zmq lane once a channel uses it. Ops never run at the same time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import os
+import queue
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any, TypeVar, overload
+
+import zmq
+
+from shmbroker import __version__
+from shmbroker.broker_link import BrokerLink
+from shmbroker.control import endpoint as endpoints
+from shmbroker.control import messages as m
+from shmbroker.control.liveness import Watch, this_process
+from shmbroker.control.sockets import Requester, Responder
+from shmbroker.errors import BadInput, ChannelError, ProtocolMismatch
+from shmbroker.lane.doorbell import DEFAULT_SPIN_SECONDS, PollingBell, SemaphoreBell, Waiter, shm_lane_supported
+from shmbroker.lane.kinds import Doorbell, Lane
+from shmbroker.lane.shm_lane import ShmWorkerLane
+from shmbroker.lane.zmq_lane import ZmqWorkerSocket, new_token
+from shmbroker.memory import names
+from shmbroker.memory.hold import Hold, unlink_own
+from shmbroker.memory.segment import Segment
+from shmbroker.memory.spec import DTYPE_NAMED, NAME_OF, TensorSpec
+from shmbroker.ops import BoundOp, OpDefinition, OutSpec
+from shmbroker.process import ask_broker, peer_name, resolve_instance
+from shmbroker.worker_channel import MappedSegment, WorkerChannel
+
+log = logging.getLogger(__name__)
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+CONTROL_TICK_SECONDS = 0.5
+"""How often the control thread looks whether clients live; the broker tells of their deaths earlier."""
+
+
+class Worker:
+    """Offers ``service`` on ``instance``. Register ops, then :meth:`serve`.
+
+    ::
+
+        worker = shmbroker.Worker("gpu")
+
+        @worker.op
+        def double(x):
+            return x * 2
+
+        worker.serve()
+
+    ``spin``: seconds to look for the next frame before sleeping; 0 to sleep at once. ``device``: a word for ``shmbroker status``.
+    """
+
+    def __init__(
+        self,
+        service: str = "gpu",
+        *,
+        instance: str | None = None,
+        name: str | None = None,
+        spin: float = DEFAULT_SPIN_SECONDS,
+        device: str = "cpu",
+    ) -> None:
+        self.service = service
+        self.instance = resolve_instance(instance)
+        self.name = name or peer_name()
+        self.id = names.new_id()
+        self.device = device
+        self._spin = spin
+        self._ops: dict[str, OpDefinition] = {}
+        self._channels: dict[int, WorkerChannel] = {}
+        self._channel_numbers = itertools.count(1)
+        self._mapped: dict[str, MappedSegment] = {}
+        self._changes: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._gone: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._shm_lanes: list[tuple[WorkerChannel, ShmWorkerLane]] = []
+        """Served by the thread in :meth:`serve`, and changed by it alone."""
+        self._stopping = threading.Event()
+        self._running = threading.Lock()
+        """Held while an op runs: the device does one thing at a time, whichever lane asks."""
+
+    # --- ops ------------------------------------------------------------------------------------------------------------------------
+
+    @overload
+    def op(self, function: Function, /) -> Function: ...
+    @overload
+    def op(self, name: str | None = None, /, *, out_spec: OutSpec | None = None) -> Callable[[Function], Function]: ...
+    def op(self, name: Any = None, /, *, out_spec: OutSpec | None = None) -> Any:
+        """Register a function as an op, by its own name or ``name``.
+
+        The function takes the call's tensors, the arguments fixed at bind and those of the call. With a parameter ``out`` it writes its
+        results there (one tensor, or a tuple) and needs ``out_spec``, which maps the inputs' :class:`TensorSpec` and the static arguments to
+        the outputs' specs. Without ``out`` what it returns is copied to the client's block; shapes are then found by trying it out on torch's
+        ``meta`` device.
+        """
+        if callable(name):
+            self._register(OpDefinition(name.__name__, name))
+            return name
+        return self._decorator(name, out_spec, per_bind=False)
+
+    def bound_op(self, name: str | None = None, *, out_spec: OutSpec) -> Callable[[Function], Function]:
+        """Register a function that is called once for each bind, with the static arguments, and returns the function to run.
+
+        For ops that look something up by their static arguments (weights, say) and must not do so in every call.
+        """
+        return self._decorator(name, out_spec, per_bind=True)
+
+    def _decorator(self, name: str | None, out_spec: OutSpec | None, *, per_bind: bool) -> Callable[[Function], Function]:
+        def register(function: Function) -> Function:
+            self._register(OpDefinition(name or function.__name__, function, out_spec, per_bind))
+            return function
+
+        return register
+
+    def _register(self, definition: OpDefinition) -> None:
+        if definition.name in self._ops:
+            raise BadInput(f"op {definition.name!r} is registered already")
+        self._ops[definition.name] = definition
+
+    # --- running --------------------------------------------------------------------------------------------------------------------
+
+    def serve(self, ready: Callable[[], None] = lambda: None) -> None:
+        """Join the broker and serve until SIGTERM, SIGINT or :meth:`stop`; what is running then is finished first.
+
+        Raises :class:`BrokerUnreachable` when there is no broker. ``ready`` is called once clients can come.
+        """
+        with self._signals(), self._joined():
+            ready()
+            self._serve_shm()
+
+    def stop(self) -> None:
+        """Make :meth:`serve` return soon. Callable from any thread and from signal handlers."""
+        self._stopping.set()
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def on_signal(number: int, frame: FrameType | None) -> None:
+            self.stop()
+
+        previous = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def _joined(self) -> Iterator[None]:
+        """Everything that a serving worker needs, given back in reverse order."""
+        with contextlib.ExitStack() as stack:
+            self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+            stack.callback(self._context.term)
+            endpoint = endpoints.broker_endpoint(self.instance)
+            requester = Requester(self._context, endpoint)
+            stack.callback(requester.close)
+            made = ask_broker(requester, m.MakeBell(self.id), m.Made, self.instance)
+            self._bell_name = made.name
+            bell_hold = Hold.on(names.bell_path(made.name))
+            stack.callback(unlink_own, names.bell_path(made.name))
+            stack.callback(bell_hold.release)
+            self._bell = SemaphoreBell(made.name)
+            stack.callback(self._bell.close)
+            folder = endpoints.socket_path(self.instance).parent
+            self._responder = Responder(self._context, self._own_socket(folder, "worker", stack))
+            stack.callback(self._responder.close)
+            self._zmq = ZmqWorkerSocket(self._context, self._own_socket(folder, "lane", stack))
+            stack.callback(self._zmq.close)
+            self._zmq_thread: threading.Thread | None = None
+            control = threading.Thread(target=self._serve_control, name="shmbroker-control", daemon=True)
+            link = BrokerLink(self._context, endpoint, self._hello, self._stats, self._gone.put)
+            stack.callback(self._close_channels)
+            link.start()
+            # Last in, first out: the broker is told before clients find nobody at home.
+            stack.callback(self._join_threads, control)
+            stack.callback(link.stop)
+            stack.callback(self._stopping.set)
+            control.start()
+            log.info("%s (%s): service %r on %s, ops %s", self.name, self.id, self.service, self._responder.endpoint, ", ".join(self._ops))
+            yield
+
+    def _own_socket(self, folder: Path, kind: str, stack: contextlib.ExitStack) -> str:
+        path = folder / f"{self.instance}.{kind}.{self.id}.sock"
+        stack.callback(path.unlink, missing_ok=True)
+        return endpoints.ipc_endpoint(path)
+
+    def _join_threads(self, control: threading.Thread) -> None:
+        control.join()
+        if self._zmq_thread is not None:
+            self._zmq_thread.join()
+
+    def _hello(self) -> m.Hello:
+        return m.Hello(
+            role="worker",
+            peer=self.id,
+            process=this_process(),
+            name=self.name,
+            version=__version__,
+            services=(self.service,),
+            endpoint=self._responder.endpoint,
+            device=self.device,
+        )
+
+    def _stats(self) -> m.PeerStats:
+        channels = list(self._channels.values())
+        return m.PeerStats(
+            calls=sum(channel.counters.calls for channel in channels), errors=sum(channel.counters.errors for channel in channels)
+        )
+
+    # --- frames -----------------------------------------------------------------------------------------------------------------------
+
+    def _serve_shm(self) -> None:
+        """Wait for frames in shared memory and run them, until told to stop and all that had come is answered."""
+        lanes = self._shm_lanes
+        bell_waiter = Waiter(self._bell, self._spin)
+        poll_waiter = Waiter(PollingBell(), self._spin)
+        changes = self._changes
+
+        def something() -> bool:
+            return any(lane.ready() for _, lane in lanes) or not changes.empty()
+
+        while True:
+            while not changes.empty():
+                changes.get()()
+            stopping = self._stopping.is_set()
+            idle = True
+            for channel, lane in lanes:
+                frame = lane.take()
+                if frame is not None:
+                    idle = False
+                    with self._running:
+                        completion = channel.run(frame, stopping)
+                    if not lane.complete(completion):
+                        log.warning("client %s left its completion queue full: its channel is closed", channel.opened.client_name)
+                        self._gone.put(channel.opened.client)
+            if idle:
+                if stopping:
+                    return
+                waiter = poll_waiter if any(lane.doorbell is Doorbell.POLL for _, lane in lanes) else bell_waiter
+                waiter.wait(something, [lane.sleeping for _, lane in lanes], 1.0)
+
+    def _serve_zmq(self) -> None:
+        """The same for the zmq lane, in a thread of its own."""
+        while True:
+            stopping = self._stopping.is_set()
+            self._zmq.wait(0.1)
+            while (taken := self._zmq.take()) is not None:
+                token, frame = taken
+                channel = next((c for c in list(self._channels.values()) if c.token and c.token == token), None)
+                if channel is None:
+                    log.warning("a frame with a token that no channel has was dropped")
+                    continue
+                with self._running:
+                    completion = channel.run(frame, stopping)
+                self._zmq.complete(token, completion)
+            if stopping:
+                return
+
+    # --- control ------------------------------------------------------------------------------------------------------------------------
+
+    def _serve_control(self) -> None:
+        handlers: dict[type, Callable[[Any], m.Message]] = {
+            m.OpenChannel: self._open_channel,
+            m.CloseChannel: self._close_channel,
+            m.Bind: self._bind,
+            m.AskOutSpec: self._ask_out_spec,
+        }
+
+        def handle(sender: bytes, message: m.AnyMessage) -> m.Message:
+            handler = handlers.get(type(message))
+            if handler is None:
+                raise ProtocolMismatch(f"a worker takes no {type(message).__name__}")
+            return handler(message)
+
+        next_look = time.monotonic() + CONTROL_TICK_SECONDS
+        while not self._stopping.is_set():
+            self._responder.socket.poll(int(CONTROL_TICK_SECONDS * 200))
+            self._responder.answer_waiting(handle)
+            while not self._gone.empty():
+                self._forget_client(self._gone.get())
+            if time.monotonic() >= next_look:
+                next_look = time.monotonic() + CONTROL_TICK_SECONDS
+                for channel in list(self._channels.values()):
+                    if not channel.watch.alive():
+                        self._forget_client(channel.opened.client)
+
+    def _change(self, change: Callable[[], None]) -> None:
+        """Have the thread that serves frames do ``change`` between two calls."""
+        self._changes.put(change)
+        self._bell.ring()
+
+    def _open_channel(self, opening: m.OpenChannel) -> m.ChannelOpened:
+        if opening.service != self.service:
+            raise ChannelError(f"this worker offers {self.service!r}, not {opening.service!r}")
+        lane, doorbell = _agree(opening.lane, opening.doorbell)
+        mapped = self._mapped.get(opening.segment)
+        if mapped is None:
+            mapped = MappedSegment(Segment.attach(opening.segment, hold=False))
+        if mapped.segment.owner != opening.client:
+            mapped.close()
+            raise ChannelError(f"segment {opening.segment} belongs to {mapped.segment.owner}, not to {opening.client}")
+        if not 0 <= opening.index < mapped.segment.geometry.channel_count:
+            raise ChannelError(f"channel area {opening.index} of {mapped.segment.geometry.channel_count} does not exist")
+        self._mapped[opening.segment] = mapped
+        channel = WorkerChannel(next(self._channel_numbers), opening, mapped, Watch(opening.process))
+        mapped.users += 1
+        if lane is Lane.SHM:
+            client_bell = SemaphoreBell(opening.bell) if doorbell is Doorbell.SEM else PollingBell()
+            end = ShmWorkerLane(mapped.segment, opening.index, client_bell)
+            self._change(lambda: self._shm_lanes.append((channel, end)))
+        else:
+            channel.token = new_token()
+            if self._zmq_thread is None:
+                self._zmq_thread = threading.Thread(target=self._serve_zmq, name="shmbroker-zmq-lane", daemon=True)
+                self._zmq_thread.start()
+        self._channels[channel.number] = channel
+        log.info(
+            "channel %d opened by %s (pid %d): lane %s, doorbell %s, control %s",
+            channel.number,
+            opening.client_name,
+            opening.process.pid,
+            lane.value,
+            doorbell.value,
+            endpoints.transport_of(self._responder.endpoint),
+        )
+        return m.ChannelOpened(
+            channel=channel.number,
+            lane=lane.value,
+            doorbell=doorbell.value,
+            bell=self._bell_name,
+            endpoint=self._zmq.endpoint,
+            token=channel.token,
+            ops=tuple(self._ops),
+        )
+
+    def _channel(self, number: int) -> WorkerChannel:
+        channel = self._channels.get(number)
+        if channel is None:
+            raise ChannelError(f"channel {number} is not open on this worker")
+        return channel
+
+    def _bind(self, request: m.Bind) -> m.Bound:
+        channel = self._channel(request.channel)
+        definition = self._ops.get(request.op)
+        if definition is None:
+            raise BadInput(f"worker {self.name!r} has no op {request.op!r}; it has: {', '.join(self._ops) or 'none'}")
+        try:
+            op: BoundOp = definition.bind(request.static)
+        except TypeError as error:  # wrong names of static arguments, most often
+            raise BadInput(f"op {request.op!r} cannot be bound with {sorted(request.static)}: {error}") from None
+        return m.Bound(channel.bind(op), op.has_out_spec)
+
+    def _ask_out_spec(self, request: m.AskOutSpec) -> m.OutSpecs:
+        op = self._channel(request.channel).ops.get(request.op_id)
+        if op is None:
+            raise ChannelError(f"op id {request.op_id} is not bound on channel {request.channel}")
+        inputs = [TensorSpec(spec.shape, DTYPE_NAMED[spec.dtype]) for spec in request.inputs]
+        try:
+            outputs = op.outputs(inputs)
+        except Exception as error:  # the op's own complaint about these inputs, for the caller to read
+            raise BadInput(f"op {op.name!r} cannot take {', '.join(map(str, inputs))}: {error}") from None
+        return m.OutSpecs(tuple(m.SpecInfo(spec.shape, NAME_OF[spec.dtype]) for spec in outputs.specs), outputs.single)
+
+    def _close_channel(self, request: m.CloseChannel) -> m.Done:
+        self._drop(self._channel(request.channel))
+        return m.Done()
+
+    def _forget_client(self, client: str) -> None:
+        for channel in [c for c in self._channels.values() if c.opened.client == client]:
+            log.info("client %s is gone: channel %d closed", channel.opened.client_name, channel.number)
+            self._drop(channel)
+
+    def _drop(self, channel: WorkerChannel) -> None:
+        if self._channels.pop(channel.number, None) is None:
+            return
+
+        def drop() -> None:
+            for pair in [pair for pair in self._shm_lanes if pair[0] is channel]:
+                self._shm_lanes.remove(pair)
+                pair[1].close()
+            mapped = channel.mapped
+            mapped.users -= 1
+            if mapped.users == 0:
+                self._mapped.pop(channel.opened.segment, None)
+                mapped.close()
+            channel.watch.close()
+
+        self._change(drop)
+
+    def _close_channels(self) -> None:
+        for channel in list(self._channels.values()):
+            self._drop(channel)
+        while not self._changes.empty():
+            self._changes.get()()
+
+    @property
+    def pid(self) -> int:
+        """Of this process."""
+        return os.getpid()
+
+
+def _agree(lane: str, doorbell: str) -> tuple[Lane, Doorbell]:
+    """What the client asked for, where this side can do it too."""
+    try:
+        wanted = Lane(lane), Doorbell(doorbell)
+    except ValueError as error:
+        raise ChannelError(f"{error}; lanes: shm, zmq; doorbells: sem, poll") from None
+    if wanted[0] is Lane.ZMQ:
+        return Lane.ZMQ, Doorbell.SOCKET
+    if not shm_lane_supported():
+        raise ChannelError("the shm lane needs x86-64 at both ends: use lane zmq")
+    if wanted[1] is Doorbell.SOCKET:
+        raise ChannelError("doorbell socket belongs to lane zmq; lane shm takes sem or poll")
+    return wanted
