@@ -14,8 +14,19 @@ from collections.abc import Callable
 
 import zmq
 
-from shmbroker.control.messages import Goodbye, Heartbeat, HeartbeatSeen, Hello, Message, PeerGone, PeerStats, Welcome, encode
-from shmbroker.control.messages import open_envelope, read_body
+from shmbroker.control.messages import (
+    Goodbye,
+    Heartbeat,
+    HeartbeatSeen,
+    Hello,
+    Message,
+    PeerGone,
+    PeerStats,
+    Welcome,
+    encode,
+    open_envelope,
+    read_body,
+)
 from shmbroker.errors import BrokerUnreachable, ShmBrokerError
 
 log = logging.getLogger(__name__)
@@ -59,7 +70,9 @@ class BrokerLink:
         self._thread.start()
         if not self._known.wait(HELLO_SECONDS):
             self.stop()
-            raise BrokerUnreachable(f"the broker at {self._endpoint} did not answer within {HELLO_SECONDS:g} s: is 'shmbroker serve' running?")
+            raise BrokerUnreachable(
+                f"the broker at {self._endpoint} did not answer within {HELLO_SECONDS:g} s: is 'shmbroker serve' running?"
+            )
 
     def stop(self) -> None:
         """Say Goodbye and end the thread. A second time does nothing."""

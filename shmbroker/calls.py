@@ -154,13 +154,17 @@ class Call:
         if completion.status == Status.EXPIRED:
             return CallTimeout(f"op {name!r}, call {self.call_id}: its deadline had passed when worker {peer!r} took it; it was not run")
         if completion.status == Status.DRAINING:
-            return WorkerDraining(f"op {name!r}, call {self.call_id}: worker {peer!r} is shutting down and did not run it; call another worker")
+            return WorkerDraining(
+                f"op {name!r}, call {self.call_id}: worker {peer!r} is shutting down and did not run it; call another worker"
+            )
         return CallError(f"op {name!r}, call {self.call_id}: worker {peer!r} answered with unknown status {completion.status}")
 
 
 class _Waiters(list[Any]):
-    """The future's list of waiters, as ``concurrent.futures.wait`` and ``as_completed`` use it: whoever joins it will not call
-    :meth:`CallFuture.result`, so the call must be completed in the background."""
+    """The future's list of waiters, as ``concurrent.futures.wait`` and ``as_completed`` use it.
+
+    Whoever joins it will not call :meth:`CallFuture.result`, so the call must be completed in the background.
+    """
 
     def __init__(self, joined: Callable[[], None]) -> None:
         super().__init__()

@@ -22,7 +22,7 @@ from shmbroker.lane.shm_lane import ShmClientLane
 from shmbroker.lane.zmq_lane import ZmqClientLane
 from shmbroker.memory.arena import Place
 from shmbroker.memory.spec import DTYPE_NAMED, NAME_OF, TensorSpec
-from shmbroker.ops import OutSpec, Outputs
+from shmbroker.ops import Outputs, OutSpec
 from shmbroker.remote_op import RemoteOp
 from shmbroker.report import Report
 from shmbroker.statistics import OpStatistics

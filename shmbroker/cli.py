@@ -88,7 +88,7 @@ def gc(instance: str | None, everything: bool, as_json: bool) -> None:
 
 
 @cli.command()
-@click.option("--prompt", default="Explain in three sentences why the sky is blue.", show_default=True)
+@click.option("--prompt", default="Why is the sky blue?", show_default=True)
 @click.option("--max-new-tokens", type=click.IntRange(1), default=64, show_default=True)
 @click.option("--split", "splits", multiple=True, help="linear, fused or op; may be given several times.  [default: all three]")
 @click.option("--lane", "lanes", multiple=True, help="shm or zmq; may be given several times.  [default: both]")

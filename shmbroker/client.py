@@ -142,9 +142,7 @@ class Client:
     # --- joining ----------------------------------------------------------------------------------------------------------------------
 
     def _hello(self) -> m.Hello:
-        return m.Hello(
-            role="client", peer=self.id, process=this_process(), name=self.name, version=__version__, segment=self._segment.name
-        )
+        return m.Hello(role="client", peer=self.id, process=this_process(), name=self.name, version=__version__, segment=self._segment.name)
 
     def _stats(self) -> m.PeerStats:
         occupancy = self.arena.occupancy()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable
 
@@ -16,6 +17,15 @@ LEVELS = ("debug", "info", "warning", "error")
 def set_up_logging(level: str) -> None:
     """Log to standard error, one line an event."""
     logging.basicConfig(level=level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
+
+
+def share_cpus() -> None:
+    """Let idle compute threads sleep. To be called before torch is loaded; a user's own OMP_WAIT_POLICY stays.
+
+    By default GNU OpenMP's threads spin between parallel regions. Two processes that take turns on the same cores then spin against each
+    other: 64 tokens at split op took 25.8 s so, 6.1 s with this (2 cores, 2 threads in each process).
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def run(command: Callable[..., object]) -> None:

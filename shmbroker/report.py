@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from shmbroker.sizes import mib
+from shmbroker.sizes import MIB, mib
 from shmbroker.statistics import OpStatistics
 
 if TYPE_CHECKING:
@@ -82,31 +82,19 @@ class Report(msgspec.Struct, frozen=True):
         lines = (*self.ops, self.total)
         for line in lines:
             table.add_column(line.op, justify="right", style="bold" if line is self.total else "")
-        for label, cell in _ROWS:
-            table.add_row(label, *[cell(line) for line in lines])
-        foot = (
-            f"lane {self.lane}, doorbell {self.doorbell}, control {self.control}; "
-            f"{mib(self.total.sent_bytes)} out and {mib(self.total.received_bytes)} back through shared memory, "
-            f"{self.socket_bytes} bytes of frames and 0 bytes of tensors over a socket"
-        )
-        if self.total.errors:
-            foot += f"; {self.total.errors} calls failed"
-        return Group(table, foot)
-
-
-_ROWS: tuple[tuple[str, Callable[[Line], str]], ...] = (
+        for label, cell in _ROWS: tuple[tuple[str, Callable[[Line], str]], ...] = (
     ("calls", lambda line: str(line.calls)),
-    ("RPC, ms", lambda line: f"{line.rpc_ms:.1f}"),
-    ("  per call, median", lambda line: f"{line.rpc_median_ms:.3f}"),
-    ("  per call, p99", lambda line: f"{line.rpc_p99_ms:.3f}"),
-    ("  worker's compute", lambda line: f"{line.compute_ms:.1f}"),
-    ("  copying inputs in", lambda line: f"{line.copy_ms:.1f}"),
-    ("  transport", lambda line: f"{line.transport_ms:.1f}"),
-    ("    building frames", lambda line: f"{line.build_ms:.1f}"),
-    ("    reading frames", lambda line: f"{line.read_ms:.1f}"),
-    ("sent", lambda line: mib(line.sent_bytes)),
-    ("  copied by client", lambda line: mib(line.copied_bytes)),
-    ("received", lambda line: mib(line.received_bytes)),
+    ("RPC ms", lambda line: f"{line.rpc_ms:.1f}"),
+    (" median/call", lambda line: f"{line.rpc_median_ms:.3f}"),
+    (" p99/call", lambda line: f"{line.rpc_p99_ms:.3f}"),
+    (" compute", lambda line: f"{line.compute_ms:.1f}"),
+    (" copy in", lambda line: f"{line.copy_ms:.1f}"),
+    (" transport", lambda line: f"{line.transport_ms:.1f}"),
+    ("  build", lambda line: f"{line.build_ms:.1f}"),
+    ("  read", lambda line: f"{line.read_ms:.1f}"),
+    ("sent MiB", lambda line: f"{line.sent_bytes / MIB:.1f}"),
+    (" copied in", lambda line: f"{line.copied_bytes / MIB:.1f}"),
+    ("received MiB", lambda line: f"{line.received_bytes / MIB:.1f}"),
 )
 
 _ADDED = (

@@ -25,7 +25,7 @@ from shmbroker import __version__
 from shmbroker.broker_link import BrokerLink
 from shmbroker.control import endpoint as endpoints
 from shmbroker.control import messages as m
-from shmbroker.control.liveness import Watch, this_process
+from shmbroker.control.liveness import Watch, process_of, this_process
 from shmbroker.control.sockets import Requester, Responder
 from shmbroker.errors import BadInput, ChannelError, ProtocolMismatch
 from shmbroker.lane.doorbell import DEFAULT_SPIN_SECONDS, PollingBell, SemaphoreBell, Waiter, shm_lane_supported
@@ -62,6 +62,7 @@ class Worker:
         worker.serve()
 
     ``spin``: seconds to look for the next frame before sleeping; 0 to sleep at once. ``device``: a word for ``shmbroker status``.
+    ``until_exit``: stop when the process with this pid ends.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Worker:
         name: str | None = None,
         spin: float = DEFAULT_SPIN_SECONDS,
         device: str = "cpu",
+        until_exit: int = 0,
     ) -> None:
         self.service = service
         self.instance = resolve_instance(instance)
@@ -79,6 +81,7 @@ class Worker:
         self.id = names.new_id()
         self.device = device
         self._spin = spin
+        self._parent = process_of(until_exit) if until_exit else None
         self._ops: dict[str, OpDefinition] = {}
         self._channels: dict[int, WorkerChannel] = {}
         self._channel_numbers = itertools.count(1)
@@ -287,6 +290,7 @@ class Worker:
                 raise ProtocolMismatch(f"a worker takes no {type(message).__name__}")
             return handler(message)
 
+        parent = Watch(self._parent) if self._parent is not None else None
         next_look = time.monotonic() + CONTROL_TICK_SECONDS
         while not self._stopping.is_set():
             self._responder.socket.poll(int(CONTROL_TICK_SECONDS * 200))
@@ -295,6 +299,8 @@ class Worker:
                 self._forget_client(self._gone.get())
             if time.monotonic() >= next_look:
                 next_look = time.monotonic() + CONTROL_TICK_SECONDS
+                if parent is not None and not parent.alive():
+                    self.stop()
                 for channel in list(self._channels.values()):
                     if not channel.watch.alive():
                         self._forget_client(channel.opened.client)

@@ -23,7 +23,16 @@ def _namespace() -> int:
 
 def this_process() -> ProcessId:
     """The caller's own identity, to be told to others."""
-    return ProcessId(os.getpid(), _start_time(os.getpid()), _namespace())
+    return process_of(os.getpid())
+
+
+def process_of(pid: int) -> ProcessId:
+    """The identity of a process of this pid namespace; of one that has ended already, an identity that is not alive."""
+    try:
+        start_time = _start_time(pid)
+    except (FileNotFoundError, ProcessLookupError):
+        start_time = 0
+    return ProcessId(pid, start_time, _namespace())
 
 
 class Watch:

@@ -70,7 +70,7 @@ class PeerStats(msgspec.Struct, frozen=True):
     arena: ArenaInfo | None = None
 
 
-class Hello(Message):
+class Hello(Message, frozen=True):
     """I am here. Sent at start and whenever the broker is a new one; lists all that the broker must know to adopt the sender."""
 
     role: str
@@ -87,7 +87,7 @@ class Hello(Message):
     segment: str = ""
 
 
-class Welcome(Message):
+class Welcome(Message, frozen=True):
     """Answer to Hello. ``epoch`` is another for another broker process."""
 
     broker: str
@@ -95,27 +95,27 @@ class Welcome(Message):
     version: str
 
 
-class Heartbeat(Message):
+class Heartbeat(Message, frozen=True):
     """I still am."""
 
     peer: str
     stats: PeerStats
 
 
-class HeartbeatSeen(Message):
+class HeartbeatSeen(Message, frozen=True):
     """Answer to Heartbeat; a peer that meets a foreign epoch, or is not ``known``, says Hello again."""
 
     epoch: str
     known: bool
 
 
-class Goodbye(Message):
+class Goodbye(Message, frozen=True):
     """I am leaving in good order."""
 
     peer: str
 
 
-class MakeSegment(Message):
+class MakeSegment(Message, frozen=True):
     """Make a segment for me."""
 
     peer: str
@@ -125,19 +125,19 @@ class MakeSegment(Message):
     depth: int
 
 
-class MakeBell(Message):
+class MakeBell(Message, frozen=True):
     """Make a semaphore for me to sleep on."""
 
     peer: str
 
 
-class Made(Message):
+class Made(Message, frozen=True):
     """The object's POSIX name; the broker holds it until the peer says Hello."""
 
     name: str
 
 
-class FindService(Message):
+class FindService(Message, frozen=True):
     """Who offers this service?"""
 
     service: str
@@ -153,14 +153,14 @@ class WorkerInfo(msgspec.Struct, frozen=True):
     device: str
 
 
-class Found(Message):
+class Found(Message, frozen=True):
     """Workers that offer the service, longest registered first; and all services there are."""
 
     workers: tuple[WorkerInfo, ...]
     services: tuple[str, ...]
 
 
-class GetStatus(Message):
+class GetStatus(Message, frozen=True):
     """Tell me everything."""
 
 
@@ -181,7 +181,7 @@ class PeerStatus(msgspec.Struct, frozen=True):
     stats: PeerStats
 
 
-class StatusReport(Message):
+class StatusReport(Message, frozen=True):
     """All that the broker knows."""
 
     instance: str
@@ -193,13 +193,13 @@ class StatusReport(Message):
     peers: tuple[PeerStatus, ...]
 
 
-class PeerGone(Message):
+class PeerGone(Message, frozen=True):
     """Broker to everyone: this process is gone, and what was its own is reaped."""
 
     peer: str
 
 
-class OpenChannel(Message):
+class OpenChannel(Message, frozen=True):
     """Map my segment and serve channel area ``index`` of it."""
 
     client: str
@@ -213,7 +213,7 @@ class OpenChannel(Message):
     bell: str
 
 
-class ChannelOpened(Message):
+class ChannelOpened(Message, frozen=True):
     """Answer to OpenChannel: lane and doorbell as agreed, and what the client needs to use them."""
 
     channel: int
@@ -225,17 +225,17 @@ class ChannelOpened(Message):
     ops: tuple[str, ...]
 
 
-class CloseChannel(Message):
+class CloseChannel(Message, frozen=True):
     """I have no more calls on this channel."""
 
     channel: int
 
 
-class Done(Message):
+class Done(Message, frozen=True):
     """It is done."""
 
 
-class Bind(Message):
+class Bind(Message, frozen=True):
     """Give op ``op`` with these static arguments a number."""
 
     channel: int
@@ -243,7 +243,7 @@ class Bind(Message):
     static: dict[str, Any]
 
 
-class Bound(Message):
+class Bound(Message, frozen=True):
     """Answer to Bind. Without an ``out_spec`` of its own, the client asks for the outputs' shapes."""
 
     op_id: int
@@ -257,7 +257,7 @@ class SpecInfo(msgspec.Struct, frozen=True):
     dtype: str
 
 
-class AskOutSpec(Message):
+class AskOutSpec(Message, frozen=True):
     """What are the outputs of this bound op, given such inputs?"""
 
     channel: int
@@ -265,14 +265,14 @@ class AskOutSpec(Message):
     inputs: tuple[SpecInfo, ...]
 
 
-class OutSpecs(Message):
+class OutSpecs(Message, frozen=True):
     """Answer to AskOutSpec. ``single``: the op returns one tensor rather than a sequence."""
 
     outputs: tuple[SpecInfo, ...]
     single: bool
 
 
-class Refused(Message):
+class Refused(Message, frozen=True):
     """The request could not be done: the error's type and text."""
 
     type_name: str

@@ -10,8 +10,8 @@ from typing import TypeVar
 
 import zmq
 
-from shmbroker.control.messages import AnyMessage, Message, Refused, encode, open_envelope, read_body
 from shmbroker import errors
+from shmbroker.control.messages import AnyMessage, Message, Refused, encode, open_envelope, read_body
 from shmbroker.errors import PeerRefused, ProtocolMismatch, ShmBrokerError
 
 log = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ class Responder:
         self.socket.setsockopt(zmq.LINGER, 100)  # milliseconds: the last answer of a process that ends still goes out
         self.socket.setsockopt(zmq.MAXMSGSIZE, 2 << 20)
         self.socket.bind(endpoint)
-        self.endpoint: str = self.socket.getsockopt(zmq.LAST_ENDPOINT).decode()
+        self.endpoint = endpoint
 
     def answer_waiting(self, handle: Callable[[bytes, AnyMessage], Message | None]) -> None:
         """Hand every message that has come to ``handle(sender, message)`` and send back what it returns, or its error as Refused."""

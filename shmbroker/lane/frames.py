@@ -75,7 +75,9 @@ class FrameTemplate:
         if len(tensors) > layout.MAX_TENSORS:
             raise BadInput(f"{len(tensors)} tensors in one call (inputs and outputs); a frame carries at most {layout.MAX_TENSORS}")
         if len(metadata) > layout.METADATA_BYTES:
-            raise BadInput(f"{len(metadata)} bytes of per-call arguments; a frame carries at most {layout.METADATA_BYTES}: bind them instead")
+            raise BadInput(
+                f"{len(metadata)} bytes of per-call arguments; a frame carries at most {layout.METADATA_BYTES}: bind them instead"
+            )
         frame = bytearray(layout.SUBMISSION_SLOT_BYTES)
         SUBMISSION_HEADER.pack_into(frame, 0, 0, 0, op_id, len(inputs), len(outputs), 0, len(metadata), 0, 0)
         kinds = []
@@ -161,8 +163,8 @@ class SubmissionReader:
         """The call in ``frame``, a private copy (F1). Raises :class:`BadFrame` that says what is wrong with it."""
         if len(frame) < _HEADER_BYTES:
             raise BadFrame(f"a frame of {len(frame)} bytes is shorter than its header of {_HEADER_BYTES}")
-        (_, call_id, op_id, input_count, output_count, flags, metadata_bytes, deadline_ns, submitted_ns) = (
-            SUBMISSION_HEADER.unpack_from(frame)
+        (_, call_id, op_id, input_count, output_count, flags, metadata_bytes, deadline_ns, submitted_ns) = SUBMISSION_HEADER.unpack_from(
+            frame
         )
         count = input_count + output_count
         if flags:

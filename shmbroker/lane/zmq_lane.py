@@ -73,7 +73,7 @@ class ZmqClientLane:
 
     def ready(self) -> bool:
         """Whether a completion has come."""
-        return bool(self._complete.getsockopt(zmq.EVENTS) & zmq.POLLIN)
+        return bool(int(self._complete.get(zmq.EVENTS)) & zmq.POLLIN)
 
     def wait(self, seconds: float) -> bool:
         """Block until a completion comes, for ``seconds`` at most."""
@@ -105,7 +105,7 @@ class ZmqWorkerSocket:
         self.socket = context.socket(zmq.ROUTER)
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.bind(endpoint)
-        self.endpoint = self.socket.getsockopt(zmq.LAST_ENDPOINT).decode()
+        self.endpoint = endpoint
         self._slot = private_slot(layout.COMPLETION_SLOT_BYTES)
 
     def wait(self, seconds: float) -> bool:

@@ -87,6 +87,12 @@ class Arena:
             return torch.frombuffer(buffer, dtype=torch.uint8).view(dtype).as_strided(shape, contiguous_strides(shape)), place
         return torch.frombuffer(buffer, dtype=dtype, count=count).view(shape), place
 
+    def copy_in(self, tensor: torch.Tensor, timeout: float = DEFAULT_PLACE_SECONDS) -> torch.Tensor:
+        """A contiguous copy of ``tensor`` in a fresh block: the one copy that a tensor from outside costs."""
+        inside = self.empty(tuple(tensor.shape), tensor.dtype, timeout)
+        inside.copy_(tensor.detach())
+        return inside
+
     def find(self, tensor: torch.Tensor) -> Place | None:
         """Where ``tensor`` lies, or None when it does not lie in a block of this arena (A3)."""
         address = tensor.data_ptr()
@@ -94,7 +100,7 @@ class Arena:
             return None
         offset = address - self._address
         # The storage of most tensors starts with the block; one made from a slice of an array is searched for.
-        lease = self._leases.get(offset - tensor.storage_offset() * tensor.element_size())
+        lease = self._leases.get(offset - int(tensor.storage_offset()) * tensor.element_size())
         if lease is None:
             lease = self._around(offset)
         return None if lease is None else Place(offset, lease.block.generation)

@@ -80,9 +80,7 @@ def _open(name: str) -> int:
         ) from None
 
 
-def make_segment(
-    name: str, geometry: Geometry, *, instance: str, owner: str, owner_pid: int, mode: int = 0o600, gid: int = -1
-) -> Hold:
+def make_segment(name: str, geometry: Geometry, *, instance: str, owner: str, owner_pid: int, mode: int = 0o600, gid: int = -1) -> Hold:
     """Make, size and publish a segment; the returned hold keeps the reaper away until its client holds it too.
 
     Raises :class:`SharedMemoryFull` when the file system has not enough room, leaving nothing behind.

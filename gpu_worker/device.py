@@ -1,0 +1,64 @@
+"""Devices that a GPU worker computes on. A device holds weights and runs arithmetic on a client's tensors, results landing in place."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from shmbroker.errors import BadInput
+
+
+class Device(Protocol):
+    """What ops need of a device. Every ``out`` lies in the client's segment and is written there."""
+
+    name: str
+
+    def hold(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A weight, kept where the device computes."""
+
+    def rows(self, table: torch.Tensor, ids: torch.Tensor, out: torch.Tensor) -> None:
+        """``out[i] = table[ids[i]]``: ids ``[n]`` int64, table ``[rows, width]``, out ``[n, width]``."""
+
+    def linear(self, x: torch.Tensor, layers: Sequence[tuple[torch.Tensor, torch.Tensor | None]], outs: Sequence[torch.Tensor]) -> None:
+        """``out = x @ weight + bias`` for each layer: x ``[n, in]``, weight ``[in, out]`` (transposed view), out ``[n, out]``."""
+
+    def matmul(self, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
+        """``out = a @ b``: ``[n, m, k]``, ``[n, k, l]``, ``[n, m, l]``."""
+
+
+class CpuDevice:
+    """Computes on the CPU, straight from the client's blocks into the client's blocks."""
+
+    name = "cpu"
+
+    def hold(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The weight as it is."""
+        return tensor
+
+    def rows(self, table: torch.Tensor, ids: torch.Tensor, out: torch.Tensor) -> None:
+        """Select rows."""
+        torch.index_select(table, 0, ids, out=out)
+
+    def linear(self, x: torch.Tensor, layers: Sequence[tuple[torch.Tensor, torch.Tensor | None]], outs: Sequence[torch.Tensor]) -> None:
+        """One matrix product a layer."""
+        for (weight, bias), out in zip(layers, outs, strict=True):
+            if bias is None:
+                torch.mm(x, weight, out=out)
+            else:
+                torch.addmm(bias, x, weight, out=out)
+
+    def matmul(self, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
+        """A batch of matrix products."""
+        torch.bmm(a, b, out=out)
+
+
+def open_device(text: str) -> Device:
+    """``cpu``, ``cuda`` or ``cuda:1`` to a device. Raises :class:`BadInput` for one that is not there."""
+    if text == "cpu":
+        return CpuDevice()
+    if re.fullmatch(r"cuda(:\d+)?", text):
+        raise BadInput(f"device {text!r}: this release computes on the CPU only; use --device cpu")
+    raise BadInput(f"device {text!r} is not known; there are: cpu, cuda, cuda:N")

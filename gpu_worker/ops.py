@@ -1,0 +1,50 @@
+"""The ops of a GPU worker, on whatever device. Weights are looked up at bind; a call only computes, into the client's blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from gpu_worker.device import Device
+from gpu_worker.weights import Weights
+from shmbroker import model_ops
+from shmbroker.worker import Worker
+
+
+def register(worker: Worker, weights: Weights, device: Device) -> None:
+    """Register ``embed``, ``linear``, ``batch_linear``, ``matmul`` and ``lm_head``."""
+
+    @worker.bound_op(model_ops.EMBED, out_spec=model_ops.embed)
+    def embed(*, module: str, width: int, dtype: str) -> Callable[..., None]:
+        table = weights.embedding(module, width, dtype)
+
+        def run(ids: torch.Tensor, *, out: torch.Tensor) -> None:
+            device.rows(table, ids.reshape(-1), out.view(-1, width))
+
+        return run
+
+    def linear(*, module: str, in_features: int, out_features: int) -> Callable[..., None]:
+        layers = [weights.linear(module, in_features, out_features)]
+
+        def run(x: torch.Tensor, *, out: torch.Tensor) -> None:
+            device.linear(x.reshape(-1, in_features), layers, [out.view(-1, out_features)])
+
+        return run
+
+    worker.bound_op(model_ops.LINEAR, out_spec=model_ops.linear)(linear)
+    worker.bound_op(model_ops.LM_HEAD, out_spec=model_ops.linear)(linear)
+
+    @worker.bound_op(model_ops.BATCH_LINEAR, out_spec=model_ops.batch_linear)
+    def batch_linear(*, modules: Sequence[str], in_features: int, out_features: Sequence[int]) -> Callable[..., None]:
+        layers = [weights.linear(module, in_features, width) for module, width in zip(modules, out_features, strict=True)]
+
+        def run(x: torch.Tensor, *, out: Sequence[torch.Tensor]) -> None:
+            outs = [out] if isinstance(out, torch.Tensor) else out
+            device.linear(x.reshape(-1, in_features), layers, [one.view(-1, one.shape[-1]) for one in outs])
+
+        return run
+
+    @worker.op(model_ops.MATMUL, out_spec=model_ops.matmul)
+    def matmul(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor) -> None:
+        device.matmul(a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:]), out.view(-1, *out.shape[-2:]))

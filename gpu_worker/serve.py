@@ -1,0 +1,52 @@
+"""Running a GPU worker: weights first, then the broker, so that whoever finds the service finds it ready."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import torch
+
+from gpu_worker.device import open_device
+from gpu_worker.ops import register
+from gpu_worker.weights import Weights
+from shmbroker.checkpoint import Checkpoint
+from shmbroker.errors import BadInput
+from shmbroker.memory.spec import dtype_named
+from shmbroker.sizes import mib
+from shmbroker.status import ask
+from shmbroker.worker import Worker
+
+log = logging.getLogger(__name__)
+
+MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def serve(
+    *,
+    model: str,
+    device: str,
+    dtype: str,
+    service: str,
+    instance: str | None,
+    name: str | None,
+    threads: int | None,
+    spin: float,
+    until_exit: int,
+) -> None:
+    """Load ``model`` and serve until told to stop. Raises :class:`ShmBrokerError` for whatever is wrong with the arguments."""
+    target = open_device(device)
+    wanted = dtype_named(dtype)
+    if wanted not in MODEL_DTYPES:
+        raise BadInput(f"weights cannot be {dtype}; there are: float32, bfloat16, float16")
+    checkpoint = Checkpoint.at(model)
+    ask(instance)  # before the weights are read: a missing broker is told at once
+    if threads:
+        torch.set_num_threads(threads)
+    begun = time.monotonic()
+    weights = Weights.load(checkpoint, wanted, target)
+    log.info("%s of weights in %s on %s after %.1f s", mib(weights.nbytes), dtype, target.name, time.monotonic() - begun)
+    worker = Worker(service, instance=instance, name=name, device=target.name, spin=spin, until_exit=until_exit)
+    register(worker, weights, target)
+    with torch.inference_mode():
+        worker.serve()

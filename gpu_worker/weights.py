@@ -1,0 +1,70 @@
+"""The weights that a GPU worker holds: of linear layers and embeddings, by the modules' names in the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from gpu_worker.device import Device
+from shmbroker.checkpoint import Checkpoint
+from shmbroker.errors import BadInput
+
+
+@dataclass(slots=True)
+class Weights:
+    """Weights by module name. ``linear``: transposed weight ``[in, out]`` and bias; ``embedding``: ``[rows, width]``."""
+
+    dtype: torch.dtype
+    linears: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = field(default_factory=dict)
+    embeddings: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint, dtype: torch.dtype, device: Device) -> Weights:
+        """Read from ``checkpoint`` what the ops need, and nothing else."""
+        model = checkpoint.model(dtype, keep=lambda name, module: isinstance(module, (torch.nn.Linear, torch.nn.Embedding)))
+        weights = cls(dtype)
+        held: dict[int, torch.Tensor] = {}
+
+        def hold(parameter: torch.Tensor) -> torch.Tensor:
+            # Tied weights are one tensor, and stay one.
+            return held.setdefault(id(parameter), device.hold(parameter.detach()))
+
+        for name, module in model.named_modules():
+            if isinstance(module, torch.nn.Linear):
+                bias = None if module.bias is None else hold(module.bias)
+                weights.linears[name] = (hold(module.weight).t(), bias)
+            elif isinstance(module, torch.nn.Embedding):
+                weights.embeddings[name] = hold(module.weight)
+        return weights
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, tied weights counted once."""
+        tensors = [*self.embeddings.values(), *(part for layer in self.linears.values() for part in layer if part is not None)]
+        return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+
+    def linear(self, module: str, in_features: int, out_features: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The linear layer ``module``. Raises :class:`BadInput` unless it is there with these sizes."""
+        layer = self.linears.get(module)
+        if layer is None:
+            raise BadInput(f"this worker's model has no linear layer {module!r}: are both workers started with the same --model?")
+        if tuple(layer[0].shape) != (in_features, out_features):
+            raise BadInput(
+                f"linear layer {module!r} is {layer[0].shape[0]} x {layer[0].shape[1]} here, {in_features} x {out_features} at the client: "
+                "start both workers with the same --model"
+            )
+        return layer
+
+    def embedding(self, module: str, width: int, dtype: str) -> torch.Tensor:
+        """The embedding ``module``. Raises :class:`BadInput` unless it is there with this width and dtype."""
+        table = self.embeddings.get(module)
+        if table is None:
+            raise BadInput(f"this worker's model has no embedding {module!r}: are both workers started with the same --model?")
+        here = str(table.dtype).removeprefix("torch.")
+        if table.shape[1] != width or here != dtype:
+            raise BadInput(
+                f"embedding {module!r} is {here} of width {table.shape[1]} here, {dtype} of width {width} at the client: start both workers "
+                "with the same --model and --dtype"
+            )
+        return table

@@ -1,0 +1,125 @@
+"""A local Hugging Face checkpoint, of which each side loads only its own part.
+
+A model class is subclassed so that, right after construction on the ``meta`` device, the modules of the other side lose their parameters.
+Hugging Face's own loading then reads exactly the weights that are left, with all it knows of sharding, renamed keys, tied weights and GGUF.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from shmbroker.errors import BadInput
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+Keep = Callable[[str, torch.nn.Module], bool]
+"""Whether the parameters that belong directly to a module (by name in the model) are to be loaded."""
+
+GGUF_SUFFIX = ".gguf"
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A folder with ``config.json`` and safetensors, or a GGUF file."""
+
+    folder: Path
+    gguf_file: str | None = None
+
+    @classmethod
+    def at(cls, path: str | os.PathLike[str]) -> Checkpoint:
+        """The checkpoint at ``path``: a folder, or a GGUF file. Raises :class:`BadInput` when there is none."""
+        place = Path(path)
+        if place.suffix == GGUF_SUFFIX and place.is_file():
+            return cls(place.parent, place.name)
+        if not place.is_dir():
+            raise BadInput(f"model {str(place)!r} is neither a folder nor a .gguf file")
+        if (place / "config.json").is_file():
+            if not any(place.glob("*.safetensors")):
+                raise BadInput(f"model folder {str(place)!r} has a config.json but no *.safetensors: the weights are missing")
+            return cls(place)
+        found = sorted(file.name for file in place.glob("*" + GGUF_SUFFIX))
+        if len(found) == 1:
+            return cls(place, found[0])
+        raise BadInput(
+            f"model folder {str(place)!r} has no config.json"
+            + (f" and several GGUF files: name one of {', '.join(found)}" if found else "")
+        )
+
+    @property
+    def _where(self) -> dict[str, Any]:
+        options: dict[str, Any] = {"local_files_only": True}
+        if self.gguf_file is not None:
+            options["gguf_file"] = self.gguf_file
+        return options
+
+    def config(self) -> PretrainedConfig:
+        """The model's configuration."""
+        from transformers import AutoConfig
+
+        with self._readable():
+            config: PretrainedConfig = AutoConfig.from_pretrained(self.folder, **self._where)
+            return config
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer."""
+        from transformers import AutoTokenizer
+
+        with self._readable():
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.folder, **self._where)
+            return tokenizer
+
+    def model(self, dtype: torch.dtype, keep: Keep | None = None) -> PreTrainedModel:
+        """The causal language model with the parameters that ``keep`` names (all of them without it); the others are None."""
+        from transformers import AutoModelForCausalLM
+
+        config = self.config()
+        try:
+            kind: type[PreTrainedModel] = AutoModelForCausalLM._model_mapping[type(config)]  # type: ignore[assignment]
+        except KeyError:
+            raise BadInput(f"{type(config).__name__} in {str(self.folder)!r} is not a causal language model") from None
+        partial = kind if keep is None else _partial(kind, keep)
+        with self._readable():
+            model: PreTrainedModel = partial.from_pretrained(self.folder, dtype=dtype, **self._where)
+            return model
+
+    @contextlib.contextmanager
+    def _readable(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, KeyError) as error:
+            raise BadInput(f"model {str(self.folder)!r} cannot be read: {error}") from error
+
+
+def _partial(kind: type[PreTrainedModel], keep: Keep) -> type[PreTrainedModel]:
+    class Partial(kind):  # type: ignore[valid-type, misc]
+        """Keeps the modules that it is told to; what a checkpoint holds for the others is passed over."""
+
+        _keys_to_ignore_on_load_unexpected = (r".*",)
+
+        def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
+            super().__init__(config, *args, **kwargs)
+            if not all([keep(name, module) for name, module in self.named_modules() if isinstance(module, torch.nn.Embedding)]):
+                config.tie_word_embeddings = False  # nothing is left here to tie
+                self._tied_weights_keys: dict[str, str] = {}
+                self.all_tied_weights_keys: dict[str, str] = {}
+            for name, module in self.named_modules():
+                if not keep(name, module):
+                    hollow(module)
+
+    Partial.__name__ = Partial.__qualname__ = kind.__name__
+    return Partial
+
+
+def hollow(module: torch.nn.Module) -> None:
+    """Take a module's own parameters away; its sizes stay. It can no longer be called."""
+    for name in list(module._parameters):
+        module.register_parameter(name, None)
+    module._is_hf_initialized = True  # type: ignore[assignment]

@@ -1,0 +1,23 @@
+"""The program that runs a Hugging Face model whose heavy modules live in a GPU worker. Imports :mod:`shmbroker`, never :mod:`gpu_worker`."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tee_worker.offload import Offloaded, offload
+    from tee_worker.splits import Split
+
+__all__ = ["Offloaded", "Split", "offload"]
+
+# The command line sets variables that torch reads when it is loaded, so nothing here may load it early.
+_HOME = {"Offloaded": "tee_worker.offload", "offload": "tee_worker.offload", "Split": "tee_worker.splits"}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'tee_worker' has no attribute {name!r}")
+    value: object = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,45 @@
+"""How the model's attention modules find the split attention: through Hugging Face's two registries.
+
+Both are needed: a name that is registered as an attention but not as a mask gets no mask, and causality is silently lost.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from shmbroker.errors import BadInput
+from tee_worker.remote_modules import SplitAttention
+
+NAME = "shmbroker_split"
+ATTRIBUTE = "shmbroker_attention"
+"""Where an attention module keeps its :class:`SplitAttention`."""
+
+
+def split_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """As Hugging Face calls it: query ``[batch, heads, tokens, head_dim]``, an additive mask or None."""
+    attention: SplitAttention = getattr(module, ATTRIBUTE)
+    refused = [name for name in ("softcap", "position_bias", "s_aux") if kwargs.get(name) is not None]
+    if refused or dropout:
+        raise BadInput(f"split 'op' does not know how to apply {', '.join(refused) or 'dropout'}: use split 'fused' for this model")
+    return attention(query, key, value, attention_mask, query.shape[-1] ** -0.5 if scaling is None else scaling), None
+
+
+def register() -> None:
+    """Make the split attention known to Hugging Face, with the additive mask of its plain attention."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import eager_mask
+
+    AttentionInterface.register(NAME, split_attention_forward)
+    AttentionMaskInterface.register(NAME, eager_mask)

@@ -1,0 +1,236 @@
+"""Generating text with a split model, from the command line's arguments to the report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import torch
+from torch import nn
+
+from shmbroker.checkpoint import Checkpoint
+from shmbroker.client import connect
+from shmbroker.errors import ArenaTooSmall, BadInput
+from shmbroker.memory.layout import PAGE, round_up
+from shmbroker.memory.spec import dtype_named
+from shmbroker.report import Report
+from shmbroker.sizes import MIB, mib, parse_bytes
+from shmbroker.status import ask
+from tee_worker.offload import offload
+from tee_worker.splits import Split
+from tee_worker.structure import structure_of
+from tee_worker.traffic import Traffic, generation_traffic
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+ARENA_FLOOR = 64 * MIB
+ARENA_LARGEST_TENSORS = 4
+"""The arena that is asked for when none is told: room for so many tensors of the largest size of the run, on top of the floor. Attention has
+scores, keys, values and a result at once."""
+
+MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+OnText = Callable[[str], None]
+
+
+class Options(msgspec.Struct, frozen=True):
+    """What a generation is asked for."""
+
+    model: str
+    prompt: str
+    chat: bool = False
+    max_new_tokens: int = 64
+    split: str = Split.FUSED.value
+    dtype: str = "float32"
+    instance: str | None = None
+    service: str = "gpu"
+    lane: str = "auto"
+    doorbell: str = "auto"
+    arena: str | None = None
+    timeout: float = 60.0
+    spin: float = 50e-6
+    threads: int | None = None
+
+
+class Analytic(msgspec.Struct, frozen=True):
+    """The analytic model of the run, and whether what was counted equals it."""
+
+    calls: int
+    sent_bytes: int
+    received_bytes: int
+    equal: bool
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """What came of it."""
+
+    text: str
+    tokens: tuple[int, ...]
+    prompt_tokens: int
+    split: str
+    seconds: float
+    """Of ``generate()``, from the first token's prefill to the last."""
+    tokens_per_second: float
+    private_bytes: int
+    """Private resident memory of this process at the end: the shared segment is not in it."""
+    parameter_bytes: int
+    """Of the model's parameters that were loaded here."""
+    report: Report
+    analytic: Analytic
+
+
+def generate(options: Options, on_text: OnText | None = None) -> Outcome:
+    """Run one greedy generation. ``on_text`` is given the text as it comes. Raises :class:`ShmBrokerError`."""
+    split = Split.named(options.split)
+    dtype = model_dtype(options.dtype)
+    checkpoint = Checkpoint.at(options.model)
+    ask(options.instance)  # before anything is loaded: a missing broker is told at once
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    tokenizer = checkpoint.tokenizer()
+    ids = encode(tokenizer, options.prompt, options.chat)
+    check_context(checkpoint.config(), ids.shape[1], options.max_new_tokens)
+    model = checkpoint.model(dtype, keep=lambda name, module: not isinstance(module, (nn.Linear, nn.Embedding)))
+    structure = structure_of(model)
+    prompt_tokens = ids.shape[1]
+    planned = generation_traffic(structure, split, prompt_tokens=prompt_tokens, new_tokens=options.max_new_tokens)
+    with connect(
+        options.instance,
+        arena=arena_bytes(options.arena, planned),
+        name="tee-worker",
+        timeout=options.timeout,
+        spin=options.spin,
+    ) as client:
+        channel = client.channel(options.service, lane=options.lane, doorbell=options.doorbell)
+        offload(model, client, channel, split, structure=structure)
+        begun = time.perf_counter()
+        tokens = run(model, tokenizer, ids, options.max_new_tokens, on_text)
+        seconds = time.perf_counter() - begun
+        report = channel.report()
+    expected = generation_traffic(structure, split, prompt_tokens=prompt_tokens, new_tokens=len(tokens))
+    return Outcome(
+        text=str(tokenizer.decode(tokens, skip_special_tokens=True)),
+        tokens=tuple(tokens),
+        prompt_tokens=prompt_tokens,
+        split=split.value,
+        seconds=seconds,
+        tokens_per_second=len(tokens) / seconds,
+        private_bytes=private_bytes(),
+        parameter_bytes=sum(parameter.nbytes for parameter in model.parameters()),
+        report=report,
+        analytic=compare(expected, report),
+    )
+
+
+def reference(options: Options) -> tuple[int, ...]:
+    """The tokens of the same model in this process alone, as Hugging Face generates them: no broker, no other process."""
+    checkpoint = Checkpoint.at(options.model)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    tokenizer = checkpoint.tokenizer()
+    ids = encode(tokenizer, options.prompt, options.chat)
+    check_context(checkpoint.config(), ids.shape[1], options.max_new_tokens)
+    return tuple(run(checkpoint.model(model_dtype(options.dtype)), tokenizer, ids, options.max_new_tokens, None))
+
+
+def model_dtype(name: str) -> torch.dtype:
+    """The dtype of weights and activations. Raises :class:`BadInput`."""
+    dtype = dtype_named(name)
+    if dtype not in MODEL_DTYPES:
+        raise BadInput(f"a model cannot run in {name}; there are: float32, bfloat16, float16")
+    return dtype
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> torch.Tensor:
+    """The prompt's token ids, ``[1, tokens]`` int64; with ``chat`` as a user's message in the model's chat template."""
+    if chat:
+        if tokenizer.chat_template is None:
+            raise BadInput("this model has no chat template: leave --chat out")
+        message = [{"role": "user", "content": prompt}]
+        prompt = str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+    ids: torch.Tensor = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)["input_ids"]
+    if ids.shape[1] == 0:
+        raise BadInput("the prompt is empty: give --prompt some text")
+    return ids
+
+
+def check_context(config: PretrainedConfig, prompt_tokens: int, new_tokens: int) -> None:
+    """Raise :class:`BadInput` when prompt and answer are longer than the model can see."""
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and prompt_tokens + new_tokens > context:
+        raise BadInput(
+            f"the prompt has {prompt_tokens} tokens and {new_tokens} new ones are asked for, the model's context is {context}: shorten the "
+            "prompt or lower --max-new-tokens"
+        )
+
+
+def arena_bytes(told: str | None, planned: Traffic) -> int:
+    """Size of the arena: as told, if the run's largest tensor fits in it; else enough for the run. Raises :class:`ArenaTooSmall`."""
+    assert planned.largest is not None
+    assert planned.largest_tensor is not None
+    largest = planned.largest_tensor.nbytes
+    if told is None:
+        return round_up(ARENA_FLOOR + ARENA_LARGEST_TENSORS * largest, PAGE)
+    size = parse_bytes(told)
+    if size < largest:
+        raise ArenaTooSmall(
+            f"--arena {told} is {size} bytes; the largest tensor of this run, {planned.largest_tensor} of op {planned.largest.op!r}, takes "
+            f"{largest} bytes: give --arena at least {round_up(ARENA_LARGEST_TENSORS * largest, MIB) // MIB}M (room for "
+            f"{ARENA_LARGEST_TENSORS} of them), or leave it out"
+        )
+    return size
+
+
+def run(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor, new_tokens: int, on_text: OnText | None
+) -> list[int]:
+    """Greedy generation by Hugging Face's ``generate()``; returns the new tokens."""
+    streamer = None if on_text is None else _streamer(tokenizer, on_text)
+    with torch.inference_mode():
+        output = model.generate(  # type: ignore[operator]
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, streamer=streamer
+        )
+    return [int(token) for token in output[0, ids.shape[1] :]]
+
+
+def _streamer(tokenizer: PreTrainedTokenizerBase, on_text: OnText) -> Any:
+    from transformers import TextStreamer
+
+    class Streamer(TextStreamer):
+        """Hands finished words on."""
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            on_text(text)
+
+    return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+
+def compare(expected: Traffic, report: Report) -> Analytic:
+    """The analytic model beside what was counted."""
+    counted = (report.total.calls, report.total.sent_bytes, report.total.received_bytes)
+    told = (expected.calls, expected.sent_bytes, expected.received_bytes)
+    by_op = {line.op: line.calls for line in report.ops}
+    return Analytic(*told, equal=told == counted and by_op == expected.calls_by_op)
+
+
+def private_bytes() -> int:
+    """Resident memory of this process that it shares with nobody."""
+    with open("/proc/self/status") as status:
+        for line in status:
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+def summary(outcome: Outcome) -> str:
+    """One line for people."""
+    analytic = outcome.analytic
+    return (
+        f"{len(outcome.tokens)} tokens after a prompt of {outcome.prompt_tokens} in {outcome.seconds:.2f} s "
+        f"({outcome.tokens_per_second:.1f} tokens/s), split {outcome.split}; {mib(outcome.parameter_bytes)} of weights and "
+        f"{mib(outcome.private_bytes)} of private memory here; analytic model: {analytic.calls} calls, {analytic.sent_bytes} bytes out, "
+        f"{analytic.received_bytes} back, {'equal' if analytic.equal else 'NOT EQUAL'} to what was counted"
+    )

@@ -1,0 +1,155 @@
+"""What a decoder is made of, found by running it once rather than by the names of its classes.
+
+For one forward pass every linear layer and embedding is replaced by one that returns zeros of the right shape and notes what it was given.
+Layers that were given the very same tensor can be asked for together; the order of the notes is the order of the calls.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from shmbroker.errors import BadInput
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """Linear layers that take one input together, in the order in which the model runs them."""
+
+    names: tuple[str, ...]
+    in_features: int
+    out_features: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """The sizes of one attention module."""
+
+    name: str
+    heads: int
+    key_value_heads: int
+    head_dim: int
+    value_dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class Structure:
+    """A decoder: embedding, projections and attentions in order of a forward pass, and the head."""
+
+    embedding: str
+    width: int
+    projections: tuple[Projection, ...]
+    attentions: tuple[Attention, ...]
+    head: Projection
+    dtype: torch.dtype
+
+
+@dataclass(slots=True)
+class _Notes:
+    """What the modules were given. The tensors are kept, so that no two of them can have the same id."""
+
+    linears: list[tuple[str, nn.Linear, torch.Tensor]]
+    attentions: list[Attention]
+
+
+_PROBE = "shmbroker_probe"
+
+
+def structure_of(model: PreTrainedModel) -> Structure:
+    """Find the structure of ``model``, whose linear layers and embeddings need not have weights.
+
+    Raises :class:`BadInput` when an embedding or a head is missing, or the model does something with them that is not known.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if type(embedding) is not nn.Embedding or embedding not in names:
+        raise BadInput(f"{type(model).__name__} embeds tokens with a {type(embedding).__name__}, which is not known here")
+    if not isinstance(head, nn.Linear):
+        raise BadInput(f"{type(model).__name__} has no linear language-model head")
+    notes = _Notes([], [])
+    dtype = model.dtype
+    with _noting(model, notes, dtype), torch.inference_mode():
+        # Two tokens: one alone takes short cuts in some models.
+        model(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=False)
+    projections = tuple(_group([note for note in notes.linears if note[1] is not head]))
+    if not projections:
+        raise BadInput(f"{type(model).__name__} has no linear layers to compute elsewhere")
+    return Structure(
+        embedding=names[embedding],
+        width=embedding.embedding_dim,
+        projections=projections,
+        attentions=tuple(notes.attentions),
+        head=Projection((names[head],), head.in_features, (head.out_features,)),
+        dtype=dtype,
+    )
+
+
+@contextlib.contextmanager
+def _noting(model: PreTrainedModel, notes: _Notes, dtype: torch.dtype) -> Iterator[None]:
+    """For the duration, linear layers and embeddings return zeros, and everything is noted."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    def note_attention(
+        module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, **kwargs: object
+    ) -> tuple[torch.Tensor, None]:
+        name = next(name for name, candidate in model.named_modules() if candidate is module)
+        notes.attentions.append(Attention(name, query.shape[1], key.shape[1], query.shape[-1], value.shape[-1]))
+        return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
+
+    patched: list[nn.Module] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            module.forward = _noting_linear(name, module, notes)  # type: ignore[assignment, method-assign]
+        elif isinstance(module, nn.Embedding):
+            module.forward = _zero_embedding(module, dtype)  # type: ignore[assignment, method-assign]
+        else:
+            continue
+        patched.append(module)
+    before = model.config._attn_implementation
+    AttentionInterface.register(_PROBE, note_attention)
+    AttentionMaskInterface.register(_PROBE, _no_mask)
+    try:
+        model.set_attn_implementation(_PROBE)
+        yield
+    finally:
+        model.set_attn_implementation(before)
+        for module in patched:
+            del module.forward
+
+
+def _no_mask(*args: object, **kwargs: object) -> None:
+    return None
+
+
+def _noting_linear(name: str, module: nn.Linear, notes: _Notes) -> Callable[[torch.Tensor], torch.Tensor]:
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        notes.linears.append((name, module, x))
+        return x.new_zeros(*x.shape[:-1], module.out_features)
+
+    return forward
+
+
+def _zero_embedding(module: nn.Embedding, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
+    def forward(ids: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(*ids.shape, module.embedding_dim, dtype=dtype)
+
+    return forward
+
+
+def _group(linears: list[tuple[str, nn.Linear, torch.Tensor]]) -> Iterator[Projection]:
+    """Runs of layers that were given the same tensor one after the other."""
+    run: list[tuple[str, nn.Linear, torch.Tensor]] = []
+    for note in [*linears, None]:
+        if run and (note is None or note[2] is not run[0][2]):
+            yield Projection(tuple(name for name, _, _ in run), run[0][1].in_features, tuple(module.out_features for _, module, _ in run))
+            run = []
+        if note is not None:
+            run.append(note)
