@@ -123,4 +123,7 @@ class BrokerLink:
             if message.epoch != self._epoch or not message.known:
                 self._send(self._hello())
         elif isinstance(message, PeerGone):
-            self._peer_gone(message.peer)
+            try:
+                self._peer_gone(message.peer)
+            except Exception:  # the heartbeats must go on
+                log.exception("telling of the end of %s", message.peer)

@@ -118,6 +118,7 @@ class Call:
         self._end()
 
     def _end(self) -> None:
+        self.inputs = ()  # the worker is done with them: nobody need hold their blocks for this call
         self.done = True
         wake = self.wake
         if wake is not None:

@@ -180,6 +180,17 @@ class Channel:
             self.drain()  # what it answered before it died is answered
             self.lose(f"{self.peer_text()} died")
 
+    def peer_gone(self) -> None:
+        """The broker says that the worker is gone."""
+
+        def end() -> None:
+            if self._lost is None:
+                self.check_peer()
+                self.drain()
+                self.lose(f"{self.peer_text()} left")
+
+        self.completions.alone(end)
+
     def lose(self, why: str) -> None:
         """No call on this channel will be answered any more: fail those outstanding."""
         with self._submit_lock:
@@ -257,7 +268,7 @@ class Channel:
         """Tell the worker, and fail what is outstanding."""
         alive = self._lost is None and self._watch.alive()
         self.completions.remove(self)
-        self.lose("the channel was closed")
+        self.completions.alone(lambda: self.lose("the channel was closed"))
         if alive:
             try:
                 with self._control_lock:

@@ -156,7 +156,7 @@ class Client:
     def _peer_gone(self, peer: str) -> None:
         for channel in list(self._channels):
             if channel.worker_id == peer:
-                channel.lose(f"worker {channel.worker_name!r} (pid {channel.worker_pid}) left")
+                channel.peer_gone()
 
     # --- tensors ----------------------------------------------------------------------------------------------------------------------
 

@@ -60,8 +60,12 @@ class CompletionLoop:
 
     def check_peers(self) -> None:
         """Look at all peers' lives now, rather than after the next wait."""
+        self.alone(self._check_peers)
+
+    def alone(self, action: Callable[[], None]) -> None:
+        """Do ``action`` while no other thread takes completions."""
         with self._leader:
-            self._check_peers()
+            action()
         self._hand_over()
 
     def wait(self, call: Waitable, deadline: float | None) -> bool:

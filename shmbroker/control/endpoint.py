@@ -59,3 +59,9 @@ def ipc_endpoint(path: Path) -> str:
 def transport_of(endpoint: str) -> str:
     """``ipc`` or ``tcp``."""
     return endpoint.partition("://")[0]
+
+
+def may_listen(endpoint: str) -> bool:
+    """False when surely nobody listens there: the unix socket does not exist."""
+    transport, _, path = endpoint.partition("://")
+    return transport != "ipc" or Path(path).exists()

@@ -95,7 +95,10 @@ class Arena:
 
     def find(self, tensor: torch.Tensor) -> Place | None:
         """Where ``tensor`` lies, or None when it does not lie in a block of this arena (A3)."""
-        address = tensor.data_ptr()
+        try:
+            address = tensor.data_ptr()
+        except RuntimeError:  # a sparse tensor has no one place
+            return None
         if not self._first_address <= address < self._end_address:
             return None
         offset = address - self._address

@@ -1,0 +1,80 @@
+"""What all tests share: throw-away instances, segments and child processes, and the check that nothing of them is left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from multiprocessing.context import ForkProcess
+
+import pytest
+
+from shmbroker.memory import names
+from shmbroker.memory.geometry import Geometry
+from shmbroker.memory.segment import Segment, make_segment, unlink_segment
+
+SegmentOf = Callable[[Geometry], Segment]
+StartChild = Callable[..., ForkProcess]
+
+INSTANCE_PREFIX = f"t{os.getpid()}-"
+"""Of every instance that this run uses: tells its objects in shared memory from those of another run on the same machine."""
+
+END_SECONDS = 10.0
+"""How long a child that was told to end, or killed, may take to be gone."""
+
+_numbers = itertools.count()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_is_left_in_shared_memory() -> Iterator[None]:
+    yield
+    ours = (f"shmbroker.{INSTANCE_PREFIX}", f"sem.shmbroker.{INSTANCE_PREFIX}")
+    left = sorted(file for file in os.listdir(names.SHM_DIR) if file.startswith(ours))
+    for file in left:
+        os.unlink(f"{names.SHM_DIR}/{file}")
+    assert not left, f"left behind in {names.SHM_DIR}: {left}"
+
+
+@pytest.fixture
+def instance() -> str:
+    """The name of an instance that nobody else uses."""
+    return f"{INSTANCE_PREFIX}{next(_numbers)}"
+
+
+@pytest.fixture
+def segment_of(instance: str) -> Iterator[SegmentOf]:
+    """Makes segments of a given geometry, held until the test ends, then closed and unlinked."""
+    with contextlib.ExitStack() as undo:
+
+        def make(geometry: Geometry) -> Segment:
+            name = names.segment_name(instance, names.new_id())
+            hold = make_segment(name, geometry, instance=instance, owner="test", owner_pid=os.getpid())
+            undo.callback(hold.release)
+            undo.callback(unlink_segment, name)
+            segment = Segment.attach(name, hold=False)
+            undo.callback(segment.close)
+            return segment
+
+        yield make
+
+
+@pytest.fixture
+def start_child() -> Iterator[StartChild]:
+    """Starts ``target(*args)`` in a forked child; whatever still runs when the test ends is killed."""
+    fork = multiprocessing.get_context("fork")
+    children: list[ForkProcess] = []
+
+    def start(target: Callable[..., None], *args: object) -> ForkProcess:
+        child = fork.Process(target=target, args=args)
+        child.start()
+        children.append(child)
+        return child
+
+    yield start
+    for child in children:
+        if child.is_alive():
+            child.kill()
+        child.join(END_SECONDS)
+        child.close()

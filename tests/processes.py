@@ -1,0 +1,57 @@
+"""Starting and ending the processes of a test. Only what a test started is ever ended, by pid."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from shmbroker.local import stop_process
+
+PROGRAMS = Path(__file__).parent / "programs"
+START_SECONDS = 60.0
+"""How long a program of a test may take to start: torch alone takes seconds on a busy machine."""
+
+
+@contextlib.contextmanager
+def running(*command: str, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A process for the length of a block."""
+    process = subprocess.Popen(command, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        yield process
+    finally:
+        stop_process(process)
+        if process.stderr is not None:
+            process.stderr.close()
+
+
+@contextlib.contextmanager
+def worker_process(service: str = "test", **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+    """The worker of ``tests/programs/worker.py``, ready."""
+    command = [sys.executable, str(PROGRAMS / "worker.py"), service]
+    process = subprocess.Popen(command, env={**os.environ, **environment}, stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        yield process
+    finally:
+        stop_process(process)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = START_SECONDS) -> None:
+    """Wait for something that another process does and does not announce."""
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, f"not so after {seconds:g} s"
+        time.sleep(0.02)
+
+
+def run(*command: str, seconds: float = 120.0, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end."""
+    return subprocess.run(
+        command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=seconds, check=False, stdin=subprocess.DEVNULL
+    )

@@ -1,0 +1,80 @@
+"""A worker for tests: ops that compute nothing much, run as a process of its own."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+import torch
+
+import shmbroker
+from shmbroker import TensorSpec
+
+worker = shmbroker.Worker(sys.argv[1] if len(sys.argv) > 1 else "test", name="test-worker")
+
+
+@worker.op
+def double(x: torch.Tensor) -> torch.Tensor:
+    return x * 2
+
+
+@worker.op
+def split_in_two(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return x[: len(x) // 2], x[len(x) // 2 :]
+
+
+@worker.op(out_spec=lambda x, factor: TensorSpec(x.shape, x.dtype))
+def scale(x: torch.Tensor, *, out: torch.Tensor, factor: float) -> None:
+    torch.mul(x, factor, out=out)
+
+
+@worker.op(out_spec=lambda x: TensorSpec(x.shape, x.dtype))
+def add(x: torch.Tensor, *, out: torch.Tensor, term: float = 0.0) -> None:
+    torch.add(x, term, out=out)
+
+
+@worker.op(out_spec=lambda x: TensorSpec(x.shape, x.dtype))
+def contiguous(x: torch.Tensor, *, out: torch.Tensor) -> None:
+    out.copy_(x)
+
+
+@worker.op(out_spec=lambda x: TensorSpec((1,), torch.int64))
+def address(x: torch.Tensor, *, out: torch.Tensor) -> None:
+    """Where the worker sees the input, from the start of its mapping's arena: the same for the same block."""
+    out.fill_(x.data_ptr())
+
+
+@worker.op(out_spec=lambda x: TensorSpec((), torch.float64))
+def total(x: torch.Tensor, *, out: torch.Tensor) -> None:
+    out.copy_(x.double().sum())
+
+
+@worker.op(out_spec=lambda x, seconds: TensorSpec(x.shape, x.dtype))
+def sleep(x: torch.Tensor, *, out: torch.Tensor, seconds: float) -> None:
+    time.sleep(seconds)
+    out.copy_(x)
+
+
+@worker.op(out_spec=lambda x: TensorSpec(x.shape, x.dtype))
+def die(x: torch.Tensor, *, out: torch.Tensor) -> None:
+    os.kill(os.getpid(), 9)
+
+
+@worker.op(out_spec=lambda x: TensorSpec(x.shape, x.dtype))
+def fail(x: torch.Tensor, *, out: torch.Tensor) -> None:
+    raise ValueError("no such luck")
+
+
+@worker.bound_op("table", out_spec=lambda x, rows: TensorSpec((rows, *x.shape), x.dtype))
+def table(rows: int):  # type: ignore[no-untyped-def]
+    if rows > 1000:
+        raise ValueError(f"{rows} rows are too many")
+
+    def run(x: torch.Tensor, *, out: torch.Tensor) -> None:
+        out.copy_(x.expand(rows, *x.shape))
+
+    return run
+
+
+worker.serve(ready=lambda: print("ready", flush=True))

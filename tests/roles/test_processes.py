@@ -1,0 +1,183 @@
+"""Deaths, departures and the broker: real processes, real signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import shmbroker
+from shmbroker.memory.reaper import objects
+from shmbroker.status import as_dict, ask
+from tests.processes import run, running, worker_process, wait_until
+
+CLIENT = "import shmbroker, sys; c = shmbroker.connect(arena='1M'); x = c.empty((4,)); print('ready', flush=True); sys.stdin.read()"
+
+
+@pytest.fixture
+def broker() -> Iterator[shmbroker.LocalBroker]:
+    """A broker for one test alone: these tests count what is left."""
+    with shmbroker.local_broker() as broker:
+        yield broker
+
+
+def kinds(instance: str) -> list[str]:
+    return sorted(name.kind for name in objects(instance))
+
+
+def test_a_killed_client_leaves_nothing_behind(broker: shmbroker.LocalBroker) -> None:
+    process = subprocess.Popen([sys.executable, "-c", CLIENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        assert kinds(broker.instance) == ["bell", "segment"]
+        process.kill()
+        process.wait()
+        wait_until(lambda: not kinds(broker.instance), 2.0)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_client_that_closes_leaves_nothing_behind_at_once(broker: shmbroker.LocalBroker) -> None:
+    with shmbroker.connect(arena="1M") as client:
+        tensor = client.empty((4,)).fill_(7.0)
+        assert kinds(broker.instance) == ["bell", "segment"]
+    assert kinds(broker.instance) == []
+    assert tensor.tolist() == [7.0] * 4, "a living tensor keeps its memory"
+
+
+def test_callers_of_a_killed_worker_are_told_and_the_client_goes_on_with_another(broker: shmbroker.LocalBroker) -> None:
+    with shmbroker.connect(arena="1M") as client:
+        for lane in ("shm", "zmq"):
+            with worker_process("mortal") as process:
+                channel = client.channel("mortal", lane=lane)
+                die = channel.bind("die", out_spec=lambda x: x)
+                x = client.empty((4,)).fill_(1.0)
+                with pytest.raises(
+                    shmbroker.WorkerLost, match=f"worker 'test-worker' \\(pid {process.pid}, dead\\) died before it answered"
+                ):
+                    die(x)
+                with pytest.raises(shmbroker.WorkerLost, match="open a new channel once a worker offers 'mortal' again"):
+                    die(x)
+                channel.close()
+            wait_until(lambda: not ask(None).peers[1:], 5.0)
+            with worker_process("mortal"):
+                assert client.channel("mortal", lane=lane).bind("double")(x).tolist() == [2.0] * 4
+
+
+def test_calls_go_on_without_the_broker_and_everyone_is_known_to_the_next_one(broker: shmbroker.LocalBroker) -> None:
+    with worker_process(), shmbroker.connect(arena="1M") as client:
+        double = client.channel("test").bind("double")
+        x = client.empty((4,)).fill_(1.0)
+        os.kill(broker.pid, signal.SIGKILL)
+        os.waitpid(broker.pid, 0)
+        for _ in range(100):
+            assert double(x).tolist() == [2.0] * 4
+        with running(sys.executable, "-m", "shmbroker", "serve", "--instance", broker.instance) as second:
+            assert second.stdout is not None
+            assert second.stdout.readline() == b"ready\n"
+            wait_until(lambda: sorted(peer.role for peer in ask(None).peers) == ["client", "worker"], 5.0)
+            assert double(x).tolist() == [2.0] * 4
+            assert "bell segment" in " ".join(kinds(broker.instance))
+
+
+def test_a_worker_finishes_what_runs_when_it_is_told_to_stop(broker: shmbroker.LocalBroker) -> None:
+    with worker_process() as process, shmbroker.connect(arena="1M") as client:
+        channel = client.channel("test")
+        slow = channel.bind("sleep", seconds=0.5)
+        future = slow.submit(torch.ones(2))
+        wait_until(lambda: channel._lane._submissions._words[channel._lane._submissions._taken_word] == 1, 5.0)  # type: ignore[union-attr]
+        process.send_signal(signal.SIGTERM)
+        assert future.result(timeout=10).tolist() == [1.0, 1.0]
+        assert process.wait(10) == 0
+
+
+def test_status_lists_workers_services_segments_and_channels(broker: shmbroker.LocalBroker) -> None:
+    with worker_process() as process, shmbroker.connect(arena="1M", name="someone") as client:
+        held = client.empty((1000,), torch.uint8)
+        channels = [client.channel("test", lane="shm", doorbell="poll"), client.channel("test", lane="zmq")]
+        for channel in channels:
+            channel.bind("double")(torch.ones(2))
+
+        def told() -> dict[str, object]:
+            done = run(sys.executable, "-m", "shmbroker", "status", "--json")
+            assert done.returncode == 0, done.stderr
+            report: dict[str, object] = json.loads(done.stdout)
+            return report
+
+        wait_until(lambda: len(ask(None).peers[1].stats.channels) == 2 and all(c.calls for c in ask(None).peers[1].stats.channels), 10.0)
+        status = told()
+        assert status["broker"]["pid"] == broker.pid  # type: ignore[index]
+        assert [worker["pid"] for worker in status["workers"]] == [process.pid]  # type: ignore[index, attr-defined]
+        assert list(status["services"]) == ["test"]  # type: ignore[call-overload]
+        someone = status["clients"][0]  # type: ignore[index]
+        assert someone["name"] == "someone"
+        assert someone["segment_bytes"] > 1 << 20
+        assert someone["stats"]["arena"]["held_bytes"] >= held.nbytes
+        assert [(c["lane"], c["doorbell"], c["control"]) for c in someone["stats"]["channels"]] == [
+            ("shm", "poll", "ipc"),
+            ("zmq", "socket", "ipc"),
+        ]
+        table = run(sys.executable, "-m", "shmbroker", "status").stdout
+        assert "test-worker" in table
+        assert "someone" in table
+        assert as_dict(ask(None)).keys() == status.keys()
+
+
+def test_gc_unlinks_what_nobody_holds_and_nothing_else(broker: shmbroker.LocalBroker) -> None:
+    with shmbroker.connect(arena="1M"):
+        os.kill(broker.pid, signal.SIGKILL)
+        os.waitpid(broker.pid, 0)
+        process = subprocess.Popen([sys.executable, "-c", "import posix_ipc, sys; from shmbroker.memory.segment import *\n"
+            "h = make_segment(sys.argv[1], Geometry(4096), instance='x', owner='0', owner_pid=0); print('made', flush=True); sys.stdin.read()",
+            f"/shmbroker.{broker.instance}.segment.{'0' * 16}"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"made\n"
+        assert "0 reaped" in run(sys.executable, "-m", "shmbroker", "gc").stdout
+        process.kill()
+        process.communicate()
+        done = json.loads(run(sys.executable, "-m", "shmbroker", "gc", "--json").stdout)
+        assert [one["name"] for one in done["reaped"]] == [f"shmbroker.{broker.instance}.segment.{'0' * 16}"]
+        assert len(done["kept"]) == 2
+    assert kinds(broker.instance) == []
+
+
+def test_a_forked_child_can_neither_use_nor_keep_alive_its_parents_client(broker: shmbroker.LocalBroker) -> None:
+    with shmbroker.connect(arena="1M") as client:
+        read, write = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                client.empty((1,))
+            except shmbroker.ChannelError as error:
+                os.write(write, str(error).encode())
+            os._exit(0)
+        os.waitpid(child, 0)
+        os.close(write)
+        told = os.read(read, 4096).decode()
+        os.close(read)
+        assert told == f"this client belongs to process {os.getpid()}: connect() anew after a fork"
+        assert client.empty((1,)).numel() == 1
+
+
+def test_a_broker_that_dies_with_its_starter_leaves_nothing(tmp_path: Path) -> None:
+    starter = (
+        "import shmbroker, sys, time\n"
+        "with shmbroker.local_broker() as b:\n"
+        "    c = shmbroker.connect(arena='1M'); print(b.instance, b.pid, flush=True); sys.stdin.read()"
+    )
+    process = subprocess.Popen([sys.executable, "-c", starter], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    instance, pid = process.stdout.readline().split()
+    process.kill()
+    process.communicate()
+    wait_until(lambda: not Path(f"/proc/{pid}").exists(), 10.0)
+    assert kinds(instance) == []
