@@ -10,16 +10,12 @@ import torch
 from gpu_worker.device import open_device
 from gpu_worker.ops import register
 from gpu_worker.weights import Weights
-from shmbroker.checkpoint import Checkpoint
-from shmbroker.errors import BadInput
-from shmbroker.memory.spec import dtype_named
+from shmbroker.checkpoint import Checkpoint, model_dtype
 from shmbroker.sizes import mib
 from shmbroker.status import ask
 from shmbroker.worker import Worker
 
 log = logging.getLogger(__name__)
-
-MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def serve(
@@ -36,9 +32,7 @@ def serve(
 ) -> None:
     """Load ``model`` and serve until told to stop. Raises :class:`ShmBrokerError` for whatever is wrong with the arguments."""
     target = open_device(device)
-    wanted = dtype_named(dtype)
-    if wanted not in MODEL_DTYPES:
-        raise BadInput(f"weights cannot be {dtype}; there are: float32, bfloat16, float16")
+    wanted = model_dtype(dtype)
     checkpoint = Checkpoint.at(model)
     ask(instance)  # before the weights are read: a missing broker is told at once
     if threads:

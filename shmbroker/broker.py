@@ -90,17 +90,12 @@ class Broker:
             m.GetStatus: self._on_get_status,
         }
         path = endpoints.socket_path(self.instance)
-        endpoints.make_private_dir(path.parent, 0o750 if group >= 0 else 0o700, group)
+        endpoints.make_private_dir(path.parent, group)
         self._lock = _take_instance(path.with_suffix(".lock"), self.instance)
         self._socket_path = path
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        umask = os.umask(0o777 & ~self._mode)
-        try:
+        with endpoints.private_sockets(path.parent):
             self._responder = Responder(self._context, endpoints.ipc_endpoint(path))
-        finally:
-            os.umask(umask)
-        if group >= 0:
-            os.chown(path, -1, group)
         self._poller = zmq.Poller()
         self._poller.register(self._responder.socket, zmq.POLLIN)
 
@@ -307,6 +302,11 @@ class Broker:
     def _reap(self, why: str, owner: str | None = None) -> None:
         for reaped in reap(self.instance, owner):
             log.info("reaped %s (%d bytes), %s", reaped.name.file, reaped.nbytes, why)
+        alive = {name.owner for name in objects(self.instance)}
+        for peer_id, path in endpoints.worker_sockets(self._socket_path.parent, self.instance):
+            if peer_id not in alive:
+                with contextlib.suppress(OSError):
+                    path.unlink()
 
 
 def _checked_id(peer: str) -> str:

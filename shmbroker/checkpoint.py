@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from shmbroker.errors import BadInput
+from shmbroker.memory.spec import NAME_OF, dtype_named
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -24,6 +25,16 @@ Keep = Callable[[str, torch.nn.Module], bool]
 """Whether the parameters that belong directly to a module (by name in the model) are to be loaded."""
 
 GGUF_SUFFIX = ".gguf"
+
+MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def model_dtype(name: str) -> torch.dtype:
+    """The dtype of weights and activations by its name. Raises :class:`BadInput`."""
+    dtype = dtype_named(name)
+    if dtype not in MODEL_DTYPES:
+        raise BadInput(f"a model cannot be in {name}; there are: {', '.join(NAME_OF[dtype] for dtype in MODEL_DTYPES)}")
+    return dtype
 
 
 @dataclass(frozen=True, slots=True)

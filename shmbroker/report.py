@@ -64,14 +64,6 @@ class Report(msgspec.Struct, frozen=True):
         lines = tuple(_line(name, group) for name, group in by_name.items() if any(one.calls or one.errors for one in group))
         return cls(lane, doorbell, control, socket_bytes, _line("all", statistics), lines)
 
-    def since(self, before: Report) -> Report:
-        """What was added since an earlier report of the same channel. Percentiles stay those of the whole."""
-        earlier = {line.op: line for line in before.ops}
-        lines = tuple(_minus(line, earlier.get(line.op)) for line in self.ops)
-        return msgspec.structs.replace(
-            self, socket_bytes=self.socket_bytes - before.socket_bytes, total=_minus(self.total, before.total), ops=lines
-        )
-
     def render(self) -> RenderableType:
         """As a table for a terminal."""
         from rich.console import Group
@@ -82,7 +74,19 @@ class Report(msgspec.Struct, frozen=True):
         lines = (*self.ops, self.total)
         for line in lines:
             table.add_column(line.op, justify="right", style="bold" if line is self.total else "")
-        for label, cell in _ROWS: tuple[tuple[str, Callable[[Line], str]], ...] = (
+        for label, cell in _ROWS:
+            table.add_row(label, *[cell(line) for line in lines])
+        foot = (
+            f"lane {self.lane}, doorbell {self.doorbell}, control {self.control}; "
+            f"{mib(self.total.sent_bytes)} out and {mib(self.total.received_bytes)} back through shared memory, "
+            f"{self.socket_bytes} bytes of frames over a socket, where tensors never go"
+        )
+        if self.total.errors:
+            foot += f"; {self.total.errors} calls failed"
+        return Group(table, foot)
+
+
+_ROWS: tuple[tuple[str, Callable[[Line], str]], ...] = (
     ("calls", lambda line: str(line.calls)),
     ("RPC ms", lambda line: f"{line.rpc_ms:.1f}"),
     (" median/call", lambda line: f"{line.rpc_median_ms:.3f}"),
@@ -96,17 +100,6 @@ class Report(msgspec.Struct, frozen=True):
     (" copied in", lambda line: f"{line.copied_bytes / MIB:.1f}"),
     ("received MiB", lambda line: f"{line.received_bytes / MIB:.1f}"),
 )
-
-_ADDED = (
-    "calls", "errors", "rpc_ms", "compute_ms", "transport_ms", "copy_ms", "build_ms", "read_ms", "sent_bytes", "received_bytes",
-    "copied_bytes",
-)  # fmt: skip
-
-
-def _minus(line: Line, before: Line | None) -> Line:
-    if before is None:
-        return line
-    return msgspec.structs.replace(line, **{field: getattr(line, field) - getattr(before, field) for field in _ADDED})
 
 
 def percentile(ordered: Sequence[int], fraction: float) -> float:

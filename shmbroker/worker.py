@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import os
 import queue
 import signal
 import threading
@@ -180,10 +179,11 @@ class Worker:
             self._bell = SemaphoreBell(made.name)
             stack.callback(self._bell.close)
             folder = endpoints.socket_path(self.instance).parent
-            self._responder = Responder(self._context, self._own_socket(folder, "worker", stack))
-            stack.callback(self._responder.close)
-            self._zmq = ZmqWorkerSocket(self._context, self._own_socket(folder, "lane", stack))
-            stack.callback(self._zmq.close)
+            with endpoints.private_sockets(folder):
+                self._responder = Responder(self._context, self._own_socket(folder, "worker", stack))
+                stack.callback(self._responder.close)
+                self._zmq = ZmqWorkerSocket(self._context, self._own_socket(folder, "lane", stack))
+                stack.callback(self._zmq.close)
             self._zmq_thread: threading.Thread | None = None
             control = threading.Thread(target=self._serve_control, name="shmbroker-control", daemon=True)
             link = BrokerLink(self._context, endpoint, self._hello, self._stats, self._gone.put)
@@ -198,7 +198,7 @@ class Worker:
             yield
 
     def _own_socket(self, folder: Path, kind: str, stack: contextlib.ExitStack) -> str:
-        path = folder / f"{self.instance}.{kind}.{self.id}.sock"
+        path = endpoints.worker_socket(folder, self.instance, kind, self.id)
         stack.callback(path.unlink, missing_ok=True)
         return endpoints.ipc_endpoint(path)
 
@@ -413,11 +413,6 @@ class Worker:
             self._drop(channel)
         while not self._changes.empty():
             self._changes.get()()
-
-    @property
-    def pid(self) -> int:
-        """Of this process."""
-        return os.getpid()
 
 
 def _agree(lane: str, doorbell: str) -> tuple[Lane, Doorbell]:

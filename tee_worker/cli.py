@@ -64,7 +64,7 @@ def generate(spin: float, as_json: bool, **options: Any) -> None:
     from rich.console import Console
 
     terminal = Console()
-    terminal.print()
+    terminal.print("\n")
     terminal.print(outcome.report.render())
     terminal.print(generation.summary(outcome), soft_wrap=True, highlight=False)
 

@@ -10,11 +10,10 @@ import msgspec
 import torch
 from torch import nn
 
-from shmbroker.checkpoint import Checkpoint
+from shmbroker.checkpoint import Checkpoint, model_dtype
 from shmbroker.client import connect
 from shmbroker.errors import ArenaTooSmall, BadInput
 from shmbroker.memory.layout import PAGE, round_up
-from shmbroker.memory.spec import dtype_named
 from shmbroker.report import Report
 from shmbroker.sizes import MIB, mib, parse_bytes
 from shmbroker.status import ask
@@ -30,8 +29,6 @@ ARENA_FLOOR = 64 * MIB
 ARENA_LARGEST_TENSORS = 4
 """The arena that is asked for when none is told: room for so many tensors of the largest size of the run, on top of the floor. Attention has
 scores, keys, values and a result at once."""
-
-MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 OnText = Callable[[str], None]
 
@@ -134,14 +131,6 @@ def reference(options: Options) -> tuple[int, ...]:
     ids = encode(tokenizer, options.prompt, options.chat)
     check_context(checkpoint.config(), ids.shape[1], options.max_new_tokens)
     return tuple(run(checkpoint.model(model_dtype(options.dtype)), tokenizer, ids, options.max_new_tokens, None))
-
-
-def model_dtype(name: str) -> torch.dtype:
-    """The dtype of weights and activations. Raises :class:`BadInput`."""
-    dtype = dtype_named(name)
-    if dtype not in MODEL_DTYPES:
-        raise BadInput(f"a model cannot run in {name}; there are: float32, bfloat16, float16")
-    return dtype
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> torch.Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 from shmbroker.errors import BadInput
@@ -28,20 +30,45 @@ def runtime_dir() -> Path:
     return Path(f"/tmp/shmbroker-{os.geteuid()}")
 
 
-def make_private_dir(path: Path, mode: int, gid: int = -1) -> None:
-    """Make the folder, or check that the one there is ours and that others cannot write in it."""
+def make_private_dir(path: Path, gid: int = -1) -> None:
+    """Make the folder, or check that the one there is ours; nobody else may enter it, or only members of group ``gid``.
+
+    Members may make sockets in it, which belong to the group too (setgid), and not remove each other's (sticky).
+    """
+    mode = 0o3770 if gid >= 0 else 0o700
     path.mkdir(mode=mode, parents=True, exist_ok=True)
     found = path.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
         raise BadInput(f"{path} belongs to user {found.st_uid}, not to {os.geteuid()}: set SHMBROKER_RUNTIME_DIR to a folder of your own")
-    os.chmod(path, mode)
     if gid >= 0:
         os.chown(path, -1, gid)
+    os.chmod(path, mode)
 
 
 def socket_path(instance: str) -> Path:
     """Of the broker's control socket."""
     return runtime_dir() / f"{instance}.sock"
+
+
+@contextlib.contextmanager
+def private_sockets(folder: Path) -> Iterator[None]:
+    """Sockets that are bound in this block are for this user alone, or for the group that may write in ``folder``."""
+    umask = os.umask(0o117 if folder.stat().st_mode & stat.S_IWGRP else 0o177)
+    try:
+        yield
+    finally:
+        os.umask(umask)
+
+
+def worker_socket(folder: Path, instance: str, kind: str, peer: str) -> Path:
+    """Of a worker, for control requests or for the zmq lane."""
+    return folder / f"{instance}.{kind}.{peer}.sock"
+
+
+def worker_sockets(folder: Path, instance: str) -> Iterator[tuple[str, Path]]:
+    """All workers' sockets of an instance, each with the id of its worker."""
+    for path in folder.glob(f"{instance}.*.*.sock"):
+        yield path.name.split(".")[2], path
 
 
 def broker_endpoint(instance: str) -> str:

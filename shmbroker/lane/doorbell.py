@@ -16,7 +16,6 @@ import platform
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import posix_ipc
 
@@ -44,21 +43,6 @@ def fence() -> None:
 def shm_lane_supported() -> bool:
     """Whether plain stores from Python are ordered here as the queues need it (x86-64)."""
     return platform.machine() in ("x86_64", "AMD64")
-
-
-class Bell(Protocol):
-    """What a process sleeps on."""
-
-    kind: Doorbell
-
-    def wait(self, seconds: float) -> None:
-        """Block until rung, for ``seconds`` at most. May return early at any time (D2)."""
-
-    def ring(self) -> None:
-        """Wake the sleeper."""
-
-    def close(self) -> None:
-        """Give the bell up."""
 
 
 class SemaphoreBell:

@@ -7,11 +7,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 import shmbroker
 from shmbroker import embedded_model
 from shmbroker.memory.reaper import objects
+from tee_worker.generate import Options, generate
 from tests.model.conftest import gpu_worker
 from tests.processes import run
 
@@ -65,48 +67,52 @@ def test_text_is_streamed_and_followed_by_the_report(worker: None, embedded: Pat
         "compute",
         "transport",
         "lane shm, doorbell sem, control ipc",
-        "0 bytes of tensors over a socket",
+        "0 bytes of frames over a socket",
     ):
         assert part in report.replace("\n", " ")
     assert "equal to what was counted" in report.replace("\n", " ")
 
 
-def test_what_cannot_work_is_refused_before_anything_is_generated(worker: None, embedded: Path) -> None:
-    model = ["--model", str(embedded)]
-    for arguments, told in [
-        (["--prompt", "word " * 8200], "the model's context is 8192: shorten the prompt"),
-        (["--prompt", ""], "the prompt is empty"),
-        (["--prompt", "word " * 600, "--arena", "256K", "--split", "op"], "give --arena at least"),
-        (["--prompt", "x", "--arena", "much"], "size 'much' cannot be read"),
-        (["--prompt", "x", "--service", "tpu"], "no worker offers service 'tpu'"),
-        (["--prompt", "x", "--lane", "pigeon"], "there are: auto, shm, zmq"),
-        (["--prompt", "x", "--dtype", "bfloat16"], "start both workers with the same --model and --dtype"),
-    ]:
-        status, out, error = tee_worker("generate", *model, *arguments)
-        assert status == 1, arguments
-        assert out == ""
-        assert error.startswith("error: ")
-        assert told in error
-        assert len(error.splitlines()) == 1
+def test_what_cannot_work_is_refused_in_one_line_before_anything_is_generated(worker: None, embedded: Path) -> None:
+    status, out, error = tee_worker("generate", "--model", str(embedded), "--prompt", "word " * 8200)
+    assert status == 1
+    assert out == ""
+    assert error.startswith(
+        "error: the prompt has 8201 tokens and 64 new ones are asked for, the model's context is 8192: shorten the prompt"
+    )
+    assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"prompt": ""}, "the prompt is empty"),
+        ({"prompt": "x", "arena": "much"}, "size 'much' cannot be read"),
+        ({"prompt": "x", "service": "tpu"}, "no worker offers service 'tpu'"),
+        ({"prompt": "x", "lane": "pigeon"}, "there are: auto, shm, zmq"),
+        ({"prompt": "x", "dtype": "bfloat16"}, "start both workers with the same --model and --dtype"),
+    ],
+    ids=["empty prompt", "size", "service", "lane", "dtype"],
+)
+def test_what_cannot_work_is_refused_with_the_remedy(worker: None, embedded: Path, options: dict[str, str], told: str) -> None:
+    with pytest.raises(shmbroker.ShmBrokerError, match=told):
+        generate(Options(model=str(embedded), **options))
 
 
 def test_an_arena_that_is_told_to_be_too_small_says_how_large_it_must_be(worker: None, embedded: Path) -> None:
-    long = ["generate", "--model", str(embedded), "--prompt", "word " * 600, "--max-new-tokens", "2", "--split", "op"]
-    status, _, error = tee_worker(*long, "--arena", "1M")
-    assert status == 1
-    enough = error.split("at least ")[1].split(" ")[0]
-    status, _, error = tee_worker(*long, "--arena", enough)
-    assert status == 0, error
+    options = Options(model=str(embedded), prompt="word " * 600, max_new_tokens=2, split="op", arena="1M")
+    with pytest.raises(shmbroker.ArenaTooSmall, match=r"the largest tensor of this run, float32\[1, 9, 601, 601\]") as caught:
+        generate(options)
+    enough = str(caught.value).split("at least ")[1].split(" ")[0]
+    assert len(generate(msgspec.structs.replace(options, arena=enough)).tokens) == 2
 
 
-def test_a_gguf_file_serves_as_well_as_a_folder(broker: shmbroker.LocalBroker, embedded: Path) -> None:
+def test_a_gguf_file_serves_as_well_as_a_folder(worker: None, embedded: Path) -> None:
+    options = Options(model=str(embedded), prompt="Why is the sky blue?", chat=True, max_new_tokens=4)
+    expected = generate(options).tokens
     file = embedded_model.gguf_file()
     with gpu_worker(file, "gguf"):
-        asked = [*PROMPT, "--max-new-tokens", "4", "--json"]
-        status, out, error = tee_worker("generate", "--model", str(file), "--service", "gguf", *asked)
-        assert status == 0, error
-        _, expected, _ = tee_worker("reference", "--model", str(embedded), *asked)
-        assert json.loads(out)["tokens"] == json.loads(expected)["tokens"]
+        assert generate(msgspec.structs.replace(options, model=str(file), service="gguf")).tokens == expected
 
 
 def test_nothing_is_left_in_shared_memory(broker: shmbroker.LocalBroker) -> None:

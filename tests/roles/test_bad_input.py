@@ -60,7 +60,10 @@ def test_a_full_shared_memory_names_bytes_needed_bytes_free_and_the_remedy(broke
         (["gpu_worker", "serve", "--model", "/nowhere"], "model '/nowhere' is neither a folder nor a .gguf file"),
         (["gpu_worker", "serve", "--model", "/nowhere", "--device", "tpu"], "device 'tpu' is not known; there are: cpu, cuda, cuda:N"),
         (["gpu_worker", "serve", "--model", "/nowhere", "--dtype", "int3"], "dtype 'int3' is not carried"),
-        (["gpu_worker", "serve", "--model", "/nowhere", "--dtype", "int8"], "weights cannot be int8"),
+        (
+            ["gpu_worker", "serve", "--model", "/nowhere", "--dtype", "int8"],
+            "a model cannot be in int8; there are: float32, bfloat16, float16",
+        ),
         (["tee_worker", "generate", "--model", "/nowhere", "--prompt", "x", "--split", "half"], "split 'half' is not known"),
         (["tee_worker", "generate", "--model", "/nowhere", "--prompt", "x"], "model '/nowhere' is neither a folder"),
         (["tee_worker", "generate", "--model", "/nowhere"], "Missing option '--prompt'"),

@@ -16,9 +16,19 @@ import torch
 import shmbroker
 from shmbroker.memory.reaper import objects
 from shmbroker.status import as_dict, ask
-from tests.processes import run, running, worker_process, wait_until
+from tests.processes import run, running, wait_until, worker_process
 
 CLIENT = "import shmbroker, sys; c = shmbroker.connect(arena='1M'); x = c.empty((4,)); print('ready', flush=True); sys.stdin.read()"
+
+MAKER = """
+import sys
+from shmbroker.memory.segment import Geometry, make_segment
+
+hold = make_segment(sys.argv[1], Geometry(4096), instance="x", owner="0", owner_pid=0)
+print("made", flush=True)
+sys.stdin.read()
+"""
+"""Makes a segment and holds it until it dies."""
 
 
 @pytest.fixture
@@ -136,9 +146,8 @@ def test_gc_unlinks_what_nobody_holds_and_nothing_else(broker: shmbroker.LocalBr
     with shmbroker.connect(arena="1M"):
         os.kill(broker.pid, signal.SIGKILL)
         os.waitpid(broker.pid, 0)
-        process = subprocess.Popen([sys.executable, "-c", "import posix_ipc, sys; from shmbroker.memory.segment import *\n"
-            "h = make_segment(sys.argv[1], Geometry(4096), instance='x', owner='0', owner_pid=0); print('made', flush=True); sys.stdin.read()",
-            f"/shmbroker.{broker.instance}.segment.{'0' * 16}"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+        name = f"/shmbroker.{broker.instance}.segment.{'0' * 16}"
+        process = subprocess.Popen([sys.executable, "-c", MAKER, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert process.stdout is not None
         assert process.stdout.readline() == b"made\n"
         assert "0 reaped" in run(sys.executable, "-m", "shmbroker", "gc").stdout

@@ -1,0 +1,97 @@
+"""What the documentation prints is true: scripts run, tables agree with the code, links lead somewhere."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+import shmbroker
+from shmbroker.memory import layout
+from shmbroker.memory.cheader import _declaration
+from shmbroker.memory.spec import CODE_OF, NAME_OF
+from tests.processes import run, running, wait_until
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def script(name: str) -> str:
+    """The first Python block after the script's name."""
+    return README.split(f"`{name}`", 1)[1].split("```python\n", 1)[1].split("```", 1)[0]
+
+
+def test_the_two_scripts_of_the_readme_run_as_printed(tmp_path: Path) -> None:
+    for name in ("worker.py", "client.py"):
+        assert len(script(name).splitlines()) <= 20
+        (tmp_path / name).write_text(script(name))
+    with shmbroker.local_broker(), running(sys.executable, str(tmp_path / "worker.py")) as worker:
+        done = run(sys.executable, str(tmp_path / "client.py"))
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("True torch.Size([1024, 1024])")
+        assert "calls=106" in done.stdout, "1 + 1 + 4 + 100"
+        assert worker.poll() is None
+
+
+@pytest.mark.parametrize("structure", layout.STRUCTURES, ids=lambda structure: structure.__name__)
+def test_the_layout_document_agrees_with_the_structures(structure: type[ctypes.LittleEndianStructure]) -> None:
+    text = (ROOT / "docs" / "memory-layout.md").read_text()
+    head = f"### `{structure.__name__}`, {ctypes.sizeof(structure)} bytes"
+    assert head in text
+    table = text.split(head, 1)[1].split("###", 1)[0]
+    told = {(int(offset), field) for offset, field in re.findall(r"^\| (\d+) \| `([^`]+)` \|", table, re.MULTILINE)}
+    true = {
+        (layout.offset_of(structure, name), _declaration(name, kind))
+        for name, kind, *_ in structure._fields_
+        if not name.startswith("reserved")
+    }
+    assert told == true
+
+
+def test_the_layout_document_lists_every_dtype_and_status_code() -> None:
+    text = (ROOT / "docs" / "memory-layout.md").read_text()
+    assert f"version {layout.LAYOUT_VERSION}\n" in text
+    for dtype, code in CODE_OF.items():
+        assert f"| {NAME_OF[dtype]} | {int(code)} |" in text
+    for status in layout.Status:
+        assert re.search(rf"\| {status.name}[^|]* \| {status.value} \|", text)
+
+
+@pytest.mark.parametrize("page", sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")]), ids=lambda page: page.name)
+def test_links_lead_to_files(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)[^)]*\)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("program", ["shmbroker", "gpu_worker", "tee_worker"])
+def test_every_command_of_the_readme_exists(program: str) -> None:
+    told = re.findall(rf"\| `{program.replace('_', '-')} (\w+)", README)
+    assert told
+    offered = run(sys.executable, "-m", program, "--help").stdout
+    for command in told:
+        assert re.search(rf"^  {command}\b", offered, re.MULTILINE), command
+
+
+def test_public_names_have_docstrings() -> None:
+    for name in shmbroker.__all__:
+        if name != "__version__":
+            public = getattr(shmbroker, name)
+            assert public.__doc__, name
+            if isinstance(public, type):
+                for attribute, value in vars(public).items():
+                    if callable(value) and not attribute.startswith("_"):
+                        assert value.__doc__, f"{name}.{attribute}"
+
+
+def test_the_broker_is_small_and_loads_neither_torch_nor_numpy() -> None:
+    with shmbroker.local_broker() as broker:
+        wait_until(lambda: Path(f"/proc/{broker.pid}/status").exists())
+        status = Path(f"/proc/{broker.pid}/status").read_text()
+        resident = int(re.search(r"VmRSS:\s+(\d+) kB", status)[1])  # type: ignore[index]
+        assert resident < 40 * 1024
+        loaded = Path(f"/proc/{broker.pid}/maps").read_text()
+        assert "torch" not in loaded
+        assert "numpy" not in loaded
