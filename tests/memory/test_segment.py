@@ -11,6 +11,7 @@ import os
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -89,6 +90,11 @@ def _header(name: str) -> SegmentHeader:
     return SegmentHeader.from_buffer_copy(Path(_path(name)).read_bytes()[: layout.PAGE])
 
 
+def _bytes_of(header: SegmentHeader, field: str) -> bytes:
+    place = getattr(SegmentHeader, field)
+    return bytes(header)[place.offset : place.offset + place.size]
+
+
 def _poke(name: str, field: str, value: int | bytes) -> None:
     with open(_path(name), "r+b") as file, mmap.mmap(file.fileno(), layout.PAGE) as page:
         header = SegmentHeader.from_buffer(page)
@@ -141,6 +147,25 @@ def test_every_page_of_a_fresh_segment_exists(made: str) -> None:
     found = os.stat(_path(made))
     assert found.st_size == SMALL.total_bytes
     assert found.st_blocks * 512 >= SMALL.total_bytes
+
+
+def test_version_is_the_last_field_of_the_header_to_be_written(name: str, instance: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """L1, looked at when the last of the other fields is about to be written."""
+    seen: list[SegmentHeader] = []
+
+    def look() -> int:
+        seen.append(_header(name))
+        with pytest.raises(SegmentError, match="still being made"):
+            Segment.attach(name, hold=False)
+        return 1
+
+    monkeypatch.setattr(time, "time_ns", look)
+    hold = make_segment(name, SMALL, instance=instance, owner="o", owner_pid=1)
+    (before,) = seen
+    after = _header(name)
+    differing = [field for field, *_ in SegmentHeader._fields_ if _bytes_of(before, field) != _bytes_of(after, field)]
+    assert differing == ["version", "made_at_ns"]
+    hold.release()
 
 
 def test_a_segment_belongs_to_its_user_alone_unless_told_otherwise(made: str) -> None:

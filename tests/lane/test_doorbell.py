@@ -1,0 +1,495 @@
+"""Doorbells: who is woken, who sleeps how long, and that no frame is missed between looking and blocking. D1 to D3.
+
+A lost ring is healed by the next look, ``RECHECK_SECONDS`` later. Where a test must see it, that bound is raised above the test's own
+deadline: then a lost ring ends the test.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import posix_ipc
+import pytest
+
+from shmbroker.lane import doorbell
+from shmbroker.lane.doorbell import RECHECK_SECONDS, PollingBell, SemaphoreBell, Waiter, fence
+from shmbroker.lane.frames import Completion, FrameTemplate
+from shmbroker.lane.kinds import Doorbell, Lane
+from shmbroker.lane.shm_lane import Bell, ShmClientLane, ShmWorkerLane, clear_channel
+from shmbroker.memory import layout, names
+from shmbroker.memory.geometry import Geometry
+from shmbroker.memory.layout import ChannelHeader, SegmentHeader
+from shmbroker.memory.segment import Segment
+from tests.conftest import END_SECONDS, SegmentOf, StartChild
+
+GEOMETRY = Geometry(arena_bytes=layout.PAGE, channel_count=2, depth=2)
+
+NEVER_SECONDS = 600.0
+"""Put for the recheck bound: nobody is healed by it in time."""
+
+DEADLINE_SECONDS = 40.0
+"""Of a whole test with two processes: many times what it takes."""
+
+ROUNDS = 5000
+
+BellNames = tuple[str, str]
+"""The POSIX names of the client's and the worker's semaphore."""
+
+
+class RecordingBell(SemaphoreBell):
+    """Notes what is asked of it, and what :attr:`on_wait` does while the waiter is blocked."""
+
+    __slots__ = ("on_wait", "rung", "waits")
+
+    def __init__(self, on_wait: Callable[[], object] = lambda: None) -> None:
+        self.waits: list[float] = []
+        self.rung = 0
+        self.on_wait = on_wait
+        self.ring = self._count
+
+    def _count(self) -> None:
+        self.rung += 1
+
+    def wait(self, seconds: float) -> None:
+        self.waits.append(seconds)
+        self.on_wait()
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def bell_names(instance: str) -> Iterator[BellNames]:
+    """Two semaphores, as the broker makes them."""
+    made = (names.bell_name(instance, names.new_id()), names.bell_name(instance, names.new_id()))
+    for name in made:
+        posix_ipc.Semaphore(name, posix_ipc.O_CREX, mode=0o600, initial_value=0).close()
+    yield made
+    for name in made:
+        posix_ipc.unlink_semaphore(name)
+
+
+@pytest.fixture
+def segment(segment_of: SegmentOf) -> Segment:
+    return segment_of(GEOMETRY)
+
+
+@pytest.fixture
+def words() -> memoryview:
+    """Words of private memory, for waiters that no peer looks at."""
+    return memoryview(bytearray(64)).cast("Q")
+
+
+@pytest.fixture
+def no_recheck(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lost ring is not healed; forked children inherit it."""
+    monkeypatch.setattr(doorbell, "RECHECK_SECONDS", NEVER_SECONDS)
+
+
+# --- waiting ---------------------------------------------------------------------------------------------------------------------------
+
+
+def _bells(bell_names: BellNames) -> list[SemaphoreBell | PollingBell]:
+    return [SemaphoreBell(bell_names[0]), PollingBell()]
+
+
+def test_who_is_not_rung_for_is_told_false_after_the_timeout(bell_names: BellNames, words: memoryview) -> None:
+    for bell in _bells(bell_names):
+        for spin in (0.0, 50e-6):
+            assert Waiter(bell, spin).wait(lambda: False, [(words, 0)], 0.005) is False
+        assert Waiter(bell).wait(lambda: False, [(words, 0)], 0.0) is False
+        bell.close()
+
+
+def test_who_is_ready_at_once_neither_spins_nor_sleeps(words: memoryview) -> None:
+    bell = RecordingBell()
+    looks: list[int] = []
+    assert Waiter(bell, NEVER_SECONDS).wait(lambda: not looks.append(words[0]), [(words, 0)], NEVER_SECONDS)
+    assert (looks, bell.waits) == ([0], [])
+
+
+def test_what_comes_while_spinning_is_seen_without_sleeping(words: memoryview) -> None:
+    bell = RecordingBell()
+    looks: list[int] = []
+
+    def ready() -> bool:
+        looks.append(words[0])
+        return len(looks) == 5
+
+    assert Waiter(bell, NEVER_SECONDS).wait(ready, [(words, 0)], NEVER_SECONDS)
+    assert looks == [0] * 5, "nobody need ring while it looks"
+    assert bell.waits == []
+
+
+def test_spinning_does_not_outlast_the_timeout(words: memoryview) -> None:
+    bell = RecordingBell()
+    assert Waiter(bell, NEVER_SECONDS).wait(lambda: False, [(words, 0)], 0.001) is False
+    assert bell.waits == [0.001]
+
+
+@pytest.mark.parametrize("asked", [0.0, 0.001, RECHECK_SECONDS, RECHECK_SECONDS * 2, 1e9, float("inf")])
+def test_no_block_lasts_longer_than_the_recheck_bound(words: memoryview, asked: float) -> None:
+    """D3."""
+    bell = RecordingBell()
+    assert Waiter(bell, 0.0).wait(lambda: False, [(words, 0)], asked) is False
+    assert bell.waits == [min(asked, RECHECK_SECONDS)]
+
+
+def test_polling_ends_at_the_recheck_bound_too(monkeypatch: pytest.MonkeyPatch, words: memoryview) -> None:
+    """D3."""
+    monkeypatch.setattr(doorbell, "RECHECK_SECONDS", 0.003)
+    assert Waiter(PollingBell(), 0.0).wait(lambda: False, [(words, 0)], 1e9) is False
+
+
+def test_the_sleeping_words_are_set_only_while_blocked_and_looked_at_again_in_between(words: memoryview) -> None:
+    """D1: word first, then another look, then the bell; one word for each peer that may ring."""
+    seen: list[tuple[str, int, int]] = []
+    bell = RecordingBell(lambda: seen.append(("block", words[1], words[4])))
+
+    def ready() -> bool:
+        seen.append(("look", words[1], words[4]))
+        return False
+
+    Waiter(bell, 0.0).wait(ready, [(words, 1), (words, 4)], 0.01)
+    assert seen == [("look", 0, 0), ("look", 1, 1), ("block", 1, 1), ("look", 0, 0)]
+    assert words.tolist() == [0] * 8
+
+
+def test_a_full_fence_stands_between_the_word_and_the_look(monkeypatch: pytest.MonkeyPatch, words: memoryview) -> None:
+    """D1."""
+    order: list[str] = []
+    monkeypatch.setattr(doorbell, "fence", lambda: order.append(f"fence, word {words[0]}"))
+    Waiter(RecordingBell(lambda: order.append("block")), 0.0).wait(lambda: bool(order.append("look")), [(words, 0)], 0.01)
+    assert order == ["look", "fence, word 1", "look", "block", "look"]
+
+
+def test_the_sleeping_words_are_cleared_also_when_looking_or_blocking_fails(words: memoryview) -> None:
+    def interrupt() -> bool:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Waiter(RecordingBell(interrupt), 0.0).wait(lambda: False, [(words, 0)], 1.0)
+    assert words[0] == 0
+    with pytest.raises(KeyboardInterrupt):
+        Waiter(RecordingBell(), 0.0).wait(lambda: interrupt() if words[0] else False, [(words, 0)], 1.0)
+    assert words[0] == 0
+
+
+def test_what_comes_between_the_first_look_and_the_word_is_seen_without_blocking(words: memoryview) -> None:
+    """D1: the writer saw nobody sleep, so it did not ring."""
+    bell = RecordingBell()
+    frames: list[str] = []
+    looks = 0
+
+    def ready() -> bool:
+        nonlocal looks
+        looks += 1
+        found = bool(frames)
+        if looks == 1:
+            frames.append("published after this look")
+        return found
+
+    assert Waiter(bell, 0.0).wait(ready, [(words, 0)], NEVER_SECONDS)
+    assert bell.waits == []
+
+
+@pytest.mark.usefixtures("no_recheck")
+def test_what_comes_between_the_last_look_and_blocking_rings_and_is_not_missed(bell_names: BellNames, words: memoryview) -> None:
+    """D1: the writer sees the word, and a semaphore remembers that it was rung."""
+    own, peers = SemaphoreBell(bell_names[0]), SemaphoreBell(bell_names[0])
+    frames: list[str] = []
+
+    def ready() -> bool:
+        found = bool(frames)
+        if words[0] and not found:
+            frames.append("published after this look")
+            peers.ring()
+        return found
+
+    outcome: list[bool] = []
+    thread = threading.Thread(target=lambda: outcome.append(Waiter(own, 0.0).wait(ready, [(words, 0)], NEVER_SECONDS)), daemon=True)
+    thread.start()
+    thread.join(DEADLINE_SECONDS)
+    assert outcome == [True]
+    own.close()
+    peers.close()
+
+
+def test_a_ring_for_nothing_wakes_and_the_state_decides(bell_names: BellNames, words: memoryview) -> None:
+    """D2."""
+    bell = SemaphoreBell(bell_names[0])
+    bell.ring()
+    assert Waiter(bell, 0.0).wait(lambda: False, [(words, 0)], NEVER_SECONDS) is False
+    bell.close()
+
+
+def test_polling_sets_no_word_for_nobody_rings(words: memoryview) -> None:
+    seen: list[int] = []
+    Waiter(PollingBell(), 0.0).wait(lambda: bool(seen.append(words[0])), [(words, 0)], 0.003)
+    assert set(seen) == {0}
+    assert len(seen) > 2
+
+
+def test_naps_grow_to_a_millisecond_and_begin_short_again_after_something_came(monkeypatch: pytest.MonkeyPatch) -> None:
+    naps: list[float] = []
+    monkeypatch.setattr(doorbell.time, "sleep", naps.append)
+    bell = PollingBell()
+    for _ in range(10):
+        bell.wait(1.0)
+    assert naps[0] == 20e-6
+    assert naps == sorted(naps)
+    assert naps[-1] == 1e-3
+    bell.wait(1e-5)
+    assert naps[-1] == 1e-5
+    bell.rested()
+    bell.wait(1.0)
+    assert naps[-1] == naps[0]
+    bell.ring()
+    bell.close()
+
+
+def test_bells_tell_their_kind(bell_names: BellNames) -> None:
+    assert [bell.kind for bell in _bells(bell_names)] == [Doorbell.SEM, Doorbell.POLL]
+
+
+def test_a_fence_may_be_passed_by_many_threads() -> None:
+    threads = [threading.Thread(target=lambda: [fence() for _ in range(1000)]) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(DEADLINE_SECONDS)
+    assert not any(thread.is_alive() for thread in threads)
+
+
+# --- lanes: who rings for whom ---------------------------------------------------------------------------------------------------------
+
+_NOTHING = FrameTemplate(1, [], [])
+
+
+def _submit(lane: ShmClientLane, call_id: int) -> bool:
+    slot = lane.claim()
+    if slot is None:
+        return False
+    _NOTHING.write(slot, call_id, 0, 0, [])
+    lane.commit(_NOTHING.nbytes)
+    return True
+
+
+def _completion(call_id: int) -> Completion:
+    return Completion(call_id, layout.Status.OK, 0, 0, 0, b"")
+
+
+def _call_id(frame: bytes | None) -> int:
+    assert frame is not None
+    return layout.SubmissionFrame.from_buffer_copy(frame).call_id
+
+
+def test_a_call_goes_to_the_worker_and_its_completion_comes_back(segment: Segment) -> None:
+    client, worker = ShmClientLane(segment, 1, RecordingBell()), ShmWorkerLane(segment, 1, RecordingBell())
+    for call_id in range(1, 20):
+        assert not worker.ready()
+        assert _submit(client, call_id)
+        assert worker.ready()
+        assert _call_id(worker.take()) == call_id
+        assert not client.ready()
+        assert worker.complete(_completion(call_id))
+        assert client.ready()
+        assert client.take() == _completion(call_id)
+        assert client.take() is None
+    assert (client.depth, client.kind, client.doorbell) == (GEOMETRY.depth, Lane.SHM, Doorbell.SEM)
+
+
+def test_channels_of_one_segment_do_not_touch_each_other(segment: Segment) -> None:
+    lanes = [(ShmClientLane(segment, i, RecordingBell()), ShmWorkerLane(segment, i, RecordingBell())) for i in range(2)]
+    for call_id in range(1, 10):
+        for i, (client, _) in enumerate(lanes):
+            assert _submit(client, call_id * 10 + i)
+        for i, (_, worker) in enumerate(lanes):
+            assert _call_id(worker.take()) == call_id * 10 + i
+            assert worker.complete(_completion(call_id * 10 + i))
+        for i, (client, _) in enumerate(lanes):
+            assert client.take() == _completion(call_id * 10 + i)
+
+
+def test_only_a_sleeper_is_rung_for(segment: Segment) -> None:
+    """D1, the writer's part: one bell for each process, one word for each channel of a worker and one for the client."""
+    clients_bell, workers_bell = RecordingBell(), RecordingBell()
+    client, worker = ShmClientLane(segment, 1, workers_bell), ShmWorkerLane(segment, 1, clients_bell)
+    _submit(client, 1)
+    worker.complete(_completion(1))
+    assert (workers_bell.rung, clients_bell.rung) == (0, 0)
+    words, index = worker.sleeping
+    words[index] = 1
+    _submit(client, 2)
+    assert (workers_bell.rung, clients_bell.rung) == (1, 0)
+    words[index] = 0
+    words, index = client.sleeping
+    words[index] = 1
+    worker.complete(_completion(2))
+    assert (workers_bell.rung, clients_bell.rung) == (1, 1)
+
+
+def test_a_frame_is_published_before_the_word_is_looked_at(segment: Segment, monkeypatch: pytest.MonkeyPatch) -> None:
+    """D1: publish, fence, look."""
+    from shmbroker.lane import shm_lane
+
+    order: list[str] = []
+    client = ShmClientLane(segment, 0, RecordingBell())
+    worker = ShmWorkerLane(segment, 0, RecordingBell())
+    monkeypatch.setattr(shm_lane, "fence", lambda: order.append(f"fence, published {worker.ready()}"))
+    _submit(client, 1)
+    assert order == ["fence, published True"]
+
+
+def test_the_words_to_sleep_under_are_those_of_the_layout(segment: Segment) -> None:
+    client, worker = ShmClientLane(segment, 1, RecordingBell()), ShmWorkerLane(segment, 1, RecordingBell())
+    area = GEOMETRY.channel_offset(1)
+    assert client.sleeping[1] * 8 == layout.offset_of(SegmentHeader, "client_sleeping")
+    assert worker.sleeping[1] * 8 == area + layout.offset_of(ChannelHeader, "worker_sleeping")
+
+
+def test_a_client_that_leaves_its_completions_lying_is_told_of_no_more(segment: Segment) -> None:
+    client, worker = ShmClientLane(segment, 0, RecordingBell()), ShmWorkerLane(segment, 0, RecordingBell())
+    assert [worker.complete(_completion(i)) for i in range(4)] == [True, True, False, False]
+    assert [client.take(), client.take(), client.take()] == [_completion(0), _completion(1), None]
+    assert worker.complete(_completion(9))
+
+
+def test_a_full_submission_queue_has_nothing_to_claim(segment: Segment) -> None:
+    client = ShmClientLane(segment, 0, RecordingBell())
+    assert [_submit(client, i) for i in range(4)] == [True, True, False, False]
+
+
+def test_a_completion_that_cannot_be_one_is_passed_over(segment: Segment) -> None:
+    client, worker = ShmClientLane(segment, 0, RecordingBell()), ShmWorkerLane(segment, 0, RecordingBell())
+    worker.complete(_completion(1))
+    worker.complete(_completion(2))
+    first = GEOMETRY.channel_offset(0) + GEOMETRY.completions_offset
+    frame = layout.CompletionFrame.from_buffer(segment.map, first)
+    frame.text_bytes = 0xFFFFFFFF
+    del frame
+    assert client.take() == _completion(2)
+    assert client.take() is None
+
+
+def test_a_cleared_channel_is_as_new_and_its_neighbour_untouched(segment: Segment) -> None:
+    other = ShmClientLane(segment, 0, RecordingBell())
+    _submit(other, 1)
+    before = segment.map[: GEOMETRY.channel_offset(1)]
+    client, worker = ShmClientLane(segment, 1, RecordingBell()), ShmWorkerLane(segment, 1, RecordingBell())
+    _submit(client, 1)
+    worker.take()
+    clear_channel(segment, 1)
+    assert segment.map[: GEOMETRY.channel_offset(1)] == before
+    assert not any(segment.map[GEOMETRY.channel_offset(1) : GEOMETRY.channel_offset(2)])
+    client, worker = ShmClientLane(segment, 1, RecordingBell()), ShmWorkerLane(segment, 1, RecordingBell())
+    assert worker.take() is None
+    assert _submit(client, 2)
+    assert _call_id(worker.take()) == 2
+
+
+# --- between processes -----------------------------------------------------------------------------------------------------------------
+
+
+def _bell(name: str | None) -> Bell:
+    return PollingBell() if name is None else SemaphoreBell(name)
+
+
+def _await(waiter: Waiter, ready: Callable[[], bool], sleeping: tuple[memoryview, int], until: float) -> None:
+    while not waiter.wait(ready, [sleeping], max(0.0, until - time.monotonic())):
+        assert time.monotonic() < until, "a ring was lost"
+
+
+def _answer_all(segment_name: str, own_bell: str | None, clients_bell: str | None, rounds: int) -> None:
+    segment = Segment.attach(segment_name, hold=False)
+    lane = ShmWorkerLane(segment, 1, _bell(clients_bell))
+    waiter = Waiter(_bell(own_bell), spin_seconds=0.0)
+    until = time.monotonic() + DEADLINE_SECONDS
+    for _ in range(rounds):
+        _await(waiter, lane.ready, lane.sleeping, until)
+        assert lane.complete(_completion(_call_id(lane.take())))
+
+
+def _ping_pong(segment: Segment, start_child: StartChild, clients_bell: str | None, workers_bell: str | None, rounds: int) -> None:
+    child = start_child(_answer_all, segment.name, workers_bell, clients_bell, rounds)
+    lane = ShmClientLane(segment, 1, _bell(workers_bell))
+    waiter = Waiter(_bell(clients_bell), spin_seconds=0.0)
+    until = time.monotonic() + DEADLINE_SECONDS
+    for call_id in range(1, rounds + 1):
+        assert _submit(lane, call_id)
+        _await(waiter, lane.ready, lane.sleeping, until)
+        assert lane.take() == _completion(call_id)
+    child.join(END_SECONDS)
+    assert child.exitcode == 0
+    lane.close()
+
+
+@pytest.mark.usefixtures("no_recheck")
+def test_no_frame_is_missed_between_looking_and_blocking_in_thousands_of_rounds(
+    segment: Segment, start_child: StartChild, bell_names: BellNames
+) -> None:
+    """D1: both sides block at once, every time; one ring lost in either direction would outlast the deadline."""
+    _ping_pong(segment, start_child, *bell_names, ROUNDS)
+
+
+@pytest.mark.usefixtures("no_recheck")
+def test_polling_on_both_sides_misses_nothing_either(segment: Segment, start_child: StartChild) -> None:
+    _ping_pong(segment, start_child, None, None, ROUNDS)
+
+
+@pytest.mark.usefixtures("no_recheck")
+def test_one_side_may_poll_while_the_other_is_rung(segment: Segment, start_child: StartChild, bell_names: BellNames) -> None:
+    _ping_pong(segment, start_child, bell_names[0], None, 500)
+    clear_channel(segment, 1)
+    _ping_pong(segment, start_child, None, bell_names[1], 500)
+
+
+def _wait_for_word(segment_name: str, bell: str) -> None:
+    segment = Segment.attach(segment_name, hold=False)
+    client_sleeping = layout.offset_of(SegmentHeader, "client_sleeping") // 8
+    word = GEOMETRY.arena_offset // 8
+    woken = Waiter(SemaphoreBell(bell), spin_seconds=0.0).wait(lambda: bool(segment.words[word]), [(segment.words, client_sleeping)], 1e6)
+    os._exit(0 if woken and not segment.words[client_sleeping] else 1)
+
+
+@pytest.mark.usefixtures("no_recheck")
+def test_a_sleeper_in_another_process_is_woken_by_a_ring(segment: Segment, start_child: StartChild, bell_names: BellNames) -> None:
+    """D1, the sleeper's part: once its word is up, state and ring suffice."""
+    child = start_child(_wait_for_word, segment.name, bell_names[0])
+    client_sleeping = layout.offset_of(SegmentHeader, "client_sleeping") // 8
+    until = time.monotonic() + DEADLINE_SECONDS
+    while not segment.words[client_sleeping]:
+        assert time.monotonic() < until
+        time.sleep(0)
+    bell = SemaphoreBell(bell_names[0])
+    segment.words[GEOMETRY.arena_offset // 8] = 1
+    bell.ring()
+    child.join(DEADLINE_SECONDS)
+    assert child.exitcode == 0
+    bell.close()
+
+
+@pytest.mark.usefixtures("no_recheck")
+def test_a_sleeper_in_another_thread_is_woken_by_a_ring(segment: Segment, bell_names: BellNames) -> None:
+    client, worker = ShmClientLane(segment, 0, RecordingBell()), ShmWorkerLane(segment, 0, SemaphoreBell(bell_names[0]))
+    taken: list[object] = []
+
+    def sleep() -> None:
+        waiter = Waiter(SemaphoreBell(bell_names[0]), spin_seconds=0.0)
+        for _ in range(200):
+            _await(waiter, client.ready, client.sleeping, until)
+            taken.append(client.take())
+            answered.release()
+
+    until = time.monotonic() + DEADLINE_SECONDS
+    answered = threading.Semaphore(0)
+    thread = threading.Thread(target=sleep, daemon=True)
+    thread.start()
+    for call_id in range(200):
+        assert worker.complete(_completion(call_id))
+        assert answered.acquire(timeout=DEADLINE_SECONDS)
+    thread.join(END_SECONDS)
+    assert taken == [_completion(call_id) for call_id in range(200)]
