@@ -13,6 +13,7 @@ import torch
 
 from shmbroker.errors import BadFrame, CallError, CallTimeout, RemoteOpError, ShmBrokerError, WorkerDraining
 from shmbroker.lane.frames import Completion, FrameTemplate
+from shmbroker.memory.arena import Room
 from shmbroker.memory.layout import Status
 from shmbroker.memory.spec import contiguous_strides, spec_of
 from shmbroker.ops import Outputs
@@ -23,11 +24,14 @@ if TYPE_CHECKING:
 
 Result = torch.Tensor | tuple[torch.Tensor, ...]
 
+clock_ns = time.monotonic_ns
+"""The one clock of a call: deadlines in frames are told by it too."""
+
 
 class Plan:
     """All that is the same for every call with inputs of the same shapes, dtypes and strides."""
 
-    __slots__ = ("bytes_in", "bytes_out", "outputs", "single", "template")
+    __slots__ = ("bytes_in", "bytes_out", "rooms", "single", "template")
 
     def __init__(self, op_id: int, inputs: Sequence[torch.Tensor], outputs: Outputs, arguments: bytes) -> None:
         self.template = FrameTemplate(
@@ -36,7 +40,7 @@ class Plan:
             [(spec, contiguous_strides(spec.shape)) for spec in outputs.specs],
             arguments,
         )
-        self.outputs = tuple((spec.shape, spec.dtype) for spec in outputs.specs)
+        self.rooms = tuple(Room(spec.shape, spec.dtype) for spec in outputs.specs)
         self.single = outputs.single
         self.bytes_out = sum(tensor.nbytes for tensor in inputs)
         self.bytes_in = sum(spec.nbytes for spec in outputs.specs)
@@ -47,12 +51,11 @@ class Call:
 
     __slots__ = (
         "begun_ns",
-        "build_ns",
         "call_id",
         "channel",
         "copied_bytes",
         "copy_ns",
-        "deadline",
+        "deadline_ns",
         "done",
         "error",
         "future",
@@ -60,66 +63,75 @@ class Call:
         "outputs",
         "plan",
         "statistics",
+        "submitted_ns",
         "wake",
     )
+
+    wake: threading.Lock | None
+    error: ShmBrokerError | None
+    future: CallFuture | None
 
     def __init__(
         self,
         channel: Channel,
         statistics: OpStatistics,
         plan: Plan,
-        inputs: tuple[torch.Tensor, ...],
-        outputs: tuple[torch.Tensor, ...],
+        inputs: Sequence[torch.Tensor],
+        outputs: Sequence[torch.Tensor],
         begun_ns: int,
-        deadline: float | None,
+        deadline_ns: int,
     ) -> None:
+        """Times in nanoseconds of CLOCK_MONOTONIC; ``deadline_ns`` 0 for none."""
         self.channel = channel
         self.statistics = statistics
+        self.plan = plan
         self.inputs = inputs
         self.outputs = outputs
-        self.plan = plan
         self.begun_ns = begun_ns
-        self.deadline = deadline
-        self.call_id = 0
-        self.copy_ns = 0
-        self.build_ns = 0
-        self.copied_bytes = 0
+        self.deadline_ns = deadline_ns
         self.done = False
-        self.error: ShmBrokerError | None = None
-        self.wake: threading.Lock | None = None
-        self.future: CallFuture | None = None
+        self.copied_bytes = 0
+        self.error = self.wake = self.future = None
 
     def finish(self, completion: Completion, taken_ns: int) -> None:
         """The worker has answered."""
+        _, status, _, queued_ns, compute_ns, _ = completion
         statistics = self.statistics
-        if completion.status != Status.OK:
+        if status:
             self.error = self._error_of(completion)
             statistics.errors += 1
-        now = time.perf_counter_ns()
-        rpc_ns = now - self.begun_ns
+        plan = self.plan
+        begun_ns = self.begun_ns
+        now = clock_ns()
+        rpc_ns = now - begun_ns
         statistics.calls += 1
         statistics.rpc_ns += rpc_ns
         statistics.samples.append(rpc_ns)
         # A worker's figures are its own claim: never more than the call took.
-        statistics.compute_ns += min(completion.compute_ns, rpc_ns)
-        statistics.queued_ns += min(completion.queued_ns, rpc_ns)
-        statistics.copy_ns += self.copy_ns
-        statistics.build_ns += self.build_ns
+        statistics.compute_ns += compute_ns if compute_ns < rpc_ns else rpc_ns
+        statistics.queued_ns += queued_ns if queued_ns < rpc_ns else rpc_ns
+        statistics.build_ns += self.submitted_ns - begun_ns
         statistics.read_ns += now - taken_ns
-        statistics.copied_bytes += self.copied_bytes
-        statistics.bytes_out += self.plan.bytes_out
-        statistics.bytes_in += self.plan.bytes_in
-        self._end()
+        statistics.bytes_out += plan.bytes_out
+        statistics.bytes_in += plan.bytes_in
+        if self.copied_bytes:
+            statistics.copied_bytes += self.copied_bytes
+            statistics.copy_ns += self.copy_ns
+            statistics.build_ns -= self.copy_ns
+        self.inputs = ()  # the worker is done with them: nobody need hold their blocks for this call
+        self.done = True
+        if self.wake is not None or self.future is not None:
+            self._tell()
 
     def fail(self, error: ShmBrokerError) -> None:
         """The call will never be answered."""
         self.error = error
         self.statistics.errors += 1
-        self._end()
-
-    def _end(self) -> None:
-        self.inputs = ()  # the worker is done with them: nobody need hold their blocks for this call
+        self.inputs = ()
         self.done = True
+        self._tell()
+
+    def _tell(self) -> None:
         wake = self.wake
         if wake is not None:
             try:
@@ -133,11 +145,11 @@ class Call:
         """The outputs of a call that is done, or its error raised."""
         if self.error is not None:
             raise self.error
-        return self.outputs[0] if self.plan.single else self.outputs
+        return self.outputs[0] if self.plan.single else tuple(self.outputs)
 
     def timeout_error(self) -> CallTimeout:
         """What to raise when the deadline has passed."""
-        age = (time.perf_counter_ns() - self.begun_ns) / 1e9
+        age = (clock_ns() - self.begun_ns) / 1e9
         return CallTimeout(
             f"op {self.statistics.name!r}, call {self.call_id}: no completion after {age:.3f} s from {self.channel.peer_text()}; its blocks "
             "stay held until the worker is done with them; raise timeout= if the op needs longer"

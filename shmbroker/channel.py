@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from shmbroker.calls import Call
+from shmbroker.calls import Call, clock_ns
 from shmbroker.completions import CompletionLoop
 from shmbroker.control import messages as m
 from shmbroker.control.endpoint import transport_of
 from shmbroker.control.liveness import Watch
 from shmbroker.control.sockets import Requester
 from shmbroker.errors import ArenaFull, ArenaTooSmall, CallTimeout, ChannelError, ShmBrokerError, WorkerLost
+from shmbroker.lane.doorbell import RECHECK_SECONDS
 from shmbroker.lane.frames import FrameTemplate
 from shmbroker.lane.shm_lane import ShmClientLane
 from shmbroker.lane.zmq_lane import ZmqClientLane
-from shmbroker.memory.arena import Place
+from shmbroker.memory.arena import Room
 from shmbroker.memory.spec import DTYPE_NAMED, NAME_OF, TensorSpec
 from shmbroker.ops import Outputs, OutSpec
 from shmbroker.remote_op import RemoteOp
@@ -66,7 +67,10 @@ class Channel:
         self._lane = lane
         self._submit_lock = threading.Lock()
         self._outstanding: dict[int, Call] = {}
-        self._next_call_id = 1
+        self._last_call_id = 0
+        self.has_frames = lane.ready
+        """Whether a completion waits to be taken."""
+        self.arena = client.arena
         self._watch = Watch(worker.process)
         self._lost: ShmBrokerError | None = None
         self._statistics: list[OpStatistics] = []
@@ -111,42 +115,50 @@ class Channel:
 
     # --- calls ------------------------------------------------------------------------------------------------------------------------
 
-    def submit(self, call: Call, template: FrameTemplate, places: Sequence[Place]) -> None:
+    def submit(self, call: Call, template: FrameTemplate, offsets: Sequence[int], generations: Sequence[int]) -> None:
         """Write the frame of ``call`` and ring. Waits for a free slot until the call's deadline when the queue is full."""
-        begun = time.perf_counter_ns()
         lane = self._lane
-        deadline = call.deadline
+        lock = self._submit_lock
         while True:
-            with self._submit_lock:
+            lock.acquire()
+            try:
                 if self._lost is not None:
                     raise self._lost
-                slot = lane.claim() if len(self._outstanding) < lane.depth else None
+                outstanding = self._outstanding
+                slot = lane.claim() if len(outstanding) < lane.depth else None
                 if slot is not None:
-                    call.call_id = call_id = self._next_call_id
-                    self._next_call_id = call_id + 1
-                    self._outstanding[call_id] = call
-                    now = time.monotonic_ns()
-                    left_ns = 0 if deadline is None else now + max(1, int((deadline - time.monotonic()) * 1e9))
-                    template.write(slot, call_id, left_ns, now, places)
+                    self._last_call_id = call.call_id = call_id = self._last_call_id + 1
+                    outstanding[call_id] = call
+                    call.submitted_ns = now = clock_ns()
+                    template.write(slot, call_id, call.deadline_ns, now, offsets, generations)
                     lane.commit(template.nbytes)
-                    break
-            left = 1.0 if deadline is None else deadline - time.monotonic()
-            if left <= 0:
-                raise CallTimeout(
-                    f"op {call.statistics.name!r}: {len(self._outstanding)} calls are outstanding with {self.peer_text()} and none was "
-                    "completed before the deadline"
-                )
-            self.completions.wait_any(left)
-        call.build_ns += time.perf_counter_ns() - begun
+                    return
+            finally:
+                lock.release()
+            self._wait_for_slot(call)
+
+    def _wait_for_slot(self, call: Call) -> None:
+        left = (call.deadline_ns - clock_ns()) / 1e9 if call.deadline_ns else RECHECK_SECONDS
+        if left <= 0:
+            raise CallTimeout(
+                f"op {call.statistics.name!r}: {len(self._outstanding)} calls are outstanding with {self.peer_text()} and none was "
+                "completed before the deadline"
+            )
+        self.completions.wait_any(left)
 
     def wait(self, call: Call, timeout: float | None = None) -> None:
         """Wait until ``call`` is done. Its own deadline fails it; an earlier ``timeout`` (seconds) only ends the waiting."""
-        patience = None if timeout is None else time.monotonic() + timeout
-        limits = [limit for limit in (call.deadline, patience) if limit is not None]
-        if self.completions.wait(call, min(limits, default=None)):
-            return
-        if patience is not None and (call.deadline is None or patience < call.deadline):
-            raise TimeoutError(f"op {call.statistics.name!r}, call {call.call_id} is not done after {timeout:g} s")
+        deadline_ns = call.deadline_ns
+        if timeout is not None:
+            patience_ns = clock_ns() + max(1, int(timeout * 1e9))
+            if not deadline_ns or patience_ns < deadline_ns:
+                if not self.completions.wait(call, patience_ns):
+                    raise TimeoutError(f"op {call.statistics.name!r}, call {call.call_id} is not done after {timeout:g} s")
+                return
+        if not self.completions.wait(call, deadline_ns):
+            self._time_out(call)
+
+    def _time_out(self, call: Call) -> None:
         self.completions.check_peers()
         if not call.done:
             # The call stays outstanding, and so holds its blocks, until the worker answers it or dies.
@@ -155,24 +167,17 @@ class Channel:
             call.error = error
             if call.future is not None:
                 call.future.settle()
-            raise error
 
-    def drain(self) -> int:
+    def drain(self) -> None:
         """Take all completions there are and finish their calls. Called by the leader of the waiters only."""
-        count = 0
-        while (completion := self._lane.take()) is not None:
-            taken_ns = time.perf_counter_ns()
-            count += 1
+        take = self._lane.take
+        while (completion := take()) is not None:
+            taken_ns = clock_ns()
             call = self._outstanding.pop(completion.call_id, None)
             if call is None:
                 log.warning("%s completed call %d, which is not outstanding: ignored", self.peer_text(), completion.call_id)
             else:
                 call.finish(completion, taken_ns)
-        return count
-
-    def has_frames(self) -> bool:
-        """Whether a completion waits to be taken."""
-        return self._lane.ready()
 
     def check_peer(self) -> None:
         """Fail what is outstanding when the worker has died. Called by the leader of the waiters only."""
@@ -212,21 +217,18 @@ class Channel:
 
     # --- tensors, for RemoteOp --------------------------------------------------------------------------------------------------------
 
-    def find(self, tensor: torch.Tensor) -> Place | None:
-        """Where ``tensor`` lies in the arena, or None."""
-        return self._client.arena.find(tensor)
-
-    def place(self, shape: tuple[int, ...], dtype: torch.dtype, timeout: float | None) -> tuple[torch.Tensor, Place]:
-        """A fresh block as a tensor. While the arena is full, completions are taken, since they may set blocks free."""
-        arena = self._client.arena
+    def place(self, room: Room, timeout: float | None) -> tuple[torch.Tensor, int, int]:
+        """A fresh block as a tensor, its offset and generation. While the arena is full, completions are taken, since they may free blocks."""
+        limit = self._client.place_timeout
+        if timeout is not None and timeout < limit:
+            limit = timeout
         if not self._outstanding:
-            limit = self._client.place_timeout
-            return arena.place(shape, dtype, limit if timeout is None else min(timeout, limit))
-        until = time.monotonic() + (self._client.place_timeout if timeout is None else min(timeout, self._client.place_timeout))
+            return self.arena.place(room, limit)
+        until = time.monotonic() + limit
         while True:
             left = max(0.0, until - time.monotonic())
             try:
-                return arena.place(shape, dtype, 0.0 if self._outstanding else left)
+                return self.arena.place(room, 0.0 if self._outstanding else left)
             except ArenaTooSmall:
                 raise
             except ArenaFull:

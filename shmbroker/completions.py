@@ -26,11 +26,11 @@ class Waitable(Protocol):
 class Source(Protocol):
     """Where completions come from: a channel."""
 
-    def drain(self) -> int:
-        """Take all completions there are, finish their calls, and return how many."""
+    has_frames: Callable[[], bool]
+    """Whether a completion is there to be taken."""
 
-    def has_frames(self) -> bool:
-        """Whether a completion is there to be taken."""
+    def drain(self) -> None:
+        """Take all completions there are and finish their calls."""
 
     def check_peer(self) -> None:
         """Fail all outstanding calls when the peer is dead."""
@@ -41,7 +41,7 @@ class CompletionLoop:
 
     def __init__(self, block: Callable[[Callable[[], bool], float], bool]) -> None:
         self._block = block
-        self._sources: list[Source] = []
+        self._set_sources([])
         self._leader = threading.Lock()
         self._followers: list[Waitable] = []
         self._watched: queue.SimpleQueue[Waitable | None] = queue.SimpleQueue()
@@ -50,12 +50,12 @@ class CompletionLoop:
 
     def add(self, source: Source) -> None:
         """Take completions from ``source`` too."""
-        self._sources = [*self._sources, source]
+        self._set_sources([*self._sources, source])
 
     def remove(self, source: Source) -> None:
         """No longer; when this returns, no thread reads from ``source``."""
         with self._leader:
-            self._sources = [other for other in self._sources if other is not source]
+            self._set_sources([other for other in self._sources if other is not source])
         self._hand_over()
 
     def check_peers(self) -> None:
@@ -68,66 +68,69 @@ class CompletionLoop:
             action()
         self._hand_over()
 
-    def wait(self, call: Waitable, deadline: float | None) -> bool:
-        """Wait until ``call`` is done, at most until ``deadline`` (monotonic seconds); returns whether it is."""
+    def wait(self, call: Waitable, deadline_ns: int) -> bool:
+        """Wait until ``call`` is done, at most until ``deadline_ns`` (CLOCK_MONOTONIC; 0 for ever); returns whether it is."""
+        leader = self._leader
         while not call.done:
-            if deadline is not None and time.monotonic() >= deadline:
-                return self._last_look(call)
-            if self._leader.acquire(blocking=False):
+            if leader.acquire(False):
                 try:
-                    self._lead(call, deadline)
+                    patient = self._lead(call, deadline_ns)
                 finally:
-                    self._leader.release()
-                    self._hand_over()
-            else:
-                self._follow(call, deadline)
+                    leader.release()
+                    if self._followers:
+                        self._hand_over()
+                if not patient:
+                    return call.done
+            elif not self._follow(call, deadline_ns):
+                return call.done
         return True
 
     def wait_any(self, seconds: float) -> None:
         """Take what there is, or wait for one completion: for a caller that needs a free slot rather than a certain call."""
         if self._leader.acquire(timeout=min(seconds, RECHECK_SECONDS)):
             try:
-                if not self._drain():
-                    self._block(self._ready, min(seconds, RECHECK_SECONDS))
+                if self._block(self._ready, min(seconds, RECHECK_SECONDS)):
                     self._drain()
+                else:
                     self._check_peers()
             finally:
                 self._leader.release()
                 self._hand_over()
 
-    def _last_look(self, call: Waitable) -> bool:
-        if self._leader.acquire(blocking=False):
-            try:
-                self._drain()
-            finally:
-                self._leader.release()
-                self._hand_over()
-        return call.done
-
-    def _lead(self, call: Waitable, deadline: float | None) -> None:
+    def _lead(self, call: Waitable, deadline_ns: int) -> bool:
+        """Read for all until ``call`` is done; False when its deadline came first."""
+        block = self._block
+        ready = self._ready
         while True:
-            self._drain()
-            if call.done:
-                return
-            left = RECHECK_SECONDS if deadline is None else deadline - time.monotonic()
-            if left <= 0:
-                return
-            if not self._block(self._ready, min(left, RECHECK_SECONDS)):
+            left = RECHECK_SECONDS
+            if deadline_ns:
+                left = (deadline_ns - time.monotonic_ns()) / 1e9
+            if block(ready, left):
+                self._drain()
+            elif left > 0:
                 self._check_peers()
+            if call.done:
+                return True
+            if left <= 0:
+                return False
 
-    def _follow(self, call: Waitable, deadline: float | None) -> None:
+    def _follow(self, call: Waitable, deadline_ns: int) -> bool:
+        """Wait for a word from the leader; False when the deadline came first."""
         wake = threading.Lock()
         wake.acquire()
         call.wake = wake
         self._followers.append(call)
+        left = RECHECK_SECONDS
+        if deadline_ns:
+            left = (deadline_ns - time.monotonic_ns()) / 1e9
         try:
             # The leader may have finished the call, or left, before it could see this follower.
-            if not call.done and self._leader.locked():
-                left = RECHECK_SECONDS if deadline is None else min(RECHECK_SECONDS, max(0.0, deadline - time.monotonic()))
-                wake.acquire(timeout=left)
+            if not call.done and self._leader.locked() and left > 0:
+                wake.acquire(timeout=min(left, RECHECK_SECONDS))
         finally:
             self._followers.remove(call)
             call.wake = None
+        return left > 0
 
     def _hand_over(self) -> None:
         for call in self._followers:
@@ -136,11 +139,17 @@ class CompletionLoop:
                 release_waiter(wake)
                 return
 
-    def _drain(self) -> int:
-        return sum([source.drain() for source in self._sources])
+    def _drain(self) -> None:
+        for source in self._sources:
+            source.drain()
 
-    def _ready(self) -> bool:
+    def _any_ready(self) -> bool:
         return any([source.has_frames() for source in self._sources])
+
+    def _set_sources(self, sources: list[Source]) -> None:
+        self._sources = sources
+        # With one source, as most clients have, its own look is all that is needed.
+        self._ready = sources[0].has_frames if len(sources) == 1 else self._any_ready
 
     def _check_peers(self) -> None:
         for source in self._sources:
@@ -158,7 +167,7 @@ class CompletionLoop:
 
     def _watch(self) -> None:
         while (call := self._watched.get()) is not None:
-            self.wait(call, None)
+            self.wait(call, 0)
 
     def close(self) -> None:
         """End the background thread, once the calls it watches are done."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,8 +17,7 @@ OutSpec = Callable[..., TensorSpec | Sequence[TensorSpec]]
 """``out_spec(*input_specs, **static)``: a pure function of shapes and dtypes, run by both sides."""
 
 Static = dict[str, Any]
-Run = Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor], Static], None]
-"""``run(inputs, outputs, per_call_arguments)``: writes all results into ``outputs``."""
+"""Arguments by name: fixed at bind, or of one call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class OpDefinition:
 class BoundOp:
     """An op with its static arguments: what a client's small integer stands for."""
 
-    __slots__ = ("_definition", "_function", "_kwargs", "_static", "_takes_out", "name", "run")
+    __slots__ = ("_definition", "_function", "_kwargs", "_static", "_takes_out", "name")
 
     def __init__(self, definition: OpDefinition, function: Callable[..., Any], kwargs: Static, static: Static) -> None:
         self._definition = definition
@@ -76,7 +76,6 @@ class BoundOp:
         self._static = static
         self.name = definition.name
         self._takes_out = "out" in inspect.signature(function).parameters
-        self.run: Run = self._run_into if self._takes_out else self._run_and_copy
 
     @property
     def has_out_spec(self) -> bool:
@@ -93,9 +92,12 @@ class BoundOp:
             return Outputs((spec_of(result),), True)
         return Outputs(tuple(spec_of(tensor) for tensor in result), False)
 
-    def _run_into(self, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor], arguments: Static) -> None:
+    def prepare(self, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor], arguments: Static) -> Callable[[], object]:
+        """A call on these very tensors that writes all results into ``outputs``; it may be run again and again."""
+        if not self._takes_out:
+            return functools.partial(self._run_and_copy, inputs, outputs, arguments)
         out = outputs[0] if len(outputs) == 1 else tuple(outputs)
-        self._function(*inputs, out=out, **self._kwargs, **arguments)
+        return functools.partial(self._function, *inputs, out=out, **self._kwargs, **arguments)
 
     def _run_and_copy(self, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor], arguments: Static) -> None:
         result = self._function(*inputs, **self._kwargs, **arguments)

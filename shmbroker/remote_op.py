@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import torch
 
-from shmbroker.calls import Call, CallFuture, Plan, Result
+from shmbroker.calls import Call, CallFuture, Plan, Result, clock_ns
 from shmbroker.errors import BadInput
-from shmbroker.memory.arena import Place
+from shmbroker.memory.arena import Room
 from shmbroker.memory.spec import TensorSpec, spec_of
 from shmbroker.ops import Outputs
 from shmbroker.statistics import OpStatistics
@@ -37,7 +36,7 @@ class RemoteOp:
     """Made by :meth:`Channel.bind`. Takes torch tensors (or NumPy arrays) of any carried dtype, up to 8 dimensions, strided or not.
 
     A tensor that lies in the client's arena is not copied; any other is copied once. Outputs lie in the arena and are never copied; their
-    blocks are free again when the last view of them dies. Keyword arguments other than ``timeout`` go to the op, in the frame (160 bytes of
+    blocks are free again when the last view of them dies. Keyword arguments other than ``timeout`` go to the op, in the frame (128 bytes of
     msgpack at most). Thread-safe.
     """
 
@@ -51,7 +50,7 @@ class RemoteOp:
         self._op_id = op_id
         self._outputs = outputs
         self._statistics = statistics
-        self._plans: dict[tuple[object, ...], Plan] = {}
+        self._plans: dict[object, Plan] = {}
 
     def __repr__(self) -> str:
         return f"<RemoteOp {self.name!r} on {self._channel.peer_text()}>"
@@ -68,14 +67,16 @@ class RemoteOp:
 
     def submit(self, *inputs: torch.Tensor, timeout: Timeout = _UNSET, **arguments: Any) -> CallFuture:
         """Call without waiting: a future, also awaitable. Its frame is with the worker when this returns."""
-        return self._future(self._submit(inputs, timeout, arguments))
+        return self.future_of(self._submit(inputs, timeout, arguments))
 
     def capture(self, *inputs: torch.Tensor, **arguments: Any) -> CapturedCall:
         """Place inputs and outputs and pack the frame once, to be replayed many times on the same blocks."""
-        call, places = self._prepare(inputs, None, arguments)
-        return CapturedCall(self, call, places)
+        call, offsets, generations = self._prepare(inputs, None, arguments)
+        return CapturedCall(self, call, offsets, generations)
 
-    def _future(self, call: Call) -> CallFuture:
+    @staticmethod
+    def future_of(call: Call) -> CallFuture:
+        """A future for a call that was submitted."""
         future = CallFuture(call)
         call.future = future
         if call.done:  # the completion was faster than this line
@@ -83,54 +84,70 @@ class RemoteOp:
         return future
 
     def _submit(self, inputs: tuple[torch.Tensor, ...], timeout: Timeout, arguments: dict[str, Any]) -> Call:
-        call, places = self._prepare(inputs, self._seconds(timeout), arguments)
-        self._channel.submit(call, call.plan.template, places)
+        seconds = self._channel.default_timeout if isinstance(timeout, _Unset) else timeout
+        call, offsets, generations = self._prepare(inputs, seconds, arguments)
+        self._channel.submit(call, call.plan.template, offsets, generations)
         return call
 
-    def _seconds(self, timeout: Timeout) -> float | None:
-        return self._channel.default_timeout if isinstance(timeout, _Unset) else timeout
-
-    def _prepare(self, inputs: tuple[torch.Tensor, ...], timeout: float | None, arguments: dict[str, Any]) -> tuple[Call, list[Place]]:
-        begun_ns = time.perf_counter_ns()
+    def _prepare(
+        self, inputs: tuple[torch.Tensor, ...], timeout: float | None, arguments: dict[str, Any]
+    ) -> tuple[Call, list[int], list[int]]:
+        """Place whatever has no place yet. The hot path: its steps and their cost are in docs/performance.md."""
+        begun_ns = clock_ns()
         channel = self._channel
-        find = channel.find
-        placed: list[torch.Tensor] = []
-        places: list[Place] = []
-        copied_bytes = copy_ns = 0
-        for tensor in inputs:
-            if not isinstance(tensor, torch.Tensor):
-                tensor = _as_tensor(tensor)
-            place = find(tensor)
-            if place is None:
-                copy_begun = time.perf_counter_ns()
-                tensor, place = self._copy_in(tensor, timeout)
-                copied_bytes += tensor.nbytes
-                copy_ns += time.perf_counter_ns() - copy_begun
-            placed.append(tensor)
-            places.append(place)
-        plan = self._plan(placed, arguments)
+        arena = channel.arena
+        leases, address = arena.leases, arena.address
+        offsets: list[int] = []
+        generations: list[int] = []
+        copied: list[int] = []
+        placed: Sequence[torch.Tensor] = inputs
+        for index, tensor in enumerate(inputs):
+            try:
+                offset = tensor.data_ptr() - address
+            except (AttributeError, RuntimeError):
+                offset = -1  # no tensor, or one without a place in memory
+            lease = leases.get(offset)
+            if lease is not None:
+                generations.append(lease.block.generation)
+            else:
+                if placed is inputs:
+                    placed = list(inputs)
+                placed[index], offset, generation = self._bring_in(tensor, timeout, copied)
+                generations.append(generation)
+            offsets.append(offset)
+        plan = self._plans.get(_signature(placed)) if not arguments else None
+        if plan is None:
+            plan = self._plan(placed, arguments)
         outputs: list[torch.Tensor] = []
-        for shape, dtype in plan.outputs:
-            output, place = channel.place(shape, dtype, timeout)
+        for room in plan.rooms:
+            output, offset, generation = channel.place(room, timeout)
             outputs.append(output)
-            places.append(place)
-        deadline = None if timeout is None else time.monotonic() + timeout
-        call = Call(channel, self._statistics, plan, tuple(placed), tuple(outputs), begun_ns, deadline)
-        call.copied_bytes = copied_bytes
-        call.copy_ns = copy_ns
-        call.build_ns = time.perf_counter_ns() - begun_ns - copy_ns
-        return call, places
+            offsets.append(offset)
+            generations.append(generation)
+        deadline_ns = 0 if timeout is None else begun_ns + int(timeout * 1e9)
+        call = Call(channel, self._statistics, plan, placed, outputs, begun_ns, deadline_ns)
+        if copied:
+            call.copied_bytes, call.copy_ns = sum(copied[::2]), sum(copied[1::2])
+        return call, offsets, generations
 
-    def _copy_in(self, tensor: torch.Tensor, timeout: float | None) -> tuple[torch.Tensor, Place]:
+    def _bring_in(self, tensor: torch.Tensor, timeout: float | None, copied: list[int]) -> tuple[torch.Tensor, int, int]:
+        """A tensor that does not begin where a block does: a view inside a block as it is; any other as a copy, noted in ``copied``."""
+        if not isinstance(tensor, torch.Tensor):
+            tensor = _as_tensor(tensor)
+        place = self._channel.arena.find(tensor)
+        if place is not None:
+            return tensor, place.offset, place.generation
         if tensor.is_meta or tensor.layout is not torch.strided:
             raise BadInput(f"op {self.name!r}: a {tensor.layout} tensor on {tensor.device} has no bytes to hand over")
-        inside, place = self._channel.place(tuple(tensor.shape), tensor.dtype, timeout)
+        begun_ns = clock_ns()
+        inside, offset, generation = self._channel.place(Room(tuple(tensor.shape), tensor.dtype), timeout)
         inside.copy_(tensor.detach())
-        return inside, place
+        copied += (tensor.nbytes, clock_ns() - begun_ns)
+        return inside, offset, generation
 
-    def _plan(self, inputs: list[torch.Tensor], arguments: dict[str, Any]) -> Plan:
+    def _plan(self, inputs: Sequence[torch.Tensor], arguments: dict[str, Any]) -> Plan:
         packed = _arguments_encoder.encode(arguments) if arguments else b""
-        key = (packed, *[(tensor.shape, tensor.dtype, tensor.stride()) for tensor in inputs])
+        key = (packed, _signature(inputs)) if packed else _signature(inputs)
         plan = self._plans.get(key)
         if plan is None:
             plan = Plan(self._op_id, inputs, self._outputs([spec_of(tensor) for tensor in inputs]), packed)
@@ -139,13 +156,14 @@ class RemoteOp:
             self._plans[key] = plan
         return plan
 
-    def resubmit(self, like: Call, places: list[Place], timeout: Timeout) -> Call:
+    def resubmit(self, like: Call, offsets: list[int], generations: list[int], timeout: Timeout) -> Call:
         """For :class:`CapturedCall`: another call with the same tensors, plan and places."""
-        seconds = self._seconds(timeout)
-        begun_ns = time.perf_counter_ns()
-        deadline = None if seconds is None else time.monotonic() + seconds
-        call = Call(self._channel, self._statistics, like.plan, like.inputs, like.outputs, begun_ns, deadline)
-        self._channel.submit(call, like.plan.template, places)
+        channel = self._channel
+        seconds = channel.default_timeout if isinstance(timeout, _Unset) else timeout
+        begun_ns = clock_ns()
+        deadline_ns = 0 if seconds is None else begun_ns + int(seconds * 1e9)
+        call = Call(channel, self._statistics, like.plan, like.inputs, like.outputs, begun_ns, deadline_ns)
+        channel.submit(call, like.plan.template, offsets, generations)
         return call
 
     def wait(self, call: Call) -> Result:
@@ -154,28 +172,37 @@ class RemoteOp:
         return call.result()
 
 
+def _signature(tensors: Sequence[torch.Tensor]) -> object:
+    """What decides which plan holds: shapes, dtypes and strides."""
+    if len(tensors) == 1:
+        tensor = tensors[0]
+        return tensor.shape, tensor.dtype, tensor.stride()
+    return tuple([(tensor.shape, tensor.dtype, tensor.stride()) for tensor in tensors])
+
+
 class CapturedCall:
     """Made by :meth:`RemoteOp.capture`: blocks placed, frame packed. Write into ``inputs`` in place, then :meth:`replay`.
 
     ``inputs`` and ``outputs`` are tuples of tensors in the arena; every replay reads and overwrites the same ones.
     """
 
-    __slots__ = ("_call", "_op", "_places", "inputs", "outputs")
+    __slots__ = ("_call", "_generations", "_offsets", "_op", "inputs", "outputs")
 
-    def __init__(self, op: RemoteOp, call: Call, places: list[Place]) -> None:
+    def __init__(self, op: RemoteOp, call: Call, offsets: list[int], generations: list[int]) -> None:
         self._op = op
         self._call = call
-        self._places = places
-        self.inputs = call.inputs
-        self.outputs = call.outputs
+        self._offsets = offsets
+        self._generations = generations
+        self.inputs = tuple(call.inputs)
+        self.outputs = tuple(call.outputs)
 
     def replay(self, *, timeout: Timeout = _UNSET) -> Any:
         """Call again and wait: the output tensor, or a tuple of them. Raises as :meth:`RemoteOp.__call__`."""
-        return self._op.wait(self._op.resubmit(self._call, self._places, timeout))
+        return self._op.wait(self._op.resubmit(self._call, self._offsets, self._generations, timeout))
 
     def submit(self, *, timeout: Timeout = _UNSET) -> CallFuture:
         """Call again without waiting. The same blocks are used by every replay: wait for one before the next."""
-        return self._op._future(self._op.resubmit(self._call, self._places, timeout))
+        return self._op.future_of(self._op.resubmit(self._call, self._offsets, self._generations, timeout))
 
 
 def _as_tensor(value: Any) -> torch.Tensor:

@@ -235,7 +235,12 @@ class Worker:
         changes = self._changes
 
         def something() -> bool:
-            return any(lane.ready() for _, lane in lanes) or not changes.empty()
+            if not changes.empty():
+                return True
+            for _, lane in lanes:
+                if lane.ready():
+                    return True
+            return False
 
         while True:
             while not changes.empty():
@@ -399,12 +404,12 @@ class Worker:
             for pair in [pair for pair in self._shm_lanes if pair[0] is channel]:
                 self._shm_lanes.remove(pair)
                 pair[1].close()
+            channel.close()
             mapped = channel.mapped
             mapped.users -= 1
             if mapped.users == 0:
                 self._mapped.pop(channel.opened.segment, None)
                 mapped.close()
-            channel.watch.close()
 
         self._change(drop)
 

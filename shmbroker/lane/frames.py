@@ -2,7 +2,8 @@
 
 F1  A reader copies a frame out of shared memory before it looks at it: the other side can change it meanwhile.
 F2  Nothing in a frame is believed before it was checked: counts, dtype, dimensions, strides' reach, bounds, alignment.
-F3  A tensor's form (dtype, shape, strides) is checked once and remembered by its bytes; offsets are checked in every frame.
+F3  A tensor's form (dtype, shape, strides) is checked once and remembered by its bytes; so may be a whole frame, by all its bytes from
+    ``op_id`` on. Whatever differs in one byte is checked anew.
 
 The structures are those of :mod:`shmbroker.memory.layout`; a test compares every offset used here with them.
 """
@@ -20,24 +21,33 @@ from shmbroker.errors import BadFrame, BadInput
 from shmbroker.memory import layout
 from shmbroker.memory.spec import CODE_OF, DTYPE_OF, TensorSpec, extent_elements
 
-SUBMISSION_HEADER = struct.Struct("<QQIHHIIQQ16x")
-DESCRIPTOR = struct.Struct("<QQIBBBB8q8q")
+SUBMISSION_HEADER = struct.Struct(f"<QQQQ{layout.MAX_TENSORS}IIHHII")
+DESCRIPTOR = struct.Struct("<QQBBBBI8q8q")
 COMPLETION_HEADER = struct.Struct("<QQIHHIIQQ16x")
 SHAPE = struct.Struct("<Q8q")
+HEAD_BYTES = COMPLETION_HEADER.size
 
 _HEADER_BYTES = SUBMISSION_HEADER.size
+_OP_OFFSET = layout.offset_of(layout.SubmissionFrame, "op_id")
+_INPUT_COUNT_OFFSET = layout.offset_of(layout.SubmissionFrame, "input_count")
+_OUTPUT_COUNT_OFFSET = layout.offset_of(layout.SubmissionFrame, "output_count")
 _METADATA_OFFSET = layout.offset_of(layout.SubmissionFrame, "metadata")
 _BODY_OFFSET = layout.offset_of(layout.CompletionFrame, "body")
 _FORM_OFFSET = layout.offset_of(layout.TensorDescriptor, "dtype")
 
-# Indices of the 64-bit words of a frame.
+# Indices of 64-bit words, and of 32-bit halves, of a frame.
 SEQUENCE_WORD = 0
 CALL_ID_WORD = 1
 _DEADLINE_WORD = layout.offset_of(layout.SubmissionFrame, "deadline_ns") // 8
 _SUBMITTED_WORD = layout.offset_of(layout.SubmissionFrame, "submitted_ns") // 8
-_FIRST_TENSOR_WORD = layout.offset_of(layout.SubmissionFrame, "tensors") // 8
-_TENSOR_WORDS = DESCRIPTOR.size // 8
-_GENERATION_WORD = layout.offset_of(layout.TensorDescriptor, "generation") // 8
+_FIRST_GENERATION_HALF = layout.offset_of(layout.SubmissionFrame, "generations") // 4
+_STATUS_WORD = layout.offset_of(layout.CompletionFrame, "status") // 8
+_TEXT_WORD = layout.offset_of(layout.CompletionFrame, "text_bytes") // 8
+_QUEUED_WORD = layout.offset_of(layout.CompletionFrame, "queued_ns") // 8
+_COMPUTE_WORD = layout.offset_of(layout.CompletionFrame, "compute_ns") // 8
+
+_PLACE = struct.Struct("<QQ")
+_TIMES = struct.Struct("<QQQ")
 
 _KNOWN_FORMS = 4096
 """Forms remembered; a process whose peer sends ever new ones starts over rather than growing."""
@@ -45,23 +55,32 @@ _KNOWN_FORMS = 4096
 _UINT64_MAX = (1 << 64) - 1
 
 
-class Slot(NamedTuple):
-    """Where a frame is written: the same memory as bytes and as native 64-bit words."""
+class Slot:
+    """Where a frame is written: the same memory as bytes, as native 64-bit words and as 32-bit halves.
 
-    bytes: memoryview
-    words: memoryview
+    ``template`` is what was written last: the next call by the same template need write only what differs. A peer that meddles with the rest
+    meddles with frames that only it reads.
+    """
+
+    __slots__ = ("bytes", "halves", "head", "template", "words")
+
+    def __init__(self, memory: memoryview) -> None:
+        self.bytes = memory
+        self.head = memory[:HEAD_BYTES]
+        self.words = memory.cast("Q")
+        self.halves = memory.cast("I")
+        self.template: FrameTemplate | None = None
 
 
 def private_slot(nbytes: int) -> Slot:
     """A slot in private memory, for the lane that sends frames as messages."""
-    memory = memoryview(bytearray(nbytes))
-    return Slot(memory, memory.cast("Q"))
+    return Slot(memoryview(bytearray(nbytes)))
 
 
 class FrameTemplate:
     """A submission whose tensors' forms are known: all is packed beforehand but ids, times, offsets and generations."""
 
-    __slots__ = ("_kinds", "_packed", "nbytes", "tensor_count")
+    __slots__ = ("_offset_words", "_packed", "nbytes", "tensor_count")
 
     def __init__(
         self,
@@ -75,21 +94,19 @@ class FrameTemplate:
         if len(tensors) > layout.MAX_TENSORS:
             raise BadInput(f"{len(tensors)} tensors in one call (inputs and outputs); a frame carries at most {layout.MAX_TENSORS}")
         if len(metadata) > layout.METADATA_BYTES:
-            raise BadInput(
-                f"{len(metadata)} bytes of per-call arguments; a frame carries at most {layout.METADATA_BYTES}: bind them instead"
-            )
+            raise BadInput(f"{len(metadata)} bytes of per-call arguments; a frame carries at most {layout.METADATA_BYTES}: bind them instead")
         frame = bytearray(layout.SUBMISSION_SLOT_BYTES)
-        SUBMISSION_HEADER.pack_into(frame, 0, 0, 0, op_id, len(inputs), len(outputs), 0, len(metadata), 0, 0)
-        kinds = []
+        none = (0,) * layout.MAX_TENSORS
+        SUBMISSION_HEADER.pack_into(frame, 0, 0, 0, 0, 0, *none, op_id, len(inputs), len(outputs), 0, len(metadata))
+        offset_words = []
         at = _HEADER_BYTES
         for spec, strides in tensors:
             pad = (0,) * (layout.MAX_DIMS - len(spec.shape))
             code = int(CODE_OF[spec.dtype])
             DESCRIPTOR.pack_into(
-                frame, at, 0, spec.nbytes, 0, code, len(spec.shape), layout.Space.SEGMENT, 0, *spec.shape, *pad, *strides, *pad
+                frame, at, 0, spec.nbytes, code, len(spec.shape), layout.Space.SEGMENT, 0, 0, *spec.shape, *pad, *strides, *pad
             )
-            word = at // 8 + _GENERATION_WORD
-            kinds.append((at // 8, word, code << 32 | len(spec.shape) << 40 | layout.Space.SEGMENT << 48))
+            offset_words.append(at // 8)
             at += DESCRIPTOR.size
         self.nbytes = at
         if metadata:
@@ -97,18 +114,24 @@ class FrameTemplate:
             self.nbytes = layout.SUBMISSION_SLOT_BYTES
         self.tensor_count = len(tensors)
         self._packed = bytes(frame[8 : self.nbytes])
-        self._kinds = tuple(kinds)
+        self._offset_words = tuple(offset_words)
 
-    def write(self, slot: Slot, call_id: int, deadline_ns: int, submitted_ns: int, places: Sequence[tuple[int, int]]) -> None:
-        """Fill ``slot`` with everything but the sequence number. ``places``: offset and generation of each tensor, inputs first."""
-        slot.bytes[8 : self.nbytes] = self._packed
-        words = slot.words
+    def write(
+        self, slot: Slot, call_id: int, deadline_ns: int, submitted_ns: int, offsets: Sequence[int], generations: Sequence[int]
+    ) -> None:
+        """Fill ``slot`` with everything but the sequence number; ``offsets`` and ``generations`` of each tensor, inputs first."""
+        if slot.template is not self:
+            slot.bytes[8 : self.nbytes] = self._packed
+            slot.template = self
+        words, halves = slot.words, slot.halves
         words[CALL_ID_WORD] = call_id
         words[_DEADLINE_WORD] = deadline_ns
         words[_SUBMITTED_WORD] = submitted_ns
-        for (offset_word, generation_word, kind), (offset, generation) in zip(self._kinds, places, strict=True):
-            words[offset_word] = offset
-            words[generation_word] = kind | generation
+        half = _FIRST_GENERATION_HALF
+        for word, offset, generation in zip(self._offset_words, offsets, generations):  # noqa: B905 (strict costs a tenth of the call)
+            words[word] = offset
+            halves[half] = generation
+            half += 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -133,7 +156,6 @@ class Descriptor(NamedTuple):
     """A checked tensor of a frame: where its first element lies, and its form."""
 
     offset: int
-    generation: int
     form: Form
 
 
@@ -141,12 +163,26 @@ class Submission(NamedTuple):
     """A checked call."""
 
     call_id: int
-    op_id: int
     deadline_ns: int
     submitted_ns: int
+    generations: tuple[int, ...]
+    op_id: int
     inputs: tuple[Descriptor, ...]
     outputs: tuple[Descriptor, ...]
     metadata: bytes
+
+
+def times_of(frame: bytes) -> tuple[int, int, int]:
+    """Call id, deadline and time of submission of a frame that is long enough."""
+    return _TIMES.unpack_from(frame, 8)
+
+
+_CONSTANT_END = [_HEADER_BYTES + min(count, layout.MAX_TENSORS) * DESCRIPTOR.size for count in range(2 * 256)]
+
+
+def constant_part(frame: bytes) -> bytes:
+    """What says, byte for byte, which op is to run on which tensors: from ``op_id`` to the last tensor. Per-call arguments lie behind it."""
+    return frame[_OP_OFFSET : _CONSTANT_END[frame[_INPUT_COUNT_OFFSET] + frame[_OUTPUT_COUNT_OFFSET]]]
 
 
 class SubmissionReader:
@@ -163,9 +199,8 @@ class SubmissionReader:
         """The call in ``frame``, a private copy (F1). Raises :class:`BadFrame` that says what is wrong with it."""
         if len(frame) < _HEADER_BYTES:
             raise BadFrame(f"a frame of {len(frame)} bytes is shorter than its header of {_HEADER_BYTES}")
-        (_, call_id, op_id, input_count, output_count, flags, metadata_bytes, deadline_ns, submitted_ns) = SUBMISSION_HEADER.unpack_from(
-            frame
-        )
+        _, call_id, deadline_ns, submitted_ns, *rest = SUBMISSION_HEADER.unpack_from(frame)
+        *generations, op_id, input_count, output_count, flags, metadata_bytes = rest
         count = input_count + output_count
         if flags:
             raise BadFrame(f"flags {flags:#x} are not known")
@@ -178,11 +213,12 @@ class SubmissionReader:
             raise BadFrame(f"a frame of {len(frame)} bytes ends before its last tensor at {needed}")
         tensors = tuple([self._descriptor(frame, _HEADER_BYTES + i * DESCRIPTOR.size, i) for i in range(count)])
         metadata = frame[_METADATA_OFFSET : _METADATA_OFFSET + metadata_bytes] if metadata_bytes else b""
-        return Submission(call_id, op_id, deadline_ns, submitted_ns, tensors[:input_count], tensors[input_count:], metadata)
+        inputs, outputs = tensors[:input_count], tensors[input_count:]
+        return Submission(call_id, deadline_ns, submitted_ns, tuple(generations[:count]), op_id, inputs, outputs, metadata)
 
     def _descriptor(self, frame: bytes, at: int, index: int) -> Descriptor:
         form = self._forms.get(frame[at + _FORM_OFFSET : at + DESCRIPTOR.size])
-        offset, nbytes, generation = _PLACE.unpack_from(frame, at)
+        offset, nbytes = _PLACE.unpack_from(frame, at)
         if form is None:
             form = self._check_form(frame, at, index)
         if nbytes != form.nbytes:
@@ -194,17 +230,17 @@ class SubmissionReader:
             )
         if offset % form.spec.dtype.itemsize:
             raise BadFrame(f"tensor {index} ({form.spec}) at {offset} is not aligned to its elements")
-        return Descriptor(offset, generation, form)
+        return Descriptor(offset, form)
 
     def _check_form(self, frame: bytes, at: int, index: int) -> Form:
-        (_, _, _, code, ndim, space, flags, *dims) = DESCRIPTOR.unpack_from(frame, at)
+        (_, _, code, ndim, space, flags, reserved, *dims) = DESCRIPTOR.unpack_from(frame, at)
         dtype = DTYPE_OF.get(code)
         if dtype is None:
             raise BadFrame(f"tensor {index} has dtype code {code}, which is not known")
         if space != layout.Space.SEGMENT:
             raise BadFrame(f"tensor {index} lies in space {space}, which is not known")
-        if flags:
-            raise BadFrame(f"tensor {index} has flags {flags:#x}, which are not known")
+        if flags or reserved:
+            raise BadFrame(f"tensor {index} has flags {flags:#x} (reserved {reserved:#x}), which are not known")
         if ndim > layout.MAX_DIMS:
             raise BadFrame(f"tensor {index} has {ndim} dimensions; at most {layout.MAX_DIMS}")
         shape, strides = tuple(dims[:ndim]), tuple(dims[layout.MAX_DIMS : layout.MAX_DIMS + ndim])
@@ -223,9 +259,6 @@ class SubmissionReader:
         return form
 
 
-_PLACE = struct.Struct("<QQI")
-
-
 class Completion(NamedTuple):
     """How a call ended. ``body`` is an error's text, or the actual shapes of ``shape_count`` outputs."""
 
@@ -239,21 +272,13 @@ class Completion(NamedTuple):
 
 def write_completion(slot: Slot, completion: Completion) -> int:
     """Fill ``slot`` with everything but the sequence number; returns the bytes used."""
-    body = completion.body
-    text_bytes = 0 if completion.shape_count else len(body)
-    COMPLETION_HEADER.pack_into(
-        slot.bytes,
-        0,
-        0,
-        completion.call_id,
-        completion.status,
-        completion.shape_count,
-        0,
-        text_bytes,
-        0,
-        completion.queued_ns,
-        completion.compute_ns,
-    )
+    call_id, status, shape_count, queued_ns, compute_ns, body = completion
+    words = slot.words
+    words[CALL_ID_WORD] = call_id
+    words[_STATUS_WORD] = status | shape_count << 32
+    words[_TEXT_WORD] = 0 if shape_count else len(body)
+    words[_QUEUED_WORD] = queued_ns
+    words[_COMPUTE_WORD] = compute_ns
     if body:
         slot.bytes[_BODY_OFFSET : _BODY_OFFSET + len(body)] = body
     return _BODY_OFFSET + len(body)
@@ -268,6 +293,12 @@ def read_completion(frame: bytes) -> Completion | None:
     if shape_count > layout.MAX_TENSORS or body_bytes > len(frame) - _BODY_OFFSET:
         return None
     return Completion(call_id, status, shape_count, queued_ns, compute_ns, frame[_BODY_OFFSET : _BODY_OFFSET + body_bytes])
+
+
+def read_plain_completion(slot: Slot) -> Completion | None:
+    """The completion in ``slot`` if it has no body, as most have: only its head is copied. None for any other."""
+    _, call_id, status, shape_count, _, text_bytes, _, queued_ns, compute_ns = COMPLETION_HEADER.unpack(bytes(slot.head))
+    return None if text_bytes or shape_count else Completion(call_id, status, 0, queued_ns, compute_ns, b"")
 
 
 def pack_text(text: str) -> bytes:

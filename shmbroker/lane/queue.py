@@ -23,7 +23,7 @@ from shmbroker.memory.segment import Segment
 def _slots(segment: Segment, offset: int, depth: int, slot_bytes: int) -> list[Slot]:
     memory = memoryview(segment.map)
     starts = range(offset, offset + depth * slot_bytes, slot_bytes)
-    return [Slot(memory[at : at + slot_bytes], segment.words[at // 8 : (at + slot_bytes) // 8]) for at in starts]
+    return [Slot(memory[at : at + slot_bytes]) for at in starts]
 
 
 class QueueWriter:
@@ -74,11 +74,20 @@ class QueueReader:
 
     def take(self) -> bytes | None:
         """A copy of the next frame, or None when there is none (Q3)."""
-        position = self._position
-        slot = self._slots[position & self._mask]
-        if slot.words[SEQUENCE_WORD] != position + 1:
+        slot = self.peek()
+        if slot is None:
             return None
         frame = bytes(slot.bytes)
-        self._position = position = position + 1
-        self._words[self._taken_word] = position
+        self.advance()
         return frame
+
+    def peek(self) -> Slot | None:
+        """The slot of the next frame, to be copied from and then advanced over; None when there is none."""
+        position = self._position
+        slot = self._slots[position & self._mask]
+        return slot if slot.words[SEQUENCE_WORD] == position + 1 else None
+
+    def advance(self) -> None:
+        """Say that the frame has been copied: its slot may be filled again."""
+        self._position = position = self._position + 1
+        self._words[self._taken_word] = position

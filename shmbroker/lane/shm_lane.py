@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from shmbroker.lane.doorbell import PollingBell, SemaphoreBell, fence
-from shmbroker.lane.frames import Completion, Slot, read_completion, write_completion
+from shmbroker.lane.frames import Completion, Slot, read_completion, read_plain_completion, write_completion
 from shmbroker.lane.kinds import Doorbell, Lane
 from shmbroker.lane.queue import QueueReader, QueueWriter
 from shmbroker.memory import layout
@@ -77,8 +77,12 @@ class ShmClientLane(_End):
 
     def take(self) -> Completion | None:
         """The next completion, or None. One that cannot be one is passed over."""
-        while (frame := self._completions.take()) is not None:
-            completion = read_completion(frame)
+        queue = self._completions
+        while (slot := queue.peek()) is not None:
+            completion = read_plain_completion(slot)
+            if completion is None:
+                completion = read_completion(bytes(slot.bytes))
+            queue.advance()
             if completion is not None:
                 return completion
         return None

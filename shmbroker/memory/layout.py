@@ -39,7 +39,7 @@ MAX_DIMS = 8
 MAX_TENSORS = 12
 """Tensors of one call, inputs and outputs together."""
 
-METADATA_BYTES = 160
+METADATA_BYTES = 128
 TEXT_BYTES = 960
 """Room for an error's text in a completion (UTF-8, cut at a character)."""
 
@@ -152,8 +152,7 @@ class TensorDescriptor(ctypes.LittleEndianStructure):
 
         0   offset      of the first element, bytes from the start of the segment
         8   nbytes      of the elements (not of the extent that strides span)
-        16  generation  of the block it lies in: another value, another block
-        20  dtype   21  ndim   22  space   23  flags (0)
+        16  dtype   17  ndim   18  space   19  flags (0)
         24  shape[8]    elements; dimensions from ndim on are 0
         88  strides[8]  elements
     """
@@ -161,11 +160,11 @@ class TensorDescriptor(ctypes.LittleEndianStructure):
     _fields_ = (
         ("offset", c_uint64),
         ("nbytes", c_uint64),
-        ("generation", c_uint32),
         ("dtype", c_uint8),
         ("ndim", c_uint8),
         ("space", c_uint8),
         ("flags", c_uint8),
+        ("reserved", c_uint32),
         ("shape", c_int64 * MAX_DIMS),
         ("strides", c_int64 * MAX_DIMS),
     )
@@ -174,30 +173,31 @@ class TensorDescriptor(ctypes.LittleEndianStructure):
 class SubmissionFrame(ctypes.LittleEndianStructure):
     """One call on its way to the worker: a slot of the submission queue, or one message on the zmq lane.
 
-    ::
+    What changes from call to call comes first; from ``op_id`` on, calls of one op on the same blocks are the same, byte for byte, which a
+    worker may use to recognise what it has checked before::
 
         0   sequence         L2; written last
         8   call_id          unique among the calls outstanding on the channel
-        16  op_id            given by bind
-        20  input_count      22  output_count    24  flags (0)    28  metadata_bytes
-        32  deadline_ns      CLOCK_MONOTONIC; 0 for none; a call not begun by then is answered EXPIRED
-        40  submitted_ns     CLOCK_MONOTONIC
-        48  reserved
-        64  tensors[12]      inputs first, then outputs
-        1888 metadata[160]   msgpack, the op's per-call arguments
+        16  deadline_ns      CLOCK_MONOTONIC; 0 for none; a call not begun by then is answered EXPIRED
+        24  submitted_ns     CLOCK_MONOTONIC
+        32  generations[12]  of the block that each tensor lies in: another value, another block
+        80  op_id            given by bind
+        84  input_count      86  output_count    88  flags (0)    92  metadata_bytes
+        96  tensors[12]      inputs first, then outputs
+        1920 metadata[128]   msgpack, the op's per-call arguments
     """
 
     _fields_ = (
         ("sequence", c_uint64),
         ("call_id", c_uint64),
+        ("deadline_ns", c_uint64),
+        ("submitted_ns", c_uint64),
+        ("generations", c_uint32 * MAX_TENSORS),
         ("op_id", c_uint32),
         ("input_count", c_uint16),
         ("output_count", c_uint16),
         ("flags", c_uint32),
         ("metadata_bytes", c_uint32),
-        ("deadline_ns", c_uint64),
-        ("submitted_ns", c_uint64),
-        ("reserved", c_uint8 * 16),
         ("tensors", TensorDescriptor * MAX_TENSORS),
         ("metadata", c_uint8 * METADATA_BYTES),
     )

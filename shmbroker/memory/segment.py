@@ -19,7 +19,7 @@ from shmbroker.memory.hold import Hold
 class Segment:
     """A mapped segment. ``map`` covers all of it, ``words`` is the same memory as native 64-bit words.
 
-    A view of ``map`` keeps the memory mapped, so :meth:`close` never takes memory from under a living tensor.
+    Whatever views ``map`` keeps the memory mapped, so :meth:`close` never takes memory from under a living tensor.
     """
 
     __slots__ = ("geometry", "hold", "map", "name", "owner", "words")
@@ -60,12 +60,12 @@ class Segment:
         return cls(name, geometry, owner, mapping, held)
 
     def close(self) -> None:
-        """Give up hold and mapping. Living tensors keep the memory itself until the last of them dies."""
+        """Give up the hold. The memory is unmapped when the last view of it dies.
+
+        ``mmap.close()`` is never called: NumPy arrays over a mapping do not keep it from being closed, and the next read would be a crash.
+        """
         if self.hold is not None:
             self.hold.release()
-        self.words.release()
-        with contextlib.suppress(BufferError):  # a view lives: the mapping goes with it
-            self.map.close()
 
 
 def _open(name: str) -> int:

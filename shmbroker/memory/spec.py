@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 
 from shmbroker.errors import BadInput
@@ -25,6 +27,19 @@ CODE_OF: dict[torch.dtype, DTypeCode] = {
     torch.float8_e4m3fn: DTypeCode.FLOAT8_E4M3FN,
     torch.float8_e5m2: DTypeCode.FLOAT8_E5M2,
 }
+NUMPY_OF: dict[torch.dtype, np.dtype[Any]] = {
+    torch.float32: np.dtype(np.float32),
+    torch.float64: np.dtype(np.float64),
+    torch.float16: np.dtype(np.float16),
+    torch.int8: np.dtype(np.int8),
+    torch.int16: np.dtype(np.int16),
+    torch.int32: np.dtype(np.int32),
+    torch.int64: np.dtype(np.int64),
+    torch.uint8: np.dtype(np.uint8),
+    torch.bool: np.dtype(np.bool_),
+}
+"""NumPy lacks bfloat16 and float8."""
+
 DTYPE_OF: dict[int, torch.dtype] = {int(code): dtype for dtype, code in CODE_OF.items()}
 NAME_OF: dict[torch.dtype, str] = {dtype: str(dtype).removeprefix("torch.") for dtype in CODE_OF}
 DTYPE_NAMED: dict[str, torch.dtype] = {name: dtype for dtype, name in NAME_OF.items()}
