@@ -67,6 +67,9 @@ class Call:
         "wake",
     )
 
+    call_id: int
+    copy_ns: int
+    submitted_ns: int
     wake: threading.Lock | None
     error: ShmBrokerError | None
     future: CallFuture | None
@@ -89,13 +92,14 @@ class Call:
         self.outputs = outputs
         self.begun_ns = begun_ns
         self.deadline_ns = deadline_ns
+        self.call_id = 0
         self.done = False
         self.copied_bytes = 0
         self.error = self.wake = self.future = None
 
     def finish(self, completion: Completion, taken_ns: int) -> None:
         """The worker has answered."""
-        _, status, _, queued_ns, compute_ns, _ = completion
+        _, status, queued_ns, compute_ns, _ = completion
         statistics = self.statistics
         if status:
             self.error = self._error_of(completion)

@@ -104,7 +104,7 @@ class CompletionLoop:
         while True:
             left = RECHECK_SECONDS
             if deadline_ns:
-                left = (deadline_ns - time.monotonic_ns()) / 1e9
+                left = max(0.0, (deadline_ns - time.monotonic_ns()) / 1e9)
             if block(ready, left):
                 self._drain()
             elif left > 0:

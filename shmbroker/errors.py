@@ -22,6 +22,10 @@ class ArenaTooSmall(ArenaFull):
     """A block larger than the whole arena was asked for: waiting could not help. Says how large it must be."""
 
 
+class ArenaBusy(ShmBrokerError):
+    """A finaliser used the arena in the midst of its own thread's placing a block."""
+
+
 class SharedMemoryFull(ShmBrokerError, OSError):
     """The shared-memory file system has less room than a segment needs."""
 

@@ -100,7 +100,7 @@ class RemoteOp:
         offsets: list[int] = []
         generations: list[int] = []
         copied: list[int] = []
-        placed: Sequence[torch.Tensor] = inputs
+        placed: list[torch.Tensor] | tuple[torch.Tensor, ...] = inputs
         for index, tensor in enumerate(inputs):
             try:
                 offset = tensor.data_ptr() - address
@@ -110,7 +110,7 @@ class RemoteOp:
             if lease is not None:
                 generations.append(lease.block.generation)
             else:
-                if placed is inputs:
+                if isinstance(placed, tuple):
                     placed = list(inputs)
                 placed[index], offset, generation = self._bring_in(tensor, timeout, copied)
                 generations.append(generation)

@@ -130,7 +130,7 @@ class WorkerChannel:
         queued_ns = taken_ns - submitted_ns if taken_ns > submitted_ns else 0
         if deadline_ns and taken_ns > deadline_ns:
             counters.errors += 1
-            return Completion(call_id, Status.EXPIRED, 0, queued_ns, 0, b"")
+            return Completion(call_id, Status.EXPIRED, queued_ns, 0, b"")
         key = constant_part(frame)
         prepared = self._prepared.get(key)
         known = prepared is not None
@@ -142,27 +142,27 @@ class WorkerChannel:
             prepared.run()
         except BadFrame as error:
             counters.errors += 1
-            return Completion(call_id, Status.BAD_FRAME, 0, queued_ns, 0, pack_text(str(error)))
+            return Completion(call_id, Status.BAD_FRAME, queued_ns, 0, pack_text(str(error)))
         except Exception as error:  # whatever the op raises is the answer to the call; the worker lives on
             counters.errors += 1
             self._prepared.pop(key, None)
             text = pack_text(f"{type(error).__name__}\n{error}")
-            return Completion(call_id, Status.OP_ERROR, 0, queued_ns, _clock_ns() - begun_ns, text)
+            return Completion(call_id, Status.OP_ERROR, queued_ns, _clock_ns() - begun_ns, text)
         compute_ns = _clock_ns() - begun_ns
         counters.compute_ns += compute_ns
         if not prepared.intact():
             self._prepared.pop(key, None)
         elif not known and prepared.repeatable:
             self._keep(key, prepared)
-        return Completion(call_id, 0, 0, queued_ns, compute_ns, b"")
+        return Completion(call_id, 0, queued_ns, compute_ns, b"")
 
     def _refuse(self, frame: bytes, draining: bool) -> Completion:
         call_id = int.from_bytes(frame[_call_id_bytes], "little")
         if draining:
-            return Completion(call_id, Status.DRAINING, 0, 0, 0, b"")
+            return Completion(call_id, Status.DRAINING, 0, 0, b"")
         self.counters.calls += 1
         self.counters.errors += 1
-        return Completion(call_id, Status.BAD_FRAME, 0, 0, 0, pack_text(f"a frame of {len(frame)} bytes is shorter than its header"))
+        return Completion(call_id, Status.BAD_FRAME, 0, 0, pack_text(f"a frame of {len(frame)} bytes is shorter than its header"))
 
     def _open(self, frame: bytes) -> PreparedCall:
         """Check a frame that was not met before. Raises :class:`BadFrame`."""

@@ -12,6 +12,7 @@ D3  No wait lasts longer than ``RECHECK_SECONDS`` before the state and the peer'
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import threading
 import time
@@ -64,8 +65,9 @@ class SemaphoreBell:
             pass
 
     def close(self) -> None:
-        """Give the semaphore up; its name stays."""
-        self._semaphore.close()
+        """Give the semaphore up; its name stays. A second time does nothing."""
+        with contextlib.suppress(posix_ipc.ExistentialError):  # closed before
+            self._semaphore.close()
 
 
 class PollingBell:

@@ -23,8 +23,7 @@ from shmbroker.memory.spec import CODE_OF, DTYPE_OF, TensorSpec, extent_elements
 
 SUBMISSION_HEADER = struct.Struct(f"<QQQQ{layout.MAX_TENSORS}IIHHII")
 DESCRIPTOR = struct.Struct("<QQBBBBI8q8q")
-COMPLETION_HEADER = struct.Struct("<QQIHHIIQQ16x")
-SHAPE = struct.Struct("<Q8q")
+COMPLETION_HEADER = struct.Struct("<QQI4xI4xQQ16x")
 HEAD_BYTES = COMPLETION_HEADER.size
 
 _HEADER_BYTES = SUBMISSION_HEADER.size
@@ -52,7 +51,7 @@ _TIMES = struct.Struct("<QQQ")
 _KNOWN_FORMS = 4096
 """Forms remembered; a process whose peer sends ever new ones starts over rather than growing."""
 
-_UINT64_MAX = (1 << 64) - 1
+_INT64_MAX = (1 << 63) - 1
 
 
 class Slot:
@@ -94,7 +93,9 @@ class FrameTemplate:
         if len(tensors) > layout.MAX_TENSORS:
             raise BadInput(f"{len(tensors)} tensors in one call (inputs and outputs); a frame carries at most {layout.MAX_TENSORS}")
         if len(metadata) > layout.METADATA_BYTES:
-            raise BadInput(f"{len(metadata)} bytes of per-call arguments; a frame carries at most {layout.METADATA_BYTES}: bind them instead")
+            raise BadInput(
+                f"{len(metadata)} bytes of per-call arguments; a frame carries at most {layout.METADATA_BYTES}: bind them instead"
+            )
         frame = bytearray(layout.SUBMISSION_SLOT_BYTES)
         none = (0,) * layout.MAX_TENSORS
         SUBMISSION_HEADER.pack_into(frame, 0, 0, 0, 0, 0, *none, op_id, len(inputs), len(outputs), 0, len(metadata))
@@ -250,7 +251,7 @@ class SubmissionReader:
             raise BadFrame(f"tensor {index} has a negative dimension or stride: shape {list(shape)}, strides {list(strides)}")
         spec = TensorSpec(shape, dtype)
         extent = extent_elements(shape, strides) * dtype.itemsize
-        if spec.nbytes > _UINT64_MAX or extent > self._end - self._first:
+        if spec.nbytes > _INT64_MAX or extent > self._end - self._first:
             raise BadFrame(f"tensor {index} ({spec}, strides {list(strides)}) reaches over {extent} bytes, more than the arena")
         form = Form(spec, strides, spec.nbytes, extent)
         if len(self._forms) >= _KNOWN_FORMS:
@@ -260,11 +261,10 @@ class SubmissionReader:
 
 
 class Completion(NamedTuple):
-    """How a call ended. ``body`` is an error's text, or the actual shapes of ``shape_count`` outputs."""
+    """How a call ended. ``body`` is an error's text."""
 
     call_id: int
     status: int
-    shape_count: int
     queued_ns: int
     compute_ns: int
     body: bytes
@@ -272,11 +272,11 @@ class Completion(NamedTuple):
 
 def write_completion(slot: Slot, completion: Completion) -> int:
     """Fill ``slot`` with everything but the sequence number; returns the bytes used."""
-    call_id, status, shape_count, queued_ns, compute_ns, body = completion
+    call_id, status, queued_ns, compute_ns, body = completion
     words = slot.words
     words[CALL_ID_WORD] = call_id
-    words[_STATUS_WORD] = status | shape_count << 32
-    words[_TEXT_WORD] = 0 if shape_count else len(body)
+    words[_STATUS_WORD] = status
+    words[_TEXT_WORD] = len(body)
     words[_QUEUED_WORD] = queued_ns
     words[_COMPUTE_WORD] = compute_ns
     if body:
@@ -285,37 +285,21 @@ def write_completion(slot: Slot, completion: Completion) -> int:
 
 
 def read_completion(frame: bytes) -> Completion | None:
-    """The completion in ``frame``, a private copy (F1); None for one that cannot be one (too short, counts beyond the room)."""
+    """The completion in ``frame``, a private copy (F1); None for one that cannot be one (too short, a text beyond the room)."""
     if len(frame) < _BODY_OFFSET:
         return None
-    _, call_id, status, shape_count, _, text_bytes, _, queued_ns, compute_ns = COMPLETION_HEADER.unpack_from(frame)
-    body_bytes = shape_count * SHAPE.size if shape_count else text_bytes
-    if shape_count > layout.MAX_TENSORS or body_bytes > len(frame) - _BODY_OFFSET:
+    _, call_id, status, text_bytes, queued_ns, compute_ns = COMPLETION_HEADER.unpack_from(frame)
+    if text_bytes > len(frame) - _BODY_OFFSET:
         return None
-    return Completion(call_id, status, shape_count, queued_ns, compute_ns, frame[_BODY_OFFSET : _BODY_OFFSET + body_bytes])
+    return Completion(call_id, status, queued_ns, compute_ns, frame[_BODY_OFFSET : _BODY_OFFSET + text_bytes])
 
 
 def read_plain_completion(slot: Slot) -> Completion | None:
-    """The completion in ``slot`` if it has no body, as most have: only its head is copied. None for any other."""
-    _, call_id, status, shape_count, _, text_bytes, _, queued_ns, compute_ns = COMPLETION_HEADER.unpack(bytes(slot.head))
-    return None if text_bytes or shape_count else Completion(call_id, status, 0, queued_ns, compute_ns, b"")
+    """The completion in ``slot`` if it has no text, as most have: only its head is copied. None for any other."""
+    _, call_id, status, text_bytes, queued_ns, compute_ns = COMPLETION_HEADER.unpack(bytes(slot.head))
+    return None if text_bytes else Completion(call_id, status, queued_ns, compute_ns, b"")
 
 
 def pack_text(text: str) -> bytes:
     """UTF-8, cut at a character so that it fits a completion."""
     return text.encode("utf-8", "replace")[: layout.TEXT_BYTES].decode("utf-8", "ignore").encode()
-
-
-def pack_shapes(shapes: Sequence[tuple[int, ...]]) -> bytes:
-    """Actual output shapes for the body of a completion."""
-    return b"".join(SHAPE.pack(len(shape), *shape, *(0,) * (layout.MAX_DIMS - len(shape))) for shape in shapes)
-
-
-def unpack_shapes(body: bytes) -> list[tuple[int, ...]] | None:
-    """What :func:`pack_shapes` packed; None when a shape is not one."""
-    shapes = []
-    for ndim, *sizes in SHAPE.iter_unpack(body):
-        if ndim > layout.MAX_DIMS or any(size < 0 for size in sizes):
-            return None
-        shapes.append(tuple(sizes[:ndim]))
-    return shapes

@@ -2,7 +2,8 @@
 
 A1  A block is released when the last tensor (or array, or buffer) that views it has died; never before.
 A2  Releasing never takes a lock: it may happen at any moment, in any thread, in the middle of a garbage collection.
-A3  A tensor that lies in a block is found again by its address, also through views of views, and is never copied.
+A3  A tensor that lies in a block is found again by its address, also through views of views, and is never copied (empty tensors have no
+    address: they are placed anew, which costs nothing to copy).
 A4  When no block is free, placing waits for a release until its deadline, then names the oldest holders.
 
 The lease is a weak reference to the buffer object that the torch storage keeps alive, not to the tensor: views of views share the storage, and
@@ -13,18 +14,20 @@ of a memoryview. (An array does not keep the memoryview that it was made from, o
 from __future__ import annotations
 
 import bisect
+import contextlib
 import gc
 import math
 import queue
 import threading
 import time
 import weakref
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from shmbroker.errors import ArenaFull, ArenaTooSmall
+from shmbroker.errors import ArenaBusy, ArenaFull, ArenaTooSmall
 from shmbroker.memory.layout import ALIGNMENT, round_up
 from shmbroker.memory.ring import Extent, Occupancy, RingAllocator, largest_request
 from shmbroker.memory.segment import Segment
@@ -40,6 +43,7 @@ OLDEST_SHOWN = 3
 
 _from_numpy = torch.from_numpy
 _ndarray = np.ndarray
+_this_thread = threading.get_ident
 
 
 class Lease(weakref.ref[object]):
@@ -86,6 +90,8 @@ class Arena:
         self._end_address = self._first_address + self.nbytes
         self._ring = RingAllocator(self._offset, self.nbytes)
         self._lock = threading.Lock()
+        self._holder = 0
+        """The thread that has the lock."""
         self.leases: dict[int, Lease] = {}
         """By offset of their block. A tensor that begins where a lease does lies in its block: the block cannot be another one's meanwhile."""
         self._dead: queue.SimpleQueue[Lease] = queue.SimpleQueue()
@@ -103,7 +109,9 @@ class Arena:
     def place(self, room: Room, timeout: float = DEFAULT_PLACE_SECONDS) -> tuple[torch.Tensor, int, int]:
         """A tensor in a fresh block, the block's offset in the segment, and its generation. Raises as :meth:`empty`."""
         lock = self._lock
-        lock.acquire()
+        if not lock.acquire(False):
+            self._acquire()
+        self._holder = _this_thread()
         try:
             if not self._dead.empty():
                 self._settle()
@@ -122,13 +130,16 @@ class Arena:
             lease.block = block
             self.leases[offset] = lease
         finally:
+            self._holder = 0
             lock.release()
         return tensor, offset, block.generation
 
     def _view_without_numpy(self, room: Room, offset: int) -> tuple[memoryview, torch.Tensor]:
         buffer = self._memory[offset : offset + room.nbytes]
         if room.count == 0:
-            return buffer, torch.frombuffer(buffer, dtype=torch.uint8).view(room.dtype).as_strided(room.shape, contiguous_strides(room.shape))
+            return buffer, torch.frombuffer(buffer, dtype=torch.uint8).view(room.dtype).as_strided(
+                room.shape, contiguous_strides(room.shape)
+            )
         return buffer, torch.frombuffer(buffer, dtype=room.dtype, count=room.count).view(room.shape)
 
     def copy_in(self, tensor: torch.Tensor, timeout: float = DEFAULT_PLACE_SECONDS) -> torch.Tensor:
@@ -153,13 +164,33 @@ class Arena:
         return None if lease is None else Place(offset, lease.block.generation)
 
     def _around(self, offset: int) -> Lease | None:
-        with self._lock:
+        with self._locked():
             starts = sorted(self.leases)
             at = bisect.bisect_right(starts, offset) - 1
             if at < 0:
                 return None
             lease = self.leases[starts[at]]
             return lease if offset < lease.block.offset + lease.block.nbytes else None
+
+    def _acquire(self) -> None:
+        """Take the lock from another thread. The garbage collector may run a finaliser in the midst of placing: it must not wait for itself."""
+        if self._holder == _this_thread():
+            raise ArenaBusy(
+                "a finaliser (__del__ or a weak reference's callback) used the arena while this thread was placing a block in it: finalisers may "
+                "let go of tensors, not place or look for them"
+            )
+        self._lock.acquire()
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        if not self._lock.acquire(False):
+            self._acquire()
+        self._holder = _this_thread()
+        try:
+            yield
+        finally:
+            self._holder = 0
+            self._lock.release()
 
     def _settle(self) -> None:
         """Give the ring back what has died since the last time."""
@@ -183,11 +214,13 @@ class Arena:
             )
         until = time.monotonic() + timeout
         if timeout > 0:
+            self._holder = 0
             self._lock.release()  # what dies now may run code that places blocks
             try:
                 gc.collect()  # tensors in reference cycles (an exception's traceback, most often) die only here
             finally:
                 self._lock.acquire()
+                self._holder = _this_thread()
         while True:
             self._settle()
             block = self._ring.place(nbytes)
@@ -196,6 +229,7 @@ class Arena:
             left = until - time.monotonic()
             if left <= 0:
                 raise ArenaFull(self._complaint(nbytes, timeout))
+            self._holder = 0
             self._lock.release()
             try:
                 lease = self._dead.get(timeout=min(left, RECHECK_SECONDS))
@@ -203,6 +237,7 @@ class Arena:
                 lease = None
             finally:
                 self._lock.acquire()
+                self._holder = _this_thread()
             if lease is not None:
                 self._release(lease)
 
@@ -220,6 +255,6 @@ class Arena:
 
     def occupancy(self) -> Occupancy:
         """Figures of the moment."""
-        with self._lock:
+        with self._locked():
             self._settle()
             return self._ring.occupancy()

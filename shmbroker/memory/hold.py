@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import stat
 import time
 import weakref
 
@@ -41,6 +42,9 @@ class Hold:
         """Hold the file at ``path``."""
         return cls(os.open(path, os.O_RDWR | os.O_CLOEXEC))
 
+    def __del__(self) -> None:
+        self.release()
+
     def release(self) -> None:
         """Give the hold up; a second time does nothing."""
         fd, self.fd = self.fd, -1
@@ -59,11 +63,24 @@ def _lock_shared(fd: int) -> None:
             time.sleep(0.001)  # the reaper's whole turn is shorter than this
 
 
+def _open_file(path: str) -> int:
+    """A descriptor of a plain file; -1 for one that is gone or for anything else, which somebody may have put there to be stumbled over."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
+    except PermissionError:
+        raise
+    except OSError:
+        return -1
+    if stat.S_ISREG(os.fstat(fd).st_mode):
+        return fd
+    os.close(fd)
+    return -1
+
+
 def is_held(path: str) -> bool:
     """Whether any living process holds the file. False also when it is gone."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
+    fd = _open_file(path)
+    if fd < 0:
         return False
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -75,18 +92,17 @@ def is_held(path: str) -> bool:
 
 
 def unlink_if_unheld(path: str) -> int:
-    """Unlink the file unless somebody holds it (H2). Returns the bytes given back, -1 if it is held or already gone."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
+    """Unlink the file unless somebody holds it (H2). Returns the bytes given back, -1 if it is held, gone, or no plain file."""
+    fd = _open_file(path)
+    if fd < 0:
         return -1
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        stat = os.fstat(fd)
-        if stat.st_nlink == 0:
+        found = os.fstat(fd)
+        if found.st_nlink == 0:
             return -1
         os.unlink(path)
-        return stat.st_blocks * 512
+        return found.st_blocks * 512
     except BlockingIOError:
         return -1
     finally:

@@ -14,8 +14,8 @@ Invariants (quoted by the tests by number):
 L1  ``version`` is the last field of the header to be written; 0 there means "still being made".
 L2  ``sequence`` is the last field of a frame to be written; position ``p`` (counted from 0) is published in slot
     ``p % depth`` by the value ``p + 1``.
-L3  Every word that changes after the header was published has exactly one writer.
-L4  Every field lies at a multiple of its own size, so an aligned 8-byte store is never seen in part.
+L3  Every word that changes while a channel is open has exactly one writer. (The client clears the channel area before it opens it.)
+L4  Every scalar, also in an array, lies at a multiple of its own size, so an aligned 8-byte store is never seen in part.
 
 The structures are described once, here, with ctypes; the C header (``shmbroker.memory.cheader``), the hot path's offsets and the
 documentation are taken from them.
@@ -92,8 +92,9 @@ class SegmentHeader(ctypes.LittleEndianStructure):
         72   completion_depth    76  completion_slot_bytes
         80   instance[32]        112 owner[32]
         144  maker_pid           148 owner_pid        152 made_at_ns (CLOCK_REALTIME)
+        160  reserved
         256  client_sleeping     1 while the client is about to block on its doorbell (client writes)
-        320  reserved up to 4096
+        264  reserved up to 4096
     """
 
     _fields_ = (
@@ -211,20 +212,18 @@ class CompletionFrame(ctypes.LittleEndianStructure):
         0   sequence      L2; written last
         8   call_id       of the submission
         16  status        Status
-        20  shape_count   outputs whose actual shape is given (0: all as described in the submission)
-        22  reserved0     24  text_bytes     28  reserved1
+        20  reserved0     24  text_bytes     28  reserved1
         32  queued_ns     from submitted_ns until the worker took the frame
         40  compute_ns    running the op
         48  reserved2
-        64  body[960]     error text, UTF-8; or shape_count x {uint64 ndim, int64 shape[8]}
+        64  body[960]     error text, UTF-8
     """
 
     _fields_ = (
         ("sequence", c_uint64),
         ("call_id", c_uint64),
         ("status", c_uint32),
-        ("shape_count", c_uint16),
-        ("reserved0", c_uint16),
+        ("reserved0", c_uint32),
         ("text_bytes", c_uint32),
         ("reserved1", c_uint32),
         ("queued_ns", c_uint64),

@@ -2,7 +2,8 @@
 
 R1  Blocks never overlap, and lie inside the arena, aligned.
 R2  Free extents and blocks together cover the arena exactly; no two free extents are neighbours (they coalesce at once).
-R3  Used first-in-first-out it is a ring buffer: placing and releasing cost O(1).
+R3  Used first-in-first-out it is a ring buffer: placing and releasing cost O(1). (A request that fails has walked over all extents. A block
+    that is released just behind the cursor is placed again first: its memory is still in the cache.)
 R4  A block that is still held when the cursor meets it is stepped over; it is never waited for and never moved.
 R5  A request fails only when no free extent is large enough.
 R6  Every block has a generation of its own, in order of placing (32 bits, never 0).
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 
 from shmbroker.memory.layout import ALIGNMENT, round_up
 
-_GENERATIONS = 1 << 32
+_GENERATIONS = (1 << 32) - 1
 
 
 class Extent:
@@ -91,7 +92,7 @@ class RingAllocator:
             self._cursor = extent.after or self._first
         block.held = True
         self.placed = placed = self.placed + 1
-        block.generation = placed % _GENERATIONS or 1
+        block.generation = (placed - 1) % _GENERATIONS + 1
         block.placed_at = time.monotonic()
         self.held_bytes += size
         self.block_count += 1

@@ -40,17 +40,19 @@ class Segment:
         Raises :class:`SegmentError` when it is gone, still being made, or of another layout.
         """
         fd = _open(name)
+        held: Hold | None = None
         try:
             # A lock belongs to the open file, and a mapping keeps its file open: the hold needs an open file of its own to end before it.
-            held = Hold(_open(name)) if hold else None
-        except FileNotFoundError:
-            os.close(fd)
-            raise SegmentError(f"segment {name} was reaped before it could be held: connect again") from None
-        try:
+            if hold:
+                held = Hold(_open(name))
             geometry, owner = _read_header(name, fd)
             # Populating maps every page now: a first touch later would cost a fault for each 4 KiB, about 0.1 us apiece.
             populate = getattr(mmap, "MAP_POPULATE", 0)
             mapping = mmap.mmap(fd, geometry.total_bytes, flags=mmap.MAP_SHARED | populate)
+        except FileNotFoundError:
+            raise SegmentError(f"segment {name} was reaped before it could be held: connect again") from None
+        except BlockingIOError:
+            raise SegmentError(f"segment {name} is locked by another process, which only a reaper does, and briefly: try again") from None
         except BaseException:
             if held is not None:
                 held.release()
@@ -85,6 +87,8 @@ def make_segment(name: str, geometry: Geometry, *, instance: str, owner: str, ow
 
     Raises :class:`SharedMemoryFull` when the file system has not enough room, leaving nothing behind.
     """
+    if len(owner) >= layout.OWNER_BYTES or len(instance) >= layout.INSTANCE_BYTES:
+        raise ValueError(f"owner {owner!r} or instance {instance!r} is longer than the header has room for")
     while True:
         fd = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=mode).fd
         try:
@@ -92,6 +96,9 @@ def make_segment(name: str, geometry: Geometry, *, instance: str, owner: str, ow
             break
         except FileNotFoundError:
             continue  # the reaper met the fresh object before its lock was on: nothing was in it yet
+        except BaseException:
+            unlink_segment(name)
+            raise
     try:
         os.fchmod(fd, mode)  # the creation mode was cut by the umask
         if gid >= 0:
