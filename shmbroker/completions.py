@@ -105,7 +105,7 @@ class CompletionLoop:
             left = RECHECK_SECONDS
             if deadline_ns:
                 left = max(0.0, (deadline_ns - time.monotonic_ns()) / 1e9)
-            if block(ready, left):
+            if block(ready, left if left < RECHECK_SECONDS else RECHECK_SECONDS):
                 self._drain()
             elif left > 0:
                 self._check_peers()
