@@ -113,12 +113,12 @@ class Arena:
             self._acquire()
         self._holder = _this_thread()
         try:
-            if not self._dead.empty():
-                self._settle()
             nbytes = room.nbytes
-            block = self._ring.place(nbytes)
+            block = None if self._dead.empty() else self._settle(nbytes)
             if block is None:
-                block = self._wait_for_room(nbytes, timeout)
+                block = self._ring.place(nbytes)
+                if block is None:
+                    block = self._wait_for_room(nbytes, timeout)
             offset = block.offset
             anchor: object
             if room.numpy_dtype is not None:
@@ -192,14 +192,26 @@ class Arena:
             self._holder = 0
             self._lock.release()
 
-    def _settle(self) -> None:
-        """Give the ring back what has died since the last time."""
+    def _settle(self, nbytes: int = 0) -> Extent | None:
+        """Give the ring back what has died since the last time, but for one block of exactly ``nbytes``: that is placed again and returned.
+
+        Calls of one kind, one after the other, so use the same few blocks, whose memory is in the cache.
+        """
         dead = self._dead
+        again: Extent | None = None
         while not dead.empty():
             try:
-                self._release(dead.get_nowait())
+                lease = dead.get_nowait()
             except queue.Empty:  # a thread that waits for room was faster
-                return
+                break
+            block = lease.block
+            if again is None and block.nbytes == nbytes:
+                del self.leases[block.offset]
+                self._ring.place_again(block)
+                again = block
+            else:
+                self._release(lease)
+        return again
 
     def _release(self, lease: Lease) -> None:
         block = lease.block
