@@ -128,9 +128,9 @@ class Channel:
                 slot = lane.claim() if len(outstanding) < lane.depth else None
                 if slot is not None:
                     self._last_call_id = call.call_id = call_id = self._last_call_id + 1
-                    outstanding[call_id] = call
                     call.submitted_ns = now = clock_ns()
                     template.write(slot, call_id, call.deadline_ns, now, offsets, generations)
+                    outstanding[call_id] = call
                     lane.commit(template.nbytes)
                     return
             finally:

@@ -124,7 +124,7 @@ class RemoteOp:
             outputs.append(output)
             offsets.append(offset)
             generations.append(generation)
-        deadline_ns = 0 if timeout is None else begun_ns + int(timeout * 1e9)
+        deadline_ns = 0 if timeout is None else begun_ns + _nanoseconds(timeout)
         call = Call(channel, self._statistics, plan, placed, outputs, begun_ns, deadline_ns)
         if copied:
             call.copied_bytes, call.copy_ns = sum(copied[::2]), sum(copied[1::2])
@@ -161,7 +161,7 @@ class RemoteOp:
         channel = self._channel
         seconds = channel.default_timeout if isinstance(timeout, _Unset) else timeout
         begun_ns = clock_ns()
-        deadline_ns = 0 if seconds is None else begun_ns + int(seconds * 1e9)
+        deadline_ns = 0 if seconds is None else begun_ns + _nanoseconds(seconds)
         call = Call(channel, self._statistics, like.plan, like.inputs, like.outputs, begun_ns, deadline_ns)
         channel.submit(call, like.plan.template, offsets, generations)
         return call
@@ -170,6 +170,13 @@ class RemoteOp:
         """For :class:`CapturedCall`: the result of a call that was submitted."""
         self._channel.wait(call)
         return call.result()
+
+
+def _nanoseconds(timeout: float) -> int:
+    """A timeout that a frame can carry: at least at once, at most 30 years."""
+    if not timeout > 0:
+        raise BadInput(f"timeout {timeout} must be a positive number of seconds, or None for no limit")
+    return int(min(timeout, 1e9) * 1e9)
 
 
 def _signature(tensors: Sequence[torch.Tensor]) -> object:

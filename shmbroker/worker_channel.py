@@ -83,11 +83,13 @@ class PreparedCall:
 
     __slots__ = ("_inputs", "_versions", "repeatable", "run")
 
-    def __init__(self, op: BoundOp, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor], arguments: Static) -> None:
+    def __init__(
+        self, op: BoundOp, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor], arguments: Static, *, repeatable: bool
+    ) -> None:
         self._inputs = tuple(inputs)
         self._versions = [tensor._version for tensor in inputs]
         self.run = op.prepare(inputs, outputs, arguments)
-        self.repeatable = not arguments
+        self.repeatable = repeatable
         """Per-call arguments lie behind what a frame is recognised by."""
 
     def intact(self) -> bool:
@@ -178,7 +180,8 @@ class WorkerChannel:
         except Exception as error:  # an out_spec that fails on odd shapes, or metadata that is none, is the frame's fault too
             raise BadFrame(f"{type(error).__name__}: {error}") from None
         view = self.mapped.view
-        return PreparedCall(op, [view(place) for place in call.inputs], [view(place) for place in call.outputs], arguments)
+        inputs, outputs = [view(place) for place in call.inputs], [view(place) for place in call.outputs]
+        return PreparedCall(op, inputs, outputs, arguments, repeatable=not call.metadata)
 
     def close(self) -> None:
         """Let go of the client's memory."""

@@ -17,12 +17,16 @@ from shmbroker.memory.segment import Segment, make_segment, unlink_segment
 
 SegmentOf = Callable[[Geometry], Segment]
 StartChild = Callable[..., ForkProcess]
+InChild = Callable[[Callable[[], None]], None]
 
 INSTANCE_PREFIX = f"t{os.getpid()}-"
 """Of every instance that this run uses: tells its objects in shared memory from those of another run on the same machine."""
 
 END_SECONDS = 10.0
 """How long a child that was told to end, or killed, may take to be gone."""
+
+CHILD_SECONDS = 60.0
+"""In which what is tried in a child must be done: many times what any of it takes."""
 
 _numbers = itertools.count()
 
@@ -78,3 +82,16 @@ def start_child() -> Iterator[StartChild]:
             child.kill()
         child.join(END_SECONDS)
         child.close()
+
+
+@pytest.fixture
+def in_child(start_child: StartChild) -> InChild:
+    """Runs ``work()`` in a forked child and fails unless it returns: what gets stuck or crashes there takes no other test with it."""
+
+    def run(work: Callable[[], None]) -> None:
+        child = start_child(work)
+        child.join(CHILD_SECONDS)
+        assert not child.is_alive(), "stuck"
+        assert child.exitcode == 0, f"exit status {child.exitcode} (negative: of a signal); what it said is in the captured stderr"
+
+    return run

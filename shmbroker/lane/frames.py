@@ -10,6 +10,7 @@ The structures are those of :mod:`shmbroker.memory.layout`; a test compares ever
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -251,7 +252,9 @@ class SubmissionReader:
             raise BadFrame(f"tensor {index} has a negative dimension or stride: shape {list(shape)}, strides {list(strides)}")
         spec = TensorSpec(shape, dtype)
         extent = extent_elements(shape, strides) * dtype.itemsize
-        if spec.nbytes > _INT64_MAX or extent > self._end - self._first:
+        if math.prod(max(size, 1) for size in shape) * dtype.itemsize > _INT64_MAX:
+            raise BadFrame(f"tensor {index} ({spec}) has a shape whose elements cannot be counted in 63 bits")
+        if extent > self._end - self._first:
             raise BadFrame(f"tensor {index} ({spec}, strides {list(strides)}) reaches over {extent} bytes, more than the arena")
         form = Form(spec, strides, spec.nbytes, extent)
         if len(self._forms) >= _KNOWN_FORMS:

@@ -43,7 +43,11 @@ OLDEST_SHOWN = 3
 
 _from_numpy = torch.from_numpy
 _ndarray = np.ndarray
-_this_thread = threading.get_ident
+
+_REENTERED = (
+    "a finaliser (__del__ or a weak reference's callback) used the arena while this thread was placing a block in it: finalisers may let go of "
+    "tensors, not place or look for them"
+)
 
 
 class Lease(weakref.ref[object]):
@@ -89,9 +93,10 @@ class Arena:
         self._first_address = self.address + self._offset
         self._end_address = self._first_address + self.nbytes
         self._ring = RingAllocator(self._offset, self.nbytes)
-        self._lock = threading.Lock()
-        self._holder = 0
-        """The thread that has the lock."""
+        self._lock = threading.RLock()
+        self._busy = False
+        """The lock's holder is in the midst of a change. The garbage collector may run a finaliser there, in the same thread: a lock that cannot
+        be taken twice would make it wait for itself."""
         self.leases: dict[int, Lease] = {}
         """By offset of their block. A tensor that begins where a lease does lies in its block: the block cannot be another one's meanwhile."""
         self._dead: queue.SimpleQueue[Lease] = queue.SimpleQueue()
@@ -108,30 +113,29 @@ class Arena:
 
     def place(self, room: Room, timeout: float = DEFAULT_PLACE_SECONDS) -> tuple[torch.Tensor, int, int]:
         """A tensor in a fresh block, the block's offset in the segment, and its generation. Raises as :meth:`empty`."""
-        lock = self._lock
-        if not lock.acquire(False):
-            self._acquire()
-        self._holder = _this_thread()
-        try:
-            nbytes = room.nbytes
-            block = None if self._dead.empty() else self._settle(nbytes)
-            if block is None:
-                block = self._ring.place(nbytes)
+        nbytes = room.nbytes
+        with self._lock:
+            if self._busy:
+                raise ArenaBusy(_REENTERED)
+            self._busy = True
+            try:
+                block = None if self._dead.empty() else self._settle(nbytes)
                 if block is None:
-                    block = self._wait_for_room(nbytes, timeout)
-            offset = block.offset
-            anchor: object
-            if room.numpy_dtype is not None:
-                anchor = array = _ndarray(room.shape, room.numpy_dtype, self._map, offset)
-                tensor = _from_numpy(array)
-            else:
-                anchor, tensor = self._view_without_numpy(room, offset)
-            lease = Lease(anchor, self._bury)
-            lease.block = block
-            self.leases[offset] = lease
-        finally:
-            self._holder = 0
-            lock.release()
+                    block = self._ring.place(nbytes)
+                    if block is None:
+                        block = self._wait_for_room(nbytes, timeout)
+                offset = block.offset
+                anchor: object
+                if room.numpy_dtype is not None:
+                    anchor = array = _ndarray(room.shape, room.numpy_dtype, self._map, offset)
+                    tensor = _from_numpy(array)
+                else:
+                    anchor, tensor = self._view_without_numpy(room, offset)
+                lease = Lease(anchor, self._bury)
+                lease.block = block
+                self.leases[offset] = lease
+            finally:
+                self._busy = False
         return tensor, offset, block.generation
 
     def _view_without_numpy(self, room: Room, offset: int) -> tuple[memoryview, torch.Tensor]:
@@ -164,7 +168,7 @@ class Arena:
         return None if lease is None else Place(offset, lease.block.generation)
 
     def _around(self, offset: int) -> Lease | None:
-        with self._locked():
+        with self._alone():
             starts = sorted(self.leases)
             at = bisect.bisect_right(starts, offset) - 1
             if at < 0:
@@ -172,25 +176,27 @@ class Arena:
             lease = self.leases[starts[at]]
             return lease if offset < lease.block.offset + lease.block.nbytes else None
 
-    def _acquire(self) -> None:
-        """Take the lock from another thread. The garbage collector may run a finaliser in the midst of placing: it must not wait for itself."""
-        if self._holder == _this_thread():
-            raise ArenaBusy(
-                "a finaliser (__del__ or a weak reference's callback) used the arena while this thread was placing a block in it: finalisers may "
-                "let go of tensors, not place or look for them"
-            )
-        self._lock.acquire()
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        with self._lock:
+            if self._busy:
+                raise ArenaBusy(_REENTERED)
+            self._busy = True
+            try:
+                yield
+            finally:
+                self._busy = False
 
     @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        if not self._lock.acquire(False):
-            self._acquire()
-        self._holder = _this_thread()
+    def _let_others(self) -> Iterator[None]:
+        """Within :meth:`place`: let others at the arena for the length of a block."""
+        self._busy = False
+        self._lock.release()
         try:
             yield
         finally:
-            self._holder = 0
-            self._lock.release()
+            self._lock.acquire()
+            self._busy = True
 
     def _settle(self, nbytes: int = 0) -> Extent | None:
         """Give the ring back what has died since the last time, but for one block of exactly ``nbytes``: that is placed again and returned.
@@ -226,13 +232,8 @@ class Arena:
             )
         until = time.monotonic() + timeout
         if timeout > 0:
-            self._holder = 0
-            self._lock.release()  # what dies now may run code that places blocks
-            try:
+            with self._let_others():  # what dies now may run code that places blocks
                 gc.collect()  # tensors in reference cycles (an exception's traceback, most often) die only here
-            finally:
-                self._lock.acquire()
-                self._holder = _this_thread()
         while True:
             self._settle()
             block = self._ring.place(nbytes)
@@ -241,15 +242,9 @@ class Arena:
             left = until - time.monotonic()
             if left <= 0:
                 raise ArenaFull(self._complaint(nbytes, timeout))
-            self._holder = 0
-            self._lock.release()
-            try:
+            lease = None
+            with self._let_others(), contextlib.suppress(queue.Empty):
                 lease = self._dead.get(timeout=min(left, RECHECK_SECONDS))
-            except queue.Empty:
-                lease = None
-            finally:
-                self._lock.acquire()
-                self._holder = _this_thread()
             if lease is not None:
                 self._release(lease)
 
@@ -267,6 +262,6 @@ class Arena:
 
     def occupancy(self) -> Occupancy:
         """Figures of the moment."""
-        with self._locked():
+        with self._alone():
             self._settle()
             return self._ring.occupancy()

@@ -87,7 +87,7 @@ def make_segment(name: str, geometry: Geometry, *, instance: str, owner: str, ow
 
     Raises :class:`SharedMemoryFull` when the file system has not enough room, leaving nothing behind.
     """
-    if len(owner) >= layout.OWNER_BYTES or len(instance) >= layout.INSTANCE_BYTES:
+    if len(owner.encode()) >= layout.OWNER_BYTES or len(instance.encode()) >= layout.INSTANCE_BYTES:
         raise ValueError(f"owner {owner!r} or instance {instance!r} is longer than the header has room for")
     while True:
         fd = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=mode).fd

@@ -6,6 +6,7 @@ deadline: then a lost ring ends the test.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -13,16 +14,18 @@ from collections.abc import Callable, Iterator
 
 import posix_ipc
 import pytest
+import torch
 
 from shmbroker.lane import doorbell
 from shmbroker.lane.doorbell import RECHECK_SECONDS, PollingBell, SemaphoreBell, Waiter, fence
-from shmbroker.lane.frames import Completion, FrameTemplate
+from shmbroker.lane.frames import Completion, FrameTemplate, SubmissionReader
 from shmbroker.lane.kinds import Doorbell, Lane
 from shmbroker.lane.shm_lane import Bell, ShmClientLane, ShmWorkerLane, clear_channel
 from shmbroker.memory import layout, names
 from shmbroker.memory.geometry import Geometry
 from shmbroker.memory.layout import ChannelHeader, SegmentHeader
 from shmbroker.memory.segment import Segment
+from shmbroker.memory.spec import TensorSpec
 from tests.conftest import END_SECONDS, SegmentOf, StartChild
 
 GEOMETRY = Geometry(arena_bytes=layout.PAGE, channel_count=2, depth=2)
@@ -65,11 +68,11 @@ class RecordingBell(SemaphoreBell):
 def bell_names(instance: str) -> Iterator[BellNames]:
     """Two semaphores, as the broker makes them."""
     made = (names.bell_name(instance, names.new_id()), names.bell_name(instance, names.new_id()))
-    for name in made:
-        posix_ipc.Semaphore(name, posix_ipc.O_CREX, mode=0o600, initial_value=0).close()
-    yield made
-    for name in made:
-        posix_ipc.unlink_semaphore(name)
+    with contextlib.ExitStack() as undo:
+        for name in made:
+            posix_ipc.Semaphore(name, posix_ipc.O_CREX, mode=0o600, initial_value=0).close()
+            undo.callback(posix_ipc.unlink_semaphore, name)
+        yield made
 
 
 @pytest.fixture
@@ -251,6 +254,26 @@ def test_naps_grow_to_a_millisecond_and_begin_short_again_after_something_came(m
     bell.close()
 
 
+def test_closing_a_bell_twice_does_nothing_and_leaves_its_name_and_its_peers(bell_names: BellNames) -> None:
+    for bell in _bells(bell_names):
+        bell.close()
+        bell.close()
+    own, peers = SemaphoreBell(bell_names[0]), SemaphoreBell(bell_names[0])
+    own.close()
+    own.close()
+    peers.ring()
+    peers.close()
+    again = posix_ipc.Semaphore(bell_names[0])
+    assert again.value == 1
+    again.close()
+
+
+def test_closing_a_lane_twice_does_nothing(segment: Segment, bell_names: BellNames) -> None:
+    for lane in (ShmClientLane(segment, 0, SemaphoreBell(bell_names[0])), ShmWorkerLane(segment, 0, SemaphoreBell(bell_names[1]))):
+        lane.close()
+        lane.close()
+
+
 def test_bells_tell_their_kind(bell_names: BellNames) -> None:
     assert [bell.kind for bell in _bells(bell_names)] == [Doorbell.SEM, Doorbell.POLL]
 
@@ -273,13 +296,13 @@ def _submit(lane: ShmClientLane, call_id: int) -> bool:
     slot = lane.claim()
     if slot is None:
         return False
-    _NOTHING.write(slot, call_id, 0, 0, [])
+    _NOTHING.write(slot, call_id, 0, 0, [], [])
     lane.commit(_NOTHING.nbytes)
     return True
 
 
-def _completion(call_id: int) -> Completion:
-    return Completion(call_id, layout.Status.OK, 0, 0, 0, b"")
+def _completion(call_id: int, text: bytes = b"") -> Completion:
+    return Completion(call_id, layout.Status.OP_ERROR if text else layout.Status.OK, call_id + 1, call_id + 2, text)
 
 
 def _call_id(frame: bytes | None) -> int:
@@ -361,6 +384,45 @@ def test_a_client_that_leaves_its_completions_lying_is_told_of_no_more(segment: 
 def test_a_full_submission_queue_has_nothing_to_claim(segment: Segment) -> None:
     client = ShmClientLane(segment, 0, RecordingBell())
     assert [_submit(client, i) for i in range(4)] == [True, True, False, False]
+
+
+def test_completions_with_and_without_a_text_come_back_whole_and_in_order(segment: Segment) -> None:
+    """A slot that held a long text before tells nothing of it."""
+    client, worker = ShmClientLane(segment, 0, RecordingBell()), ShmWorkerLane(segment, 0, RecordingBell())
+    for call_id in range(1, 20):
+        text = b"x" * (0, layout.TEXT_BYTES, 0, 1, 0)[call_id % 5]
+        assert worker.complete(_completion(call_id, text))
+        assert client.take() == _completion(call_id, text)
+    assert client.take() is None
+
+
+def test_calls_of_several_kinds_in_one_queue_leave_nothing_of_each_other(segment: Segment) -> None:
+    """Each slot remembers the template that was written into it last, and no other slot's."""
+    client, worker = ShmClientLane(segment, 0, RecordingBell()), ShmWorkerLane(segment, 0, RecordingBell())
+    reader = SubmissionReader(GEOMETRY.arena_offset, GEOMETRY.total_bytes)
+    one = (TensorSpec((4,), torch.float32), (1,))
+    templates = [
+        FrameTemplate(1, [one] * 3, [one] * 2),
+        FrameTemplate(2, [one], [], b"\x80"),
+        FrameTemplate(3, [], []),
+        FrameTemplate(4, [], [one]),
+    ]
+    first = GEOMETRY.arena_offset
+    for call_id, index in enumerate([0, 1, 2, 3, 0, 0, 0, 2, 2, 1, 3, 0, 1, 1, 1, 0, 3, 3], start=1):
+        template = templates[index]
+        count = template.tensor_count
+        offsets, generations = [first + 16 * (call_id + i) for i in range(count)], [100 * call_id + i for i in range(count)]
+        slot = client.claim()
+        assert slot is not None
+        template.write(slot, call_id, 0, call_id, offsets, generations)
+        client.commit(template.nbytes)
+        frame = worker.take()
+        assert frame is not None
+        call = reader.read(frame)
+        assert (call.call_id, call.op_id, call.submitted_ns) == (call_id, index + 1, call_id)
+        assert (len(call.inputs), len(call.outputs), call.metadata) == [(3, 2, b""), (1, 0, b"\x80"), (0, 0, b""), (0, 1, b"")][index]
+        assert [tensor.offset for tensor in (*call.inputs, *call.outputs)] == offsets
+        assert call.generations == tuple(generations)
 
 
 def test_a_completion_that_cannot_be_one_is_passed_over(segment: Segment) -> None:

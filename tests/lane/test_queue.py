@@ -164,12 +164,55 @@ def test_claiming_again_before_committing_gives_the_same_slot(segment: Segment) 
 
 def test_looking_takes_nothing(segment: Segment) -> None:
     writer, reader = _ends(segment)
+    assert reader.peek() is None
     _send(writer, 7)
-    assert reader.ready()
-    assert reader.ready()
+    for _ in range(2):
+        assert reader.ready()
+        slot = reader.peek()
+        assert slot is not None
+        assert _number(bytes(slot.bytes)) == 7
     assert segment.words[_taken_word(segment)] == 0
     assert _number(reader.take()) == 7
     assert not reader.ready()
+    assert reader.peek() is None
+
+
+def test_advancing_over_what_was_looked_at_is_taking_it(segment: Segment, depth: int) -> None:
+    """Q3: the slot may be filled again from then on, and not before."""
+    writer, reader = _ends(segment)
+    for number in range(depth):
+        _send(writer, number)
+    for number in range(3 * depth):
+        slot = reader.peek()
+        assert slot is not None
+        assert _number(bytes(slot.bytes)) == number
+        assert writer.claim() is None
+        reader.advance()
+        assert segment.words[_taken_word(segment)] == number + 1
+        assert _send(writer, number + depth)
+
+
+def test_a_slot_is_the_same_memory_as_bytes_words_halves_and_head(segment: Segment, depth: int) -> None:
+    writer, _ = _ends(segment)
+    start = _places(segment)[0]
+    for position in range(depth):
+        slot = writer.claim()
+        assert slot is not None
+        slot.words[1] = 0x1122334455667788
+        slot.halves[4] = 0xAABBCCDD
+        at = start + position * SLOT_BYTES
+        for memory in (segment.map[at : at + SLOT_BYTES], bytes(slot.bytes), bytes(slot.head)):
+            assert memory[8:20] == bytes.fromhex("8877665544332211ddccbbaa")
+        assert (len(slot.bytes), len(slot.words) * 8, len(slot.halves) * 4) == (SLOT_BYTES,) * 3
+        writer.commit()
+
+
+def test_each_slot_of_a_fresh_queue_remembers_no_template(segment: Segment, depth: int) -> None:
+    """What lies in it may be of a channel that was open before."""
+    writer, _ = _ends(segment)
+    _send(writer, 1)
+    writer, _ = _ends(segment)
+    assert [slot.template for slot in writer._slots] == [None] * depth
 
 
 def test_a_taken_frame_is_a_copy_that_a_later_frame_in_its_slot_does_not_change(segment: Segment, depth: int) -> None:
@@ -201,8 +244,7 @@ def test_the_frame_is_copied_before_its_slot_is_given_back(segment: Segment) -> 
             return b"copied"
 
     _send(writer, 1)
-    slot = reader._slots[0]
-    reader._slots[0] = slot._replace(bytes=Watched())  # type: ignore[arg-type]
+    reader._slots[0].bytes = Watched()  # type: ignore[assignment]
     assert reader.take() == b"copied"
     assert seen == [0]
     assert segment.words[taken] == 1

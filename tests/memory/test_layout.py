@@ -80,34 +80,33 @@ GOLDEN_FIELDS: dict[Structure, list[tuple[str, int, int]]] = {
     TensorDescriptor: [
         ("offset", 0, 8),
         ("nbytes", 8, 8),
-        ("generation", 16, 4),
-        ("dtype", 20, 1),
-        ("ndim", 21, 1),
-        ("space", 22, 1),
-        ("flags", 23, 1),
+        ("dtype", 16, 1),
+        ("ndim", 17, 1),
+        ("space", 18, 1),
+        ("flags", 19, 1),
+        ("reserved", 20, 4),
         ("shape", 24, 64),
         ("strides", 88, 64),
     ],
     SubmissionFrame: [
         ("sequence", 0, 8),
         ("call_id", 8, 8),
-        ("op_id", 16, 4),
-        ("input_count", 20, 2),
-        ("output_count", 22, 2),
-        ("flags", 24, 4),
-        ("metadata_bytes", 28, 4),
-        ("deadline_ns", 32, 8),
-        ("submitted_ns", 40, 8),
-        ("reserved", 48, 16),
-        ("tensors", 64, 1824),
-        ("metadata", 1888, 160),
+        ("deadline_ns", 16, 8),
+        ("submitted_ns", 24, 8),
+        ("generations", 32, 48),
+        ("op_id", 80, 4),
+        ("input_count", 84, 2),
+        ("output_count", 86, 2),
+        ("flags", 88, 4),
+        ("metadata_bytes", 92, 4),
+        ("tensors", 96, 1824),
+        ("metadata", 1920, 128),
     ],
     CompletionFrame: [
         ("sequence", 0, 8),
         ("call_id", 8, 8),
         ("status", 16, 4),
-        ("shape_count", 20, 2),
-        ("reserved0", 22, 2),
+        ("reserved0", 20, 4),
         ("text_bytes", 24, 4),
         ("reserved1", 28, 4),
         ("queued_ns", 32, 8),
@@ -123,7 +122,7 @@ GOLDEN_CONSTANTS = {
     "ALIGNMENT": 256,
     "MAX_DIMS": 8,
     "MAX_TENSORS": 12,
-    "METADATA_BYTES": 160,
+    "METADATA_BYTES": 128,
     "TEXT_BYTES": 960,
 }
 
@@ -186,6 +185,13 @@ def test_ruler_in_the_docstring_tells_every_field_and_its_true_offset(structure:
 
 
 @pytest.mark.parametrize("structure", layout.STRUCTURES, ids=_by_name)
+def test_ruler_in_the_docstring_tells_every_array_and_its_true_length(structure: Structure) -> None:
+    arrays = {name: kind._length_ for name, kind, *_ in structure._fields_ if issubclass(kind, ctypes.Array)}
+    told = {name: int(length) for name, length in re.findall(r"\b([a-z]\w*)\[(\d+)\]", structure.__doc__ or "")}
+    assert told == {name: length for name, length in arrays.items() if not name.startswith("reserved")}
+
+
+@pytest.mark.parametrize("structure", layout.STRUCTURES, ids=_by_name)
 def test_every_scalar_lies_at_a_multiple_of_its_own_size(structure: Structure) -> None:
     """L4, also for the elements of arrays and the fields of descriptors within a frame."""
 
@@ -211,6 +217,20 @@ def test_sequence_is_one_aligned_word_at_the_start_of_both_frames() -> None:
     """L2: it is published by one aligned 8-byte store."""
     for frame in (SubmissionFrame, CompletionFrame):
         assert (layout.offset_of(frame, "sequence"), frame.sequence.size) == (0, 8)
+
+
+def test_what_changes_from_call_to_call_comes_before_what_is_the_same_for_an_op_on_the_same_blocks() -> None:
+    """The worker recognises a call by the bytes from ``op_id`` to the last tensor, so these must lie together."""
+    order = [name for name, *_ in SubmissionFrame._fields_]
+    assert order[:5] == ["sequence", "call_id", "deadline_ns", "submitted_ns", "generations"]
+    assert order[5:-1] == ["op_id", "input_count", "output_count", "flags", "metadata_bytes", "tensors"]
+    assert order[-1] == "metadata"
+
+
+def test_a_frame_has_a_generation_of_32_bits_for_each_of_its_tensors() -> None:
+    generations = dict(SubmissionFrame._fields_)["generations"]
+    assert (generations._length_, generations._type_) == (layout.MAX_TENSORS, ctypes.c_uint32)
+    assert dict(SubmissionFrame._fields_)["tensors"]._length_ == layout.MAX_TENSORS
 
 
 def test_no_two_words_that_change_share_a_line_pair() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 
 import pytest
@@ -71,6 +72,7 @@ class RingAgainstModel(RuleBasedStateMachine):
         assert block.offset == expected, "R4: the first free extent round the ring that is large enough"
         assert block.nbytes == need
         assert block.generation > self.last_generation, "R6"
+        assert 0 < block.generation < 1 << 32, "R6"
         self.last_generation = block.generation
         self.placed += 1
         self.held.append(block)
@@ -279,6 +281,27 @@ def test_generations_count_the_blocks_from_one_on() -> None:
     assert generations == list(range(1, 101))
 
 
+@pytest.mark.parametrize("before", [(1 << 32) - 9, 2 * ((1 << 32) - 1) - 7, (1 << 64) - 5])
+def test_generations_stay_distinct_across_the_wrap_at_32_bits(before: int) -> None:
+    """R6: after the largest comes 1 again; 0 is left out, and no two blocks that follow each other closely have the same."""
+    ring = _ring()
+    ring.placed = before  # as if so many blocks had been placed already
+    blocks = [_place(ring) for _ in range(UNITS)]
+    generations = [block.generation for block in blocks]
+    assert len(set(generations)) == UNITS
+    assert all(1 <= generation < 1 << 32 for generation in generations)
+    steps = itertools.pairwise(generations)
+    assert all(later == earlier + 1 or (earlier, later) == ((1 << 32) - 1, 1) for earlier, later in steps)
+    assert ring.occupancy().placed == before + UNITS
+
+
+def test_the_largest_generation_is_given_too() -> None:
+    """R6."""
+    ring = _ring()
+    ring.placed = (1 << 32) - 2
+    assert [_place(ring).generation for _ in range(3)] == [(1 << 32) - 1, 1, 2]
+
+
 def test_oldest_names_the_blocks_that_were_placed_longest_ago_first() -> None:
     ring = _ring()
     blocks = [_place(ring) for _ in range(6)]
@@ -300,3 +323,18 @@ def test_occupancy_of_an_untouched_ring_is_all_free() -> None:
 def test_a_ring_must_begin_and_end_aligned(offset: int, nbytes: int) -> None:
     with pytest.raises(ValueError, match=f"multiples of {ALIGNMENT}, not {offset} and {nbytes}"):
         RingAllocator(offset, nbytes)
+
+
+def test_a_block_that_is_placed_again_keeps_its_place_and_gets_a_new_generation() -> None:
+    ring = RingAllocator(0, 1024)
+    first, second = ring.place(256), ring.place(256)
+    assert first is not None
+    assert second is not None
+    before = (first.offset, ring.held_bytes, ring.block_count, ring.cursor)
+    ring.place_again(first)
+    assert (first.offset, ring.held_bytes, ring.block_count, ring.cursor) == before
+    assert first.generation == second.generation + 1
+    assert ring.occupancy().placed == 3
+    ring.release(first)
+    with pytest.raises(ValueError, match="released before"):
+        ring.place_again(first)

@@ -6,13 +6,15 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import gc
 import mmap
 import os
+import socket
 import stat
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import posix_ipc
@@ -20,6 +22,7 @@ import pytest
 import torch
 
 from shmbroker.errors import BadInput, SegmentError, SharedMemoryFull
+from shmbroker.lane.frames import Descriptor, Form
 from shmbroker.memory import hold as hold_module
 from shmbroker.memory import layout, names
 from shmbroker.memory.arena import Arena
@@ -28,7 +31,9 @@ from shmbroker.memory.hold import Hold, is_held, unlink_if_unheld, unlink_own
 from shmbroker.memory.layout import SegmentHeader
 from shmbroker.memory.reaper import objects, reap
 from shmbroker.memory.segment import Segment, make_segment, unlink_segment
-from tests.conftest import END_SECONDS, SegmentOf, StartChild
+from shmbroker.memory.spec import TensorSpec
+from shmbroker.worker_channel import MappedSegment
+from tests.conftest import END_SECONDS, InChild, SegmentOf, StartChild
 
 SMALL = Geometry(arena_bytes=16 * layout.PAGE, channel_count=2, depth=4)
 NOBODY = 65534
@@ -223,9 +228,25 @@ def test_any_other_failure_while_making_leaves_nothing_behind_either(name: str, 
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(os, "posix_fallocate", refuse)
+    before = _open_files()
     with pytest.raises(OSError, match="Input/output error"):
         make_segment(name, SMALL, instance=instance, owner="o", owner_pid=1)
     assert not os.path.exists(_path(name))
+    assert _open_files() == before
+
+
+@pytest.mark.parametrize("too_long", ["owner", "instance"])
+def test_an_owner_or_instance_too_long_for_the_header_is_a_value_error_that_leaves_nothing(name: str, instance: str, too_long: str) -> None:
+    told = {"owner": "o", "instance": instance}
+    room = {"owner": layout.OWNER_BYTES, "instance": layout.INSTANCE_BYTES}[too_long]
+    before = _open_files()
+    for length in (room, room + 1, 1000):
+        with pytest.raises(ValueError, match=f"{'x' * length}.* longer than the header has room for"):
+            make_segment(name, SMALL, owner_pid=1, **{**told, too_long: "x" * length})
+        assert not os.path.exists(_path(name))
+        assert _open_files() == before
+    make_segment(name, SMALL, owner_pid=1, **{**told, too_long: "x" * (room - 1)}).release()
+    assert getattr(_header(name), too_long) == b"x" * (room - 1)
 
 
 # --- mapping ---------------------------------------------------------------------------------------------------------------------------
@@ -340,28 +361,50 @@ def test_sizes_that_are_not_those_of_the_file_are_refused(made: str, nbytes: int
 # --- closing ---------------------------------------------------------------------------------------------------------------------------
 
 
-def test_closing_unmaps_and_a_second_time_does_nothing(made: str) -> None:
-    segment = Segment.attach(made, hold=True)
+def test_closing_gives_the_hold_up_and_a_second_time_does_nothing(name: str, instance: str) -> None:
+    make_segment(name, SMALL, instance=instance, owner="o", owner_pid=1).release()
+    segment = Segment.attach(name, hold=True)
+    assert is_held(_path(name))
+    for _ in range(2):
+        segment.close()
+        assert not is_held(_path(name))
+    assert segment.map[: len(layout.MAGIC)] == layout.MAGIC, "the memory is there while anybody can look"
+
+
+@pytest.mark.parametrize("hold", [True, False])
+def test_a_segment_is_unmapped_with_its_last_view_and_leaves_no_file_open(made: str, hold: bool) -> None:
+    before = _open_files()
+    segment = Segment.attach(made, hold=hold)
+    words = segment.words
     assert _is_mapped(made)
     segment.close()
+    del segment
+    assert _is_mapped(made)
+    assert words[0] == int.from_bytes(layout.MAGIC, "little")
+    del words
     assert not _is_mapped(made)
-    segment.close()
+    assert _open_files() == before
 
 
-def test_closing_under_a_living_tensor_keeps_it_readable_until_it_dies(made: str) -> None:
-    segment = Segment.attach(made, hold=True)
+def _read_a_tensor_after_closing(name: str) -> None:
+    segment = Segment.attach(name, hold=True)
     arena = Arena(segment)
     tensor = arena.empty((64,), torch.int64).copy_(torch.arange(64))
     view = tensor[8:]
     segment.close()
-    unlink_segment(made)
+    unlink_segment(name)
     del tensor, arena, segment
     assert view.tolist() == list(range(8, 64))
     view.fill_(7)
     assert int(view.sum()) == 7 * 56
-    assert _is_mapped(made)
+    assert _is_mapped(name)
     del view
-    assert not _is_mapped(made)
+    assert not _is_mapped(name)
+
+
+def test_closing_under_a_living_tensor_keeps_it_readable_until_it_dies(made: str, in_child: InChild) -> None:
+    """In a child, which alone would die of reading what is no longer mapped."""
+    in_child(lambda: _read_a_tensor_after_closing(made))
 
 
 def test_closing_under_a_living_buffer_keeps_it_readable(made: str) -> None:
@@ -370,6 +413,30 @@ def test_closing_under_a_living_buffer_keeps_it_readable(made: str) -> None:
     buffer[:3] = b"abc"
     segment.close()
     assert bytes(buffer[:3]) == b"abc"
+
+
+def _read_a_workers_view_after_closing(name: str) -> None:
+    mapped = MappedSegment(Segment.attach(name, hold=False))
+    mapped.segment.words[SMALL.arena_offset // 8] = 4711
+    view = mapped.view(Descriptor(SMALL.arena_offset, Form(TensorSpec((2, 2), torch.int64), (2, 1), 32, 32)))
+    other = torch.frombuffer(mapped.segment.map, dtype=torch.int64)[SMALL.arena_offset // 8 :]
+    array = other.numpy()
+    mapped.close()
+    del mapped
+    gc.collect()
+    assert _is_mapped(name)
+    assert view.tolist() == [[4711, 0], [0, 0]]
+    view[1, 1] = 12
+    assert (int(other[3]), int(array[3])) == (12, 12)
+    del view, other
+    assert _is_mapped(name)
+    del array
+    assert not _is_mapped(name)
+
+
+def test_a_workers_view_of_a_segment_stays_readable_after_the_segment_is_closed(made: str, in_child: InChild) -> None:
+    """In a child, which alone would die of reading what is no longer mapped."""
+    in_child(lambda: _read_a_workers_view_after_closing(made))
 
 
 # --- holding (H1 to H3) ----------------------------------------------------------------------------------------------------------------
@@ -437,6 +504,47 @@ def test_releasing_a_hold_twice_does_nothing(made: str) -> None:
     hold.release()
     other = os.open(os.devnull, os.O_RDONLY)
     hold.release()
+    os.fstat(other)
+    os.close(other)
+
+
+def test_a_hold_that_nobody_has_any_more_gives_its_lock_up(name: str, instance: str) -> None:
+    make_segment(name, SMALL, instance=instance, owner="o", owner_pid=1).release()
+    before = _open_files()
+    hold = Hold.on(_path(name))
+    assert is_held(_path(name))
+    del hold
+    assert not is_held(_path(name))
+    assert _open_files() == before
+
+
+def test_a_hold_in_a_reference_cycle_gives_its_lock_up_when_it_is_collected(name: str, instance: str) -> None:
+    make_segment(name, SMALL, instance=instance, owner="o", owner_pid=1).release()
+    before = _open_files()
+    cycle: list[object] = [Hold.on(_path(name))]
+    cycle.append(cycle)
+    assert is_held(_path(name))
+    del cycle
+    gc.collect()
+    assert not is_held(_path(name))
+    assert _open_files() == before
+
+
+def test_a_segment_that_nobody_has_any_more_is_held_no_longer(name: str, instance: str) -> None:
+    make_segment(name, SMALL, instance=instance, owner="o", owner_pid=1).release()
+    before = _open_files()
+    segment = Segment.attach(name, hold=True)
+    assert is_held(_path(name))
+    del segment
+    assert not is_held(_path(name))
+    assert _open_files() == before
+
+
+def test_a_released_hold_that_dies_closes_nobody_elses_file(made: str) -> None:
+    hold = Hold.on(_path(made))
+    hold.release()
+    other = os.open(os.devnull, os.O_RDONLY)
+    del hold
     os.fstat(other)
     os.close(other)
 
@@ -563,6 +671,20 @@ def test_a_lock_that_stands_for_longer_than_any_reapers_is_told_and_nothing_is_k
     assert _open_files() == before
 
 
+def test_attaching_under_a_foreign_exclusive_lock_is_told_and_nothing_is_kept_open(
+    name: str, reapers_look: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hold_module, "LOCK_SECONDS", 0.0)
+    before = _open_files()
+    with pytest.raises(SegmentError, match=f"{name} is locked by another process.*try again"):
+        Segment.attach(name, hold=True)
+    assert _open_files() == before
+    assert not _is_mapped(name)
+    Segment.attach(name, hold=False).close()
+    fcntl.flock(reapers_look, fcntl.LOCK_UN)
+    Segment.attach(name, hold=True).close()
+
+
 # --- the reaper ------------------------------------------------------------------------------------------------------------------------
 
 
@@ -613,11 +735,85 @@ def test_the_reaper_takes_bells_as_well_as_segments(instance: str) -> None:
     name = names.bell_name(instance, names.new_id())
     posix_ipc.Semaphore(name, posix_ipc.O_CREX, mode=0o600).close()
     path = names.bell_path(name)
-    hold = Hold.on(path)
-    assert reap(instance) == []
-    hold.release()
-    assert [reaped.name.path for reaped in reap(instance)] == [path]
-    assert not os.path.exists(path)
+    try:
+        hold = Hold.on(path)
+        assert reap(instance) == []
+        hold.release()
+        assert [reaped.name.path for reaped in reap(instance)] == [path]
+        assert not os.path.exists(path)
+    finally:
+        Path(path).unlink(missing_ok=True)
+
+
+def _listening(path: str) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+
+
+def _link_to(target: Callable[[str], str]) -> Callable[[str], None]:
+    return lambda path: os.symlink(target(path), path)
+
+
+STUMBLING_BLOCKS: dict[str, Callable[[str], None]] = {
+    "directory": os.mkdir,
+    "FIFO": os.mkfifo,
+    "socket": _listening,
+    "link to a file that nobody holds": _link_to(lambda path: f"{path}.target"),
+    "link to a directory": _link_to(lambda path: os.path.dirname(path)),
+    "link to a FIFO": _link_to(lambda path: f"{path}.fifo"),
+    "link to nothing": _link_to(lambda path: f"{path}.nothing"),
+    "link to itself": _link_to(lambda path: path),
+}
+
+
+@pytest.fixture
+def stumbling_block(request: pytest.FixtureRequest, instance: str) -> Iterator[str]:
+    """The path of something that is named like an object of ours, and comes before all others in the order of names."""
+    kind, what = request.param
+    path = {"segment": _path(names.segment_name(instance, "0" * 16)), "bell": names.bell_path(names.bell_name(instance, "0" * 16))}[kind]
+    try:
+        Path(f"{path}.target").write_bytes(b"mine")
+        os.mkfifo(f"{path}.fifo")
+        STUMBLING_BLOCKS[what](path)
+        yield path
+    finally:
+        for file in (path, f"{path}.target", f"{path}.fifo"):
+            if os.path.isdir(file) and not os.path.islink(file):
+                os.rmdir(file)
+            elif os.path.lexists(file):
+                os.unlink(file)
+
+
+def _reap_past(path: str, instance: str) -> None:
+    before = _open_files()
+    assert reap(instance, "0" * 16) == []
+    assert not is_held(path)
+    assert unlink_if_unheld(path) == -1
+    unlink_own(path)
+    assert [reaped.name.owner for reaped in reap(instance)] == ["f" * 16]
+    assert _open_files() == before
+
+
+@pytest.mark.parametrize(
+    "stumbling_block",
+    [pytest.param((kind, what), id=f"{kind}: {what}") for kind in ("segment", "bell") for what in STUMBLING_BLOCKS],
+    indirect=True,
+)
+def test_what_is_no_plain_file_but_named_like_one_of_ours_neither_stops_nor_blocks_the_reaper_and_is_left(
+    stumbling_block: str, instance: str, in_child: InChild
+) -> None:
+    """In a child, which alone would wait for ever for the other end of a FIFO."""
+    behind = names.segment_name(instance, "f" * 16)
+    before = os.lstat(stumbling_block)
+    try:
+        make_segment(behind, SMALL, instance=instance, owner="o", owner_pid=1).release()
+        in_child(lambda: _reap_past(stumbling_block, instance))
+        assert not os.path.exists(_path(behind))
+    finally:
+        unlink_segment(behind)
+    after = os.lstat(stumbling_block)
+    assert (after.st_ino, after.st_mode) == (before.st_ino, before.st_mode)
+    assert Path(f"{stumbling_block}.target").read_bytes() == b"mine"
 
 
 def test_the_reaper_passes_over_what_belongs_to_another_user(name: str, instance: str) -> None:

@@ -66,6 +66,12 @@ def fail(x: torch.Tensor, *, out: torch.Tensor) -> None:
     raise ValueError("no such luck")
 
 
+@worker.op(out_spec=lambda x: TensorSpec((2,), torch.int64))
+def turn_in_place(x: torch.Tensor, *, out: torch.Tensor) -> None:
+    x.t_()
+    out.copy_(torch.tensor(x.shape))
+
+
 @worker.bound_op("table", out_spec=lambda x, rows: TensorSpec((rows, *x.shape), x.dtype))
 def table(rows: int):  # type: ignore[no-untyped-def]
     if rows > 1000:

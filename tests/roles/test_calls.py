@@ -258,3 +258,20 @@ def test_calls_in_flight_that_fill_the_arena_wait_for_each_other(channel: Channe
     op = channel.bind("total", out_spec=lambda x: TensorSpec((), torch.float64))
     futures = [op.submit(torch.ones(8 << 20, dtype=torch.uint8)) for _ in range(30)]
     assert {future.result().item() for future in futures} == {float(8 << 20)}
+
+
+@pytest.mark.parametrize("timeout", [0, -1.0, -1e10, float("nan")])
+def test_a_timeout_that_is_none_is_refused_and_nothing_is_left_outstanding(channel: Channel, timeout: float) -> None:
+    op = channel.bind("double")
+    with pytest.raises(shmbroker.BadInput, match="must be a positive number of seconds"):
+        op(torch.ones(1), timeout=timeout)
+    assert op(torch.ones(1), timeout=1e30).item() == 2.0
+    assert channel.outstanding == 0
+
+
+def test_an_op_that_changes_its_input_is_given_the_true_one_each_time(channel: Channel, client: shmbroker.Client) -> None:
+    """A worker recognises a frame that it has checked before, and keeps its tensors: not those that an op has turned round."""
+    turned = channel.bind("turn_in_place", out_spec=lambda x: TensorSpec((2,), torch.int64))
+    x = client.empty((3, 4)).fill_(1.0)
+    for _ in range(3):
+        assert turned(x).tolist() == [4, 3]
