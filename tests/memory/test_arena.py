@@ -675,7 +675,7 @@ def test_a_release_in_a_collection_at_any_point_of_placing_neither_blocks_nor_is
     seen: set[bool] = set()
 
     def look(phase: str, info: dict[str, int]) -> None:
-        seen.add(arena._lock.locked())
+        seen.add(arena._busy)
 
     gc.callbacks.append(look)
     try:
