@@ -1,4 +1,4 @@
-# make run: everything from nothing, ending in the demo.  make test: everything that must hold.
+# make run: everything from nothing, ending in the demo.  make test: everything that must hold.  make bench: how fast it is here.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -24,6 +24,13 @@ unit: $(VENV)/ready
 $(VENV)/ready: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[gguf,test]'
+	touch $@
+
+bench: $(VENV)/bench
+	$(BIN)/python -m benchmarks
+
+$(VENV)/bench: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	touch $@
 
 clean:

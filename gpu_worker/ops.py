@@ -40,8 +40,7 @@ def register(worker: Worker, weights: Weights, device: Device) -> None:
         layers = [weights.linear(module, in_features, width) for module, width in zip(modules, out_features, strict=True)]
 
         def run(x: torch.Tensor, *, out: Sequence[torch.Tensor]) -> None:
-            outs = [out] if isinstance(out, torch.Tensor) else out
-            device.linear(x.reshape(-1, in_features), layers, [one.view(-1, one.shape[-1]) for one in outs])
+            device.linear(x.reshape(-1, in_features), layers, [one.view(-1, one.shape[-1]) for one in out])
 
         return run
 

@@ -23,7 +23,7 @@ import zmq
 from shmbroker import __version__
 from shmbroker.control import endpoint as endpoints
 from shmbroker.control import messages as m
-from shmbroker.control.liveness import Watch
+from shmbroker.control.liveness import Watch, age_of
 from shmbroker.control.sockets import Responder
 from shmbroker.errors import InstanceInUse, ProtocolMismatch
 from shmbroker.memory import names
@@ -42,6 +42,9 @@ HANDOVER_SECONDS = 30.0
 
 TICK_SECONDS = 1.0
 
+FAREWELL_SECONDS = 3.0
+"""How long a private broker waits for those that its starter also started."""
+
 SWEEP_SECONDS = 5.0
 """How often everything unheld is reaped, also what nobody announced: a listing of one folder."""
 
@@ -53,7 +56,6 @@ class Peer:
     hello: m.Hello
     sender: bytes
     watch: Watch
-    since: float
     heard: float
     stats: m.PeerStats = field(default_factory=m.PeerStats)
 
@@ -150,9 +152,21 @@ class Broker:
             self._socket_path.unlink()
         self._responder.close()
         self._context.term()
-        # The lock file stays: removing it would let two brokers lock two files of one name.
+        if self._until_exit:
+            self._leave_nothing()
+        # Else the lock file stays: removing it would let two brokers lock two files of one name.
         os.close(self._lock)
         log.info("instance %s: stopped", self.instance)
+
+    def _leave_nothing(self) -> None:
+        """Of a private broker whose starter is gone: wait a moment for its other children, which end too, and tidy up after all."""
+        until = time.monotonic() + FAREWELL_SECONDS
+        while list(objects(self.instance)) and time.monotonic() < until:
+            time.sleep(0.05)
+            self._reap("left by a process that died")
+        with contextlib.suppress(OSError):
+            self._socket_path.with_suffix(".lock").unlink()
+            self._socket_path.parent.rmdir()  # if nothing else is in it
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._stopping = True
@@ -167,12 +181,15 @@ class Broker:
 
     def _on_hello(self, sender: bytes, hello: m.AnyMessage) -> m.Message:
         assert isinstance(hello, m.Hello)
+        _checked_id(hello.peer)
+        if not (hello.name.isprintable() and all(service.isprintable() for service in hello.services)):
+            raise ValueError("names are of printable characters")
         known = self._peers.pop(hello.peer, None)
         if known is not None:
             self._unwatch(known)
         now = time.monotonic()
         watch = Watch(hello.process)
-        self._peers[hello.peer] = Peer(hello, sender, watch, now, now)
+        self._peers[hello.peer] = Peer(hello, sender, watch, now)
         if watch.fd >= 0:
             self._poller.register(watch.fd, zmq.POLLIN)
         handover = self._handovers.pop(hello.peer, None)
@@ -256,7 +273,7 @@ class Broker:
                     device=peer.hello.device,
                     segment=peer.hello.segment,
                     segment_bytes=_file_bytes(peer.hello.segment),
-                    age_seconds=now - peer.since,
+                    age_seconds=age_of(peer.hello.process),
                     silent_seconds=now - peer.heard,
                     stats=peer.stats,
                 )

@@ -101,7 +101,7 @@ class Call:
         """The worker has answered."""
         _, status, queued_ns, compute_ns, _ = completion
         statistics = self.statistics
-        if status:
+        if status and self.error is None:  # a call that has timed out is counted already
             self.error = self._error_of(completion)
             statistics.errors += 1
         plan = self.plan
@@ -127,10 +127,19 @@ class Call:
         if self.wake is not None or self.future is not None:
             self._tell()
 
+    def expire(self) -> None:
+        """The deadline has passed. The call stays outstanding, and so holds its blocks, until the worker answers it or dies."""
+        if not self.done and self.error is None:
+            self.statistics.errors += 1
+            self.error = self.timeout_error()
+            if self.future is not None:
+                self.future.settle()
+
     def fail(self, error: ShmBrokerError) -> None:
         """The call will never be answered."""
-        self.error = error
-        self.statistics.errors += 1
+        if self.error is None:
+            self.error = error
+            self.statistics.errors += 1
         self.inputs = ()
         self.done = True
         self._tell()

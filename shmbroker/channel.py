@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -16,7 +16,7 @@ from shmbroker.control import messages as m
 from shmbroker.control.endpoint import transport_of
 from shmbroker.control.liveness import Watch
 from shmbroker.control.sockets import Requester
-from shmbroker.errors import ArenaFull, ArenaTooSmall, CallTimeout, ChannelError, ShmBrokerError, WorkerLost
+from shmbroker.errors import ArenaFull, ArenaTooSmall, BadInput, CallTimeout, ChannelError, ShmBrokerError, WorkerLost
 from shmbroker.lane.doorbell import RECHECK_SECONDS
 from shmbroker.lane.frames import FrameTemplate
 from shmbroker.lane.shm_lane import ShmClientLane
@@ -24,7 +24,7 @@ from shmbroker.lane.zmq_lane import ZmqClientLane
 from shmbroker.memory.arena import Room
 from shmbroker.memory.spec import DTYPE_NAMED, NAME_OF, TensorSpec
 from shmbroker.ops import Outputs, OutSpec
-from shmbroker.remote_op import RemoteOp
+from shmbroker.remote_op import OutputsOf, RemoteOp
 from shmbroker.report import Report
 from shmbroker.statistics import OpStatistics
 
@@ -73,6 +73,7 @@ class Channel:
         self.arena = client.arena
         self._watch = Watch(worker.process)
         self._lost: ShmBrokerError | None = None
+        self._closed = False
         self._statistics: list[OpStatistics] = []
         completions.add(self)
 
@@ -85,6 +86,12 @@ class Channel:
         each new combination of input shapes and dtypes. Static arguments are numbers, strings, booleans, None, and lists of these.
         Raises :class:`BadInput` when the worker has no such op or the op refuses the arguments.
         """
+        if not isinstance(op, str):
+            raise BadInput(f"an op is named by a string, not by {op!r}")
+        try:
+            m.encode(m.Bind(0, op, static))
+        except (TypeError, OverflowError) as error:
+            raise BadInput(f"op {op!r}: static arguments are numbers, strings, booleans, None and lists of these; {error}") from None
         bound = self._ask(m.Bind(self._opened.channel, op, static), m.Bound)
         statistics = OpStatistics(op)
         self._statistics.append(statistics)
@@ -92,13 +99,13 @@ class Channel:
         return RemoteOp(self, op, bound.op_id, outputs, statistics)
 
     @staticmethod
-    def _local_outputs(out_spec: OutSpec, static: dict[str, Any]) -> Callable[[Sequence[TensorSpec]], Outputs]:
-        return lambda inputs: Outputs.of(out_spec(*inputs, **static))
+    def _local_outputs(out_spec: OutSpec, static: dict[str, Any]) -> OutputsOf:
+        return lambda inputs, arguments: Outputs.of(out_spec(*inputs, **static))
 
-    def _ask_outputs(self, op_id: int) -> Callable[[Sequence[TensorSpec]], Outputs]:
-        def ask(inputs: Sequence[TensorSpec]) -> Outputs:
+    def _ask_outputs(self, op_id: int) -> OutputsOf:
+        def ask(inputs: Sequence[TensorSpec], arguments: dict[str, Any]) -> Outputs:
             infos = tuple(m.SpecInfo(spec.shape, NAME_OF[spec.dtype]) for spec in inputs)
-            answer = self._ask(m.AskOutSpec(self._opened.channel, op_id, infos), m.OutSpecs)
+            answer = self._ask(m.AskOutSpec(self._opened.channel, op_id, infos, arguments), m.OutSpecs)
             return Outputs(tuple(TensorSpec(spec.shape, DTYPE_NAMED[spec.dtype]) for spec in answer.outputs), answer.single)
 
         return ask
@@ -156,17 +163,8 @@ class Channel:
                     raise TimeoutError(f"op {call.statistics.name!r}, call {call.call_id} is not done after {timeout:g} s")
                 return
         if not self.completions.wait(call, deadline_ns):
-            self._time_out(call)
-
-    def _time_out(self, call: Call) -> None:
-        self.completions.check_peers()
-        if not call.done:
-            # The call stays outstanding, and so holds its blocks, until the worker answers it or dies.
-            error = call.timeout_error()
-            call.statistics.errors += 1
-            call.error = error
-            if call.future is not None:
-                call.future.settle()
+            self.completions.check_peers()
+            call.expire()
 
     def drain(self) -> None:
         """Take all completions there are and finish their calls. Called by the leader of the waiters only."""
@@ -266,8 +264,16 @@ class Channel:
         """Calls that were submitted and not yet answered."""
         return len(self._outstanding)
 
+    def disown(self, error: ShmBrokerError) -> None:
+        """In a forked child: the channel is the parent's."""
+        self._submit_lock = threading.Lock()  # which some thread of the parent may have had
+        self._lost = error
+
     def close(self) -> None:
-        """Tell the worker, and fail what is outstanding."""
+        """Fail what is outstanding, and tell the worker. A second time does nothing."""
+        if self._closed:
+            return
+        self._closed = True
         alive = self._lost is None and self._watch.alive()
         self.completions.remove(self)
         self.completions.alone(lambda: self.lose("the channel was closed"))
@@ -277,6 +283,7 @@ class Channel:
                     self._requester.ask(m.CloseChannel(self._opened.channel), m.Done, timeout=1.0)
             except (ShmBrokerError, TimeoutError) as error:
                 log.debug("closing channel %d: %s", self._opened.channel, error)
+        self.has_frames = bool  # never
         self._requester.close()
         self._lane.close()
         self._watch.close()

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -25,6 +25,9 @@ Keep = Callable[[str, torch.nn.Module], bool]
 """Whether the parameters that belong directly to a module (by name in the model) are to be loaded."""
 
 GGUF_SUFFIX = ".gguf"
+
+LONGEST_REASON = 300
+"""Characters of a library's own words that are passed on."""
 
 MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -65,6 +68,11 @@ class Checkpoint:
         )
 
     @property
+    def name(self) -> str:
+        """For messages: the path as far as it is known."""
+        return str(self.folder / self.gguf_file) if self.gguf_file else str(self.folder)
+
+    @property
     def _where(self) -> dict[str, Any]:
         options: dict[str, Any] = {"local_files_only": True}
         if self.gguf_file is not None:
@@ -98,15 +106,24 @@ class Checkpoint:
             raise BadInput(f"{type(config).__name__} in {str(self.folder)!r} is not a causal language model") from None
         partial = kind if keep is None else _partial(kind, keep)
         with self._readable():
-            model: PreTrainedModel = partial.from_pretrained(self.folder, dtype=dtype, **self._where)
-            return model
+            loaded: Any = partial.from_pretrained(self.folder, dtype=dtype, output_loading_info=True, **self._where)
+        model, found = loaded
+        missing = sorted([*found["missing_keys"], *[str(key) for key in found["mismatched_keys"]]])
+        if missing:
+            raise BadInput(
+                f"model {self.name!r} does not have the weights that its config.json asks for: {len(missing)} are missing or of another size, "
+                f"first {missing[0]!r}; config and weights are not of one model"
+            )
+        return cast("PreTrainedModel", model)
 
     @contextlib.contextmanager
     def _readable(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, ValueError, KeyError) as error:
-            raise BadInput(f"model {str(self.folder)!r} cannot be read: {error}") from error
+        except Exception as error:  # whatever a library of many makers raises over a broken file
+            words = " ".join(str(error).split())
+            short = words if len(words) <= LONGEST_REASON else words[:LONGEST_REASON] + " ..."
+            raise BadInput(f"model {self.name!r} cannot be read: {type(error).__name__}: {short}") from error
 
 
 def _partial(kind: type[PreTrainedModel], keep: Keep) -> type[PreTrainedModel]:

@@ -34,6 +34,7 @@ from shmbroker.memory.geometry import DEFAULT_ARENA_BYTES, DEFAULT_CHANNELS, DEF
 from shmbroker.memory.hold import Hold, unlink_own
 from shmbroker.memory.segment import Segment
 from shmbroker.process import ask_broker, peer_name, resolve_instance
+from shmbroker.remote_op import as_tensor
 from shmbroker.sizes import parse_bytes
 
 log = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ def connect(
     return Client(
         resolve_instance(instance),
         arena_bytes=layout.round_up(parse_bytes(arena), layout.PAGE),
-        name=name or peer_name(),
+        name=peer_name(name),
         timeout=timeout,
         place_timeout=place_timeout,
         spin=spin,
@@ -99,6 +100,8 @@ class Client:
             geometry = Geometry(arena_bytes, channel_count, depth)
         except ValueError as error:
             raise BadInput(str(error)) from None
+        if not spin >= 0:
+            raise BadInput(f"spin {spin!r} must be a number of seconds, 0 or more")
         self.instance = instance
         self.name = name
         self.id = names.new_id()
@@ -131,6 +134,7 @@ class Client:
             self._bell = SemaphoreBell(bell.name)
             stack.callback(self._bell.close)
             self.arena = Arena(self._segment)
+            stack.callback(self.arena.close)
             self._waiters = {Doorbell.SEM: Waiter(self._bell, spin), Doorbell.POLL: Waiter(PollingBell(), spin)}
             self._spin = spin
             self._loops: dict[Doorbell, CompletionLoop] = {}
@@ -160,22 +164,22 @@ class Client:
 
     # --- tensors ----------------------------------------------------------------------------------------------------------------------
 
-    def empty(self, shape: tuple[int, ...] | list[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    def empty(self, shape: int | tuple[int, ...] | list[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """A tensor of ``shape`` in shared memory, values undefined: write into it, and no call will copy it.
 
         Its block is free again when the last view of it dies. Raises :class:`ArenaFull`, :class:`ArenaTooSmall`, :class:`BadInput`.
         """
         self._check_open()
-        return self.arena.empty(tuple(shape), dtype, self.place_timeout)
+        return self.arena.empty((shape,) if isinstance(shape, int) else tuple(shape), dtype, self.place_timeout)
 
     def copy_in(self, tensor: torch.Tensor) -> torch.Tensor:
         """A contiguous copy of ``tensor`` in shared memory, for several calls to use."""
         self._check_open()
-        return self.arena.copy_in(tensor, self.place_timeout)
+        return self.arena.copy_in(as_tensor(tensor), self.place_timeout)
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether ``tensor`` lies in this client's arena, so that handing it over copies nothing."""
-        return self.arena.find(tensor) is not None
+        return isinstance(tensor, torch.Tensor) and self.arena.find(tensor) is not None
 
     # --- channels -----------------------------------------------------------------------------------------------------------------------
 
@@ -188,6 +192,8 @@ class Client:
         that works at both ends. Raises :class:`NoSuchService`, :class:`ChannelError`, :class:`BadInput`.
         """
         self._check_open()
+        if not isinstance(service, str) or not service:
+            raise BadInput(f"a service is named by a string, not by {service!r}")
         wanted_lane, wanted_doorbell = _choose(lane, doorbell)
         worker = self._find(service, wait)
         with self._lock:
@@ -280,6 +286,11 @@ class Client:
 
     # --- leaving ------------------------------------------------------------------------------------------------------------------------
 
+    def disown(self) -> None:
+        """In a forked child: nothing of this client is the child's to use."""
+        for channel in list(self._channels):
+            channel.disown(ChannelError(f"this client belongs to process {self._pid}: connect() anew after a fork"))
+
     def close(self) -> None:
         """Close all channels and leave. Living tensors keep their memory, which has no name any more. A second time does nothing."""
         if self not in _open:
@@ -291,6 +302,7 @@ class Client:
             channel.close()
         for loop in self._loops.values():
             loop.close()
+        self._loops.clear()
         self._undo.close()
 
     def _stop_link(self) -> None:
@@ -331,6 +343,14 @@ def _choose(lane: str, doorbell: str) -> tuple[Lane, Doorbell]:
 def _reserving_seconds(geometry: Geometry) -> float:
     """How long making a segment may take: every page is zeroed, at 1 GiB/s or better, on top of the usual patience."""
     return 5.0 + geometry.total_bytes / 2**30
+
+
+def _disown_all() -> None:
+    for client in list(_open):
+        client.disown()
+
+
+os.register_at_fork(after_in_child=_disown_all)
 
 
 def _close_all() -> None:

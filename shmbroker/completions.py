@@ -3,6 +3,7 @@
 C1  One thread at a time, the leader, takes completions and blocks on the doorbell; the others wait for a word from it.
 C2  A leader whose own call is done hands the lead to one that still waits.
 C3  Nobody waits for longer than ``RECHECK_SECONDS`` at once, and after each such wait the peers' lives and the deadlines are looked at.
+C4  Whoever must read alone for a moment (to close, to count the dead) is made way for after at most one such wait.
 """
 
 from __future__ import annotations
@@ -21,6 +22,10 @@ class Waitable(Protocol):
 
     done: bool
     wake: threading.Lock | None
+    deadline_ns: int
+
+    def expire(self) -> None:
+        """Its deadline has passed."""
 
 
 class Source(Protocol):
@@ -44,6 +49,9 @@ class CompletionLoop:
         self._set_sources([])
         self._leader = threading.Lock()
         self._followers: list[Waitable] = []
+        self._wanted = 0
+        """Threads that want the lead for a moment (C4)."""
+        self._wanted_lock = threading.Lock()
         self._watched: queue.SimpleQueue[Waitable | None] = queue.SimpleQueue()
         self._watcher: threading.Thread | None = None
         self._watcher_lock = threading.Lock()
@@ -54,25 +62,34 @@ class CompletionLoop:
 
     def remove(self, source: Source) -> None:
         """No longer; when this returns, no thread reads from ``source``."""
-        with self._leader:
-            self._set_sources([other for other in self._sources if other is not source])
-        self._hand_over()
+        self.alone(lambda: self._set_sources([other for other in self._sources if other is not source]))
 
     def check_peers(self) -> None:
-        """Look at all peers' lives now, rather than after the next wait."""
-        self.alone(self._check_peers)
+        """Look at all peers' lives now, rather than after the next wait; left to the leader where there is one, who does so anyway."""
+        if self._leader.acquire(False):
+            try:
+                self._check_peers()
+            finally:
+                self._leader.release()
+                self._hand_over()
 
     def alone(self, action: Callable[[], None]) -> None:
-        """Do ``action`` while no other thread takes completions."""
-        with self._leader:
-            action()
-        self._hand_over()
+        """Do ``action`` while no other thread takes completions; a leader makes way within ``RECHECK_SECONDS``."""
+        with self._wanted_lock:
+            self._wanted += 1
+        try:
+            with self._leader:
+                action()
+        finally:
+            with self._wanted_lock:
+                self._wanted -= 1
+            self._hand_over()
 
     def wait(self, call: Waitable, deadline_ns: int) -> bool:
         """Wait until ``call`` is done, at most until ``deadline_ns`` (CLOCK_MONOTONIC; 0 for ever); returns whether it is."""
         leader = self._leader
         while not call.done:
-            if leader.acquire(False):
+            if not self._wanted and leader.acquire(False):
                 try:
                     patient = self._lead(call, deadline_ns)
                 finally:
@@ -109,7 +126,7 @@ class CompletionLoop:
                 self._drain()
             elif left > 0:
                 self._check_peers()
-            if call.done:
+            if call.done or self._wanted:
                 return True
             if left <= 0:
                 return False
@@ -125,7 +142,7 @@ class CompletionLoop:
             left = (deadline_ns - time.monotonic_ns()) / 1e9
         try:
             # The leader may have finished the call, or left, before it could see this follower.
-            if not call.done and self._leader.locked() and left > 0:
+            if not call.done and (self._wanted or self._leader.locked()) and left > 0:
                 wake.acquire(timeout=min(left, RECHECK_SECONDS))
         finally:
             self._followers.remove(call)
@@ -166,8 +183,21 @@ class CompletionLoop:
         self._watched.put(call)
 
     def _watch(self) -> None:
-        while (call := self._watched.get()) is not None:
-            self.wait(call, 0)
+        calls: list[Waitable] = []
+        while True:
+            while not calls or not self._watched.empty():
+                call = self._watched.get()
+                if call is None:
+                    return
+                calls.append(call)
+            now = time.monotonic_ns()
+            deadlines = [call.deadline_ns for call in calls if call.deadline_ns]
+            self.wait(calls[0], min([now + int(RECHECK_SECONDS * 1e9), *deadlines]))
+            now = time.monotonic_ns()
+            for call in calls:
+                if not call.done and call.deadline_ns and now >= call.deadline_ns:
+                    call.expire()
+            calls = [call for call in calls if not call.done and not (call.deadline_ns and now >= call.deadline_ns)]
 
     def close(self) -> None:
         """End the background thread, once the calls it watches are done."""

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import select
+import signal
 import sys
+import threading
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import click
 
 from shmbroker.errors import ShmBrokerError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+NO_TERMINAL_COLUMNS = 200
 
 LEVELS = ("debug", "info", "warning", "error")
 
@@ -17,6 +27,26 @@ LEVELS = ("debug", "info", "warning", "error")
 def set_up_logging(level: str) -> None:
     """Log to standard error, one line an event."""
     logging.basicConfig(level=level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
+
+
+def terminal() -> Console:
+    """Where tables are printed: as wide as the terminal; where there is none, as wide as they need."""
+    from rich.console import Console
+
+    return Console() if sys.stdout.isatty() or "COLUMNS" in os.environ else Console(width=NO_TERMINAL_COLUMNS)
+
+
+def end_with(pid: int) -> None:
+    """End this process when process ``pid`` does; for the children of a demo, whose starter may be killed."""
+
+    def watch() -> None:
+        with contextlib.suppress(ProcessLookupError):
+            fd = os.pidfd_open(pid)
+            select.select([fd], [], [])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if pid:
+        threading.Thread(target=watch, name="end-with", daemon=True).start()
 
 
 def share_cpus() -> None:
@@ -39,7 +69,7 @@ def run(command: Callable[..., object]) -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except ShmBrokerError as error:
+    except (ShmBrokerError, OSError) as error:
         if logging.getLogger().isEnabledFor(logging.DEBUG):
             raise
         click.echo(f"error: {error}", err=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from typing import Any
 import click
 import msgspec
 
-from shmbroker import embedded_model
+from shmbroker import console, embedded_model
 from shmbroker.errors import BadInput, ShmBrokerError
 from shmbroker.lane.kinds import Lane
 from shmbroker.local import LocalBroker, local_broker, stop_process
@@ -79,6 +80,7 @@ def _end(number: int, frame: FrameType | None) -> None:
 
 
 def _tee_worker(arguments: list[str]) -> dict[str, Any]:
+    arguments = [*arguments, "--until-exit", str(os.getpid())]
     done = subprocess.run([sys.executable, "-m", "tee_worker", *arguments], stdout=subprocess.PIPE, check=False)
     if done.returncode:
         raise ShmBrokerError(f"tee-worker {arguments[0]} ended with status {done.returncode}; its own words are above")
@@ -104,10 +106,9 @@ def _gpu_worker(broker: LocalBroker, model: Path) -> Iterator[None]:
 
 
 def _show(prompt: str, result: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    terminal = Console()
+    terminal = console.terminal()
     terminal.print(f"\n[bold]{prompt}[/]")
     terminal.print(result["text"].strip() + "\n", highlight=False)
     table = Table("split", "lane", "calls", "a pass", "sent MiB", "back MiB", "socket B", "tokens/s", "identical", box=None, pad_edge=False)

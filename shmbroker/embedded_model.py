@@ -43,7 +43,10 @@ def ensure() -> Path:
     folder = cache_dir() / NAME
     if _complete(folder):
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"the cache folder {folder.parent} cannot be made: {error.strerror}: set ${CACHE_VARIABLE} to another") from None
     with open(folder.parent / f"{NAME}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two demos at once convert it once
         if not _complete(folder):

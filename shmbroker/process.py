@@ -10,13 +10,14 @@ from typing import TypeVar
 from shmbroker.control.endpoint import may_listen
 from shmbroker.control.messages import Message
 from shmbroker.control.sockets import Requester
-from shmbroker.errors import BrokerUnreachable
+from shmbroker.errors import BadInput, BrokerUnreachable
 from shmbroker.memory.names import check_instance
 
 Answer = TypeVar("Answer", bound=Message)
 
 DEFAULT_INSTANCE = "default"
 INSTANCE_VARIABLE = "SHMBROKER_INSTANCE"
+MAX_NAME = 100
 
 ASK_SECONDS = 3.0
 """How long a broker on the same machine may take to answer before it is taken for absent."""
@@ -27,9 +28,12 @@ def resolve_instance(instance: str | None) -> str:
     return check_instance(instance or os.environ.get(INSTANCE_VARIABLE) or DEFAULT_INSTANCE)
 
 
-def peer_name() -> str:
-    """A name for people: the program's, and its pid."""
-    return f"{Path(sys.argv[0]).name or 'python'}-{os.getpid()}"
+def peer_name(told: str | None = None) -> str:
+    """A name for people: ``told``, else the program's, and its pid. Raises :class:`BadInput` for one that cannot be printed in a line."""
+    name = told if told is not None else f"{Path(sys.argv[0]).name or 'python'}-{os.getpid()}"
+    if not isinstance(name, str) or not name.isprintable() or not 0 < len(name) <= MAX_NAME:
+        raise BadInput(f"name {name!r} cannot be used: 1 to {MAX_NAME} printable characters")
+    return name
 
 
 def ask_broker(requester: Requester, message: Message, answer: type[Answer], instance: str, timeout: float = ASK_SECONDS) -> Answer:

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 _KNOWN_PLANS = 1024
 """Combinations of input forms remembered; a decode that grows by a token a step starts over now and then."""
 
+OutputsOf = Callable[[Sequence[TensorSpec], dict[str, Any]], Outputs]
+"""The outputs for such inputs and per-call arguments."""
+
 _arguments_encoder = msgspec.msgpack.Encoder()
 
 
@@ -42,9 +45,7 @@ class RemoteOp:
 
     __slots__ = ("_channel", "_op_id", "_outputs", "_plans", "_statistics", "name")
 
-    def __init__(
-        self, channel: Channel, name: str, op_id: int, outputs: Callable[[Sequence[TensorSpec]], Outputs], statistics: OpStatistics
-    ) -> None:
+    def __init__(self, channel: Channel, name: str, op_id: int, outputs: OutputsOf, statistics: OpStatistics) -> None:
         self.name = name
         self._channel = channel
         self._op_id = op_id
@@ -107,7 +108,7 @@ class RemoteOp:
             except (AttributeError, RuntimeError):
                 offset = -1  # no tensor, or one without a place in memory
             lease = leases.get(offset)
-            if lease is not None:
+            if lease is not None and not tensor.is_neg():
                 generations.append(lease.block.generation)
             else:
                 if isinstance(placed, tuple):
@@ -117,7 +118,9 @@ class RemoteOp:
             offsets.append(offset)
         plan = self._plans.get(_signature(placed)) if not arguments else None
         if plan is None:
+            planning_ns = clock_ns()
             plan = self._plan(placed, arguments)
+            begun_ns += clock_ns() - planning_ns  # done once for such inputs: no part of the call
         outputs: list[torch.Tensor] = []
         for room in plan.rooms:
             output, offset, generation = channel.place(room, timeout)
@@ -133,7 +136,7 @@ class RemoteOp:
     def _bring_in(self, tensor: torch.Tensor, timeout: float | None, copied: list[int]) -> tuple[torch.Tensor, int, int]:
         """A tensor that does not begin where a block does: a view inside a block as it is; any other as a copy, noted in ``copied``."""
         if not isinstance(tensor, torch.Tensor):
-            tensor = _as_tensor(tensor)
+            tensor = as_tensor(tensor)
         place = self._channel.arena.find(tensor)
         if place is not None:
             return tensor, place.offset, place.generation
@@ -146,11 +149,18 @@ class RemoteOp:
         return inside, offset, generation
 
     def _plan(self, inputs: Sequence[torch.Tensor], arguments: dict[str, Any]) -> Plan:
-        packed = _arguments_encoder.encode(arguments) if arguments else b""
+        packed = b""
+        if arguments:
+            try:
+                packed = _arguments_encoder.encode(arguments)
+            except (TypeError, OverflowError) as error:
+                raise BadInput(
+                    f"op {self.name!r}: a call's own arguments are numbers, strings, booleans, None and lists of these; {error}"
+                ) from None
         key = (packed, _signature(inputs)) if packed else _signature(inputs)
         plan = self._plans.get(key)
         if plan is None:
-            plan = Plan(self._op_id, inputs, self._outputs([spec_of(tensor) for tensor in inputs]), packed)
+            plan = Plan(self._op_id, inputs, self._outputs([spec_of(tensor) for tensor in inputs], arguments), packed)
             if len(self._plans) >= _KNOWN_PLANS:
                 self._plans.clear()
             self._plans[key] = plan
@@ -173,9 +183,9 @@ class RemoteOp:
 
 
 def _nanoseconds(timeout: float) -> int:
-    """A timeout that a frame can carry: at least at once, at most 30 years."""
-    if not timeout > 0:
-        raise BadInput(f"timeout {timeout} must be a positive number of seconds, or None for no limit")
+    """A timeout as a frame can carry it: positive, and 30 years at most."""
+    if not isinstance(timeout, (int, float)) or not timeout > 0:
+        raise BadInput(f"timeout {timeout!r} must be a positive number of seconds, or None for no limit")
     return int(min(timeout, 1e9) * 1e9)
 
 
@@ -212,7 +222,10 @@ class CapturedCall:
         return self._op.future_of(self._op.resubmit(self._call, self._offsets, self._generations, timeout))
 
 
-def _as_tensor(value: Any) -> torch.Tensor:
+def as_tensor(value: Any) -> torch.Tensor:
+    """A tensor or array as a tensor. Raises :class:`BadInput` for anything else."""
+    if not hasattr(value, "__array__") and not isinstance(value, torch.Tensor):
+        raise BadInput(f"a {type(value).__name__} cannot be handed over: give a torch tensor or a NumPy array")
     try:
         return torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:

@@ -64,6 +64,14 @@ class Report(msgspec.Struct, frozen=True):
         lines = tuple(_line(name, group) for name, group in by_name.items() if any(one.calls or one.errors for one in group))
         return cls(lane, doorbell, control, socket_bytes, _line("all", statistics), lines)
 
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=120, color_system=None)
+        with console.capture() as captured:
+            console.print(self.render())
+        return captured.get().rstrip()
+
     def render(self) -> RenderableType:
         """As a table for a terminal."""
         from rich.console import Group

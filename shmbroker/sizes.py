@@ -13,15 +13,17 @@ MIB = 1 << 20
 
 def parse_bytes(size: int | str) -> int:
     """``"512M"``, ``"1.5 GiB"``, ``"4096"`` or a number, in bytes; k, M, G and T are powers of 1024. Raises :class:`BadInput`."""
-    if isinstance(size, int):
+    if isinstance(size, int) and not isinstance(size, bool):
         value = size
+    elif not isinstance(size, str):
+        raise BadInput(f"size {size!r} cannot be read: give a number of bytes, or a text like '512M'")
     else:
         match = _SIZE.fullmatch(size)
         if match is None:
             raise BadInput(f"size {size!r} cannot be read: write a number of bytes, or e.g. 512M, 2G")
         value = int(float(match[1]) * 1024 ** _POWER[match[2].lower()])
-    if value <= 0:
-        raise BadInput(f"size {size!r} must be positive")
+    if not 0 < value < 1 << 60:
+        raise BadInput(f"size {size!r} must be positive and below 2^60 bytes")
     return value
 
 

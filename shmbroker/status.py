@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 import zmq
 
+from shmbroker.console import terminal
 from shmbroker.control import messages as m
 from shmbroker.control.endpoint import broker_endpoint
 from shmbroker.control.sockets import Requester
@@ -51,10 +52,9 @@ def as_dict(report: m.StatusReport) -> dict[str, Any]:
 
 def show(report: m.StatusReport) -> None:
     """Print tables."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = terminal()
     console.print(
         f"[bold]instance {report.instance}[/]: broker pid {report.pid}, version {report.version}, up {report.uptime_seconds:.0f} s, "
         f"{report.endpoint}, {mib(report.shm_free_bytes)} of shared memory free",

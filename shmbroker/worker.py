@@ -1,7 +1,8 @@
 """A worker: offers a service, runs ops for its clients on their tensors, in place.
 
 Threads: the caller of :meth:`Worker.serve` waits for frames and runs ops; one thread answers control requests; one keeps the worker known to
-the broker; one more serves the zmq lane once a channel uses it. Ops never run at the same time.
+the broker; one more serves the zmq lane once a channel uses it. Calls never run at the same time. (An op without an ``out_spec`` is tried out for
+its shapes, on tensors without values, by the thread that answers control requests.)
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from shmbroker.memory.segment import Segment
 from shmbroker.memory.spec import DTYPE_NAMED, NAME_OF, TensorSpec
 from shmbroker.ops import BoundOp, OpDefinition, OutSpec
 from shmbroker.process import ask_broker, peer_name, resolve_instance
-from shmbroker.worker_channel import MappedSegment, WorkerChannel
+from shmbroker.worker_channel import ChannelCounters, MappedSegment, WorkerChannel, describe
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +77,11 @@ class Worker:
     ) -> None:
         self.service = service
         self.instance = resolve_instance(instance)
-        self.name = name or peer_name()
+        self.name = peer_name(name)
+        if not service or not service.isprintable():
+            raise BadInput(f"service {service!r} cannot be offered: give it a name of printable characters")
+        if not spin >= 0:
+            raise BadInput(f"spin {spin!r} must be a number of seconds, 0 or more")
         self.id = names.new_id()
         self.device = device
         self._spin = spin
@@ -89,6 +94,8 @@ class Worker:
         self._gone: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._shm_lanes: list[tuple[WorkerChannel, ShmWorkerLane]] = []
         """Served by the thread in :meth:`serve`, and changed by it alone."""
+        self._done = ChannelCounters()
+        """Of channels that are closed."""
         self._stopping = threading.Event()
         self._running = threading.Lock()
         """Held while an op runs: the device does one thing at a time, whichever lane asks."""
@@ -104,8 +111,8 @@ class Worker:
 
         The function takes the call's tensors, the arguments fixed at bind and those of the call. With a parameter ``out`` it writes its
         results there (one tensor, or a tuple) and needs ``out_spec``, which maps the inputs' :class:`TensorSpec` and the static arguments to
-        the outputs' specs. Without ``out`` what it returns is copied to the client's block; shapes are then found by trying it out on torch's
-        ``meta`` device.
+        the outputs' specs. Without ``out`` what it returns is copied to the client's block; shapes are then found by trying it out once on torch's
+        ``meta`` device, which has shapes and no values. It must not change the shape of ``out`` in place.
         """
         if callable(name):
             self._register(OpDefinition(name.__name__, name))
@@ -222,7 +229,8 @@ class Worker:
     def _stats(self) -> m.PeerStats:
         channels = list(self._channels.values())
         return m.PeerStats(
-            calls=sum(channel.counters.calls for channel in channels), errors=sum(channel.counters.errors for channel in channels)
+            calls=self._done.calls + sum(channel.counters.calls for channel in channels),
+            errors=self._done.errors + sum(channel.counters.errors for channel in channels),
         )
 
     # --- frames -----------------------------------------------------------------------------------------------------------------------
@@ -246,21 +254,28 @@ class Worker:
             while not changes.empty():
                 changes.get()()
             stopping = self._stopping.is_set()
-            idle = True
-            for channel, lane in lanes:
-                frame = lane.take()
-                if frame is not None:
-                    idle = False
-                    with self._running:
-                        completion = channel.run(frame, stopping)
-                    if not lane.complete(completion):
-                        log.warning("client %s left its completion queue full: its channel is closed", channel.opened.client_name)
-                        self._gone.put(channel.opened.client)
-            if idle:
+            if not self._run_one_each(lanes, stopping):
                 if stopping:
                     return
                 waiter = poll_waiter if any(lane.doorbell is Doorbell.POLL for _, lane in lanes) else bell_waiter
                 waiter.wait(something, [lane.sleeping for _, lane in lanes], 1.0)
+
+    def _run_one_each(self, lanes: list[tuple[WorkerChannel, ShmWorkerLane]], stopping: bool) -> bool:
+        """Run one frame of each lane that has one; returns whether any had.
+
+        A function of its own, so that no variable here keeps a channel, and its client's memory, when it is gone.
+        """
+        busy = False
+        for channel, lane in lanes:
+            frame = lane.take()
+            if frame is not None:
+                busy = True
+                with self._running:
+                    completion = channel.run(frame, stopping)
+                if not lane.complete(completion):
+                    log.warning("client %s left its completion queue full: its channel is closed", channel.opened.client_name)
+                    self._gone.put(channel.opened.client)
+        return busy
 
     def _serve_zmq(self) -> None:
         """The same for the zmq lane, in a thread of its own."""
@@ -268,16 +283,19 @@ class Worker:
             stopping = self._stopping.is_set()
             self._zmq.wait(0.1)
             while (taken := self._zmq.take()) is not None:
-                token, frame = taken
-                channel = next((c for c in list(self._channels.values()) if c.token and c.token == token), None)
-                if channel is None:
-                    log.warning("a frame with a token that no channel has was dropped")
-                    continue
-                with self._running:
-                    completion = channel.run(frame, stopping)
-                self._zmq.complete(token, completion)
+                self._run_message(*taken, stopping)
+                taken = None
             if stopping:
                 return
+
+    def _run_message(self, token: bytes, frame: bytes, stopping: bool) -> None:
+        channel = next((c for c in list(self._channels.values()) if c.token and c.token == token), None)
+        if channel is None:
+            log.warning("a frame with a token that no channel has was dropped")
+            return
+        with self._running:
+            completion = channel.run(frame, stopping)
+        self._zmq.complete(token, completion)
 
     # --- control ------------------------------------------------------------------------------------------------------------------------
 
@@ -382,9 +400,11 @@ class Worker:
             raise ChannelError(f"op id {request.op_id} is not bound on channel {request.channel}")
         inputs = [TensorSpec(spec.shape, DTYPE_NAMED[spec.dtype]) for spec in request.inputs]
         try:
-            outputs = op.outputs(inputs)
-        except Exception as error:  # the op's own complaint about these inputs, for the caller to read
-            raise BadInput(f"op {op.name!r} cannot take {', '.join(map(str, inputs))}: {error}") from None
+            outputs = op.outputs(inputs, request.arguments)
+        except BadInput:
+            raise
+        except Exception as error:  # the out_spec's own complaint about these inputs, for the caller to read
+            raise BadInput(f"op {op.name!r} cannot take {', '.join(map(str, inputs))}: {describe(error)}") from None
         return m.OutSpecs(tuple(m.SpecInfo(spec.shape, NAME_OF[spec.dtype]) for spec in outputs.specs), outputs.single)
 
     def _close_channel(self, request: m.CloseChannel) -> m.Done:
@@ -393,12 +413,14 @@ class Worker:
 
     def _forget_client(self, client: str) -> None:
         for channel in [c for c in self._channels.values() if c.opened.client == client]:
-            log.info("client %s is gone: channel %d closed", channel.opened.client_name, channel.number)
             self._drop(channel)
 
     def _drop(self, channel: WorkerChannel) -> None:
         if self._channels.pop(channel.number, None) is None:
             return
+        log.info("channel %d of %s closed after %d calls", channel.number, channel.opened.client_name, channel.counters.calls)
+        self._done.calls += channel.counters.calls
+        self._done.errors += channel.counters.errors
 
         def drop() -> None:
             for pair in [pair for pair in self._shm_lanes if pair[0] is channel]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from shmbroker.lane.frames import (
     SUBMISSION_HEADER,
     Completion,
     Descriptor,
-    Form,
+    Submission,
     SubmissionReader,
     constant_part,
     pack_text,
@@ -28,8 +29,7 @@ from shmbroker.memory.segment import Segment
 from shmbroker.memory.spec import TensorSpec
 from shmbroker.ops import BoundOp, Static
 
-_KNOWN_SIGNATURES = 4096
-"""Combinations of forms remembered as checked; beyond that the record starts over."""
+log = logging.getLogger(__name__)
 
 _KNOWN_CALLS = 1024
 """Frames remembered with their tensors; beyond that the record starts over."""
@@ -84,11 +84,18 @@ class PreparedCall:
     __slots__ = ("_inputs", "_versions", "repeatable", "run")
 
     def __init__(
-        self, op: BoundOp, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor], arguments: Static, *, repeatable: bool
+        self,
+        op: BoundOp,
+        inputs: Sequence[torch.Tensor],
+        outputs: Sequence[torch.Tensor],
+        arguments: Static,
+        *,
+        single: bool,
+        repeatable: bool,
     ) -> None:
         self._inputs = tuple(inputs)
         self._versions = [tensor._version for tensor in inputs]
-        self.run = op.prepare(inputs, outputs, arguments)
+        self.run = op.prepare(inputs, outputs, arguments, single=single)
         self.repeatable = repeatable
         """Per-call arguments lie behind what a frame is recognised by."""
 
@@ -112,7 +119,6 @@ class WorkerChannel:
     ops: dict[int, BoundOp] = field(default_factory=dict)
     counters: ChannelCounters = field(default_factory=ChannelCounters)
     _op_ids: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
-    _checked: set[tuple[object, ...]] = field(default_factory=set)
     _prepared: dict[bytes, PreparedCall] = field(default_factory=dict)
 
     def bind(self, op: BoundOp) -> int:
@@ -145,10 +151,11 @@ class WorkerChannel:
         except BadFrame as error:
             counters.errors += 1
             return Completion(call_id, Status.BAD_FRAME, queued_ns, 0, pack_text(str(error)))
-        except Exception as error:  # whatever the op raises is the answer to the call; the worker lives on
+        except BaseException as error:  # whatever the op raises, SystemExit too, is the answer to the call; the worker lives on
             counters.errors += 1
             self._prepared.pop(key, None)
-            text = pack_text(f"{type(error).__name__}\n{error}")
+            log.info("call %d of %s failed: %s", call_id, self.opened.client_name, describe(error))
+            text = pack_text(f"{type(error).__name__}\n{text_of(error)}")
             return Completion(call_id, Status.OP_ERROR, queued_ns, _clock_ns() - begun_ns, text)
         compute_ns = _clock_ns() - begun_ns
         counters.compute_ns += compute_ns
@@ -173,15 +180,15 @@ class WorkerChannel:
         if op is None:
             raise BadFrame(f"op id {call.op_id} is not bound on this channel")
         try:
-            self._check(op, call.op_id, call.inputs, call.outputs)
             arguments = _arguments_decoder.decode(call.metadata) if call.metadata else {}
+            single = _check(op, call, arguments)
         except BadFrame:
             raise
         except Exception as error:  # an out_spec that fails on odd shapes, or metadata that is none, is the frame's fault too
-            raise BadFrame(f"{type(error).__name__}: {error}") from None
+            raise BadFrame(describe(error)) from None
         view = self.mapped.view
         inputs, outputs = [view(place) for place in call.inputs], [view(place) for place in call.outputs]
-        return PreparedCall(op, inputs, outputs, arguments, repeatable=not call.metadata)
+        return PreparedCall(op, inputs, outputs, arguments, single=single, repeatable=not call.metadata)
 
     def close(self) -> None:
         """Let go of the client's memory."""
@@ -193,21 +200,30 @@ class WorkerChannel:
             self._prepared.clear()
         self._prepared[key] = prepared
 
-    def _check(self, op: BoundOp, op_id: int, inputs: Sequence[Descriptor], outputs: Sequence[Descriptor]) -> None:
-        """Compare the outputs' room with what the op writes, once for each combination of forms."""
-        key: tuple[int | Form, ...] = (op_id, len(inputs), *[d.form for d in inputs], *[d.form for d in outputs])
-        if key in self._checked:
-            return
-        try:
-            expected = op.outputs([d.form.spec for d in inputs]).specs
-        except BadInput as error:
-            raise BadFrame(str(error)) from None
-        given = tuple(d.form.spec for d in outputs)
-        if given != expected:
-            raise BadFrame(f"op {op.name!r} writes {_listed(expected)}, the frame has room for {_listed(given)}")
-        if len(self._checked) >= _KNOWN_SIGNATURES:
-            self._checked.clear()
-        self._checked.add(key)
+
+def _check(op: BoundOp, call: Submission, arguments: Static) -> bool:
+    """Compare the outputs' room with what the op writes; returns whether that is one tensor rather than a sequence."""
+    try:
+        expected = op.outputs([descriptor.form.spec for descriptor in call.inputs], arguments)
+    except BadInput as error:
+        raise BadFrame(str(error)) from None
+    given = tuple(descriptor.form.spec for descriptor in call.outputs)
+    if given != expected.specs:
+        raise BadFrame(f"op {op.name!r} writes {_listed(expected.specs)}, the frame has room for {_listed(given)}")
+    return expected.single
+
+
+def text_of(error: BaseException) -> str:
+    """The error's text, also of an error that cannot tell it."""
+    try:
+        return str(error)
+    except Exception:
+        return "(its text cannot be told)"
+
+
+def describe(error: BaseException) -> str:
+    """Type and text."""
+    return f"{type(error).__name__}: {text_of(error)}"
 
 
 def _listed(specs: Sequence[TensorSpec]) -> str:

@@ -30,6 +30,7 @@ def _model_options(command: Command) -> Command:
             click.option("--max-new-tokens", type=click.IntRange(1), default=64, show_default=True),
             click.option("--dtype", default="float32", show_default=True, help="As the GPU worker's: float32, bfloat16 or float16."),
             click.option("--threads", type=click.IntRange(1), help="CPU threads to compute with. Default: torch's own choice."),
+            click.option("--until-exit", type=int, default=0, metavar="PID", help="End when this process does."),
             click.option("--json", "as_json", is_flag=True, help="For programs."),
         ]
     ):
@@ -47,23 +48,24 @@ def _model_options(command: Command) -> Command:
 @click.option("--arena", metavar="SIZE", help="Shared memory for tensors, e.g. 512M. Default: what the run needs.")
 @click.option("--timeout", type=float, default=60.0, show_default=True, help="Seconds that one call may take.")
 @click.option("--spin", type=float, default=50.0, show_default=True, help="Microseconds to look for an answer before sleeping.")
-def generate(spin: float, as_json: bool, **options: Any) -> None:
+def generate(spin: float, as_json: bool, until_exit: int, **options: Any) -> None:
     """Generate text; stream it as it comes, then print the report."""
     console.share_cpus()
+    console.end_with(until_exit)
     import msgspec
 
     from tee_worker import generate as generation
 
     _quiet_transformers()
     outcome = generation.generate(
-        generation.Options(**options, spin=spin * 1e-6), None if as_json else lambda text: click.echo(text, nl=False)
+        generation.Options(**options, spin=spin * 1e-6),
+        None if as_json else lambda text: click.echo(text, nl=False),
+        lambda note: click.echo(note, err=True),
     )
     if as_json:
         click.echo(json.dumps(msgspec.to_builtins(outcome)))
         return
-    from rich.console import Console
-
-    terminal = Console()
+    terminal = console.terminal()
     terminal.print("\n")
     terminal.print(outcome.report.render())
     terminal.print(generation.summary(outcome), soft_wrap=True, highlight=False)
@@ -71,9 +73,10 @@ def generate(spin: float, as_json: bool, **options: Any) -> None:
 
 @cli.command()
 @_model_options
-def reference(as_json: bool, **options: Any) -> None:
+def reference(as_json: bool, until_exit: int, **options: Any) -> None:
     """Generate with the same model in this process alone, to compare with."""
     console.share_cpus()
+    console.end_with(until_exit)
     from tee_worker import generate as generation
 
     _quiet_transformers()

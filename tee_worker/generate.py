@@ -79,8 +79,8 @@ class Outcome(msgspec.Struct, frozen=True):
     analytic: Analytic
 
 
-def generate(options: Options, on_text: OnText | None = None) -> Outcome:
-    """Run one greedy generation. ``on_text`` is given the text as it comes. Raises :class:`ShmBrokerError`."""
+def generate(options: Options, on_text: OnText | None = None, on_note: OnText = lambda note: None) -> Outcome:
+    """Run one greedy generation. ``on_text`` is given the text as it comes, ``on_note`` what goes on before. Raises :class:`ShmBrokerError`."""
     split = Split.named(options.split)
     dtype = model_dtype(options.dtype)
     checkpoint = Checkpoint.at(options.model)
@@ -90,6 +90,7 @@ def generate(options: Options, on_text: OnText | None = None) -> Outcome:
     tokenizer = checkpoint.tokenizer()
     ids = encode(tokenizer, options.prompt, options.chat)
     check_context(checkpoint.config(), ids.shape[1], options.max_new_tokens)
+    on_note("loading the model's own part ...")
     model = checkpoint.model(dtype, keep=lambda name, module: not isinstance(module, (nn.Linear, nn.Embedding)))
     structure = structure_of(model)
     prompt_tokens = ids.shape[1]

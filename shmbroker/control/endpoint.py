@@ -36,8 +36,13 @@ def make_private_dir(path: Path, gid: int = -1) -> None:
     Members may make sockets in it, which belong to the group too (setgid), and not remove each other's (sticky).
     """
     mode = 0o3770 if gid >= 0 else 0o700
-    path.mkdir(mode=mode, parents=True, exist_ok=True)
-    found = path.lstat()
+    try:
+        path.mkdir(mode=mode, parents=True, exist_ok=True)
+        found = path.lstat()
+    except OSError as error:
+        raise BadInput(
+            f"the folder for sockets, {path}, cannot be made: {error.strerror}: set SHMBROKER_RUNTIME_DIR to a folder of your own"
+        ) from None
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
         raise BadInput(f"{path} belongs to user {found.st_uid}, not to {os.geteuid()}: set SHMBROKER_RUNTIME_DIR to a folder of your own")
     if gid >= 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import time
 from pathlib import Path
 
 from shmbroker.control.messages import ProcessId
@@ -67,3 +68,8 @@ class Watch:
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
+
+
+def age_of(process: ProcessId) -> float:
+    """Seconds since the process was started."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - process.start_time / os.sysconf("SC_CLK_TCK")

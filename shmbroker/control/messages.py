@@ -263,6 +263,8 @@ class AskOutSpec(Message, frozen=True):
     channel: int
     op_id: int
     inputs: tuple[SpecInfo, ...]
+    arguments: dict[str, Any]
+    """Of the call."""
 
 
 class OutSpecs(Message, frozen=True):

@@ -106,7 +106,7 @@ class Responder:
                 reply = handle(sender, read_body(envelope))
             except (ShmBrokerError, ValueError) as error:
                 reply = Refused(type(error).__name__, str(error))
-            except Exception as error:  # a peer's odd request must not end the process that serves the others
+            except BaseException as error:  # a peer's odd request must not end the thread that serves the others, nor an op's SystemExit
                 log.exception("control request failed")
                 reply = Refused(type(error).__name__, str(error))
             if reply is not None:

@@ -115,7 +115,8 @@ class Waiter:
         if self.spin_seconds > 0:
             until = time.perf_counter() + min(self.spin_seconds, seconds)
             while time.perf_counter() < until:
-                if ready():
+                # Four looks for each at the clock: what comes is seen that much sooner.
+                if ready() or ready() or ready() or ready():
                     return True
         bell = self._bell
         if isinstance(bell, PollingBell):

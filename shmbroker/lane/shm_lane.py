@@ -88,8 +88,9 @@ class ShmClientLane(_End):
         return None
 
     def close(self) -> None:
-        """Give the worker's bell up."""
+        """Give the worker's bell up, and the segment."""
         self._peer_bell.close()
+        del self._submissions, self._completions, self._segment, self.sleeping, self.claim, self.ready
 
 
 class ShmWorkerLane(_End):
@@ -116,5 +117,6 @@ class ShmWorkerLane(_End):
         return True
 
     def close(self) -> None:
-        """Give the client's bell up."""
+        """Give the client's bell up, and the segment."""
         self._peer_bell.close()
+        del self._submissions, self._completions, self._segment, self.sleeping, self.take, self.ready

@@ -17,6 +17,7 @@ import bisect
 import contextlib
 import gc
 import math
+import mmap
 import queue
 import threading
 import time
@@ -87,7 +88,7 @@ class Arena:
         geometry = segment.geometry
         self.nbytes = geometry.arena_bytes
         self._offset = geometry.arena_offset
-        self._map = segment.map
+        self._map: mmap.mmap | None = segment.map
         self._memory = memoryview(segment.map)
         self.address: int = torch.frombuffer(self._memory, dtype=torch.uint8).data_ptr()
         self._first_address = self.address + self._offset
@@ -153,7 +154,12 @@ class Arena:
         return inside
 
     def find(self, tensor: torch.Tensor) -> Place | None:
-        """Where ``tensor`` lies, or None when it does not lie in a block of this arena (A3)."""
+        """Where ``tensor`` lies, or None when it does not lie in a block of this arena (A3).
+
+        One that torch shows with another sign than its bytes have (``imag`` of a conjugate) is taken for one that lies elsewhere.
+        """
+        if tensor.is_neg():
+            return None
         try:
             address = tensor.data_ptr()
         except RuntimeError:  # a sparse tensor has no one place
@@ -221,7 +227,7 @@ class Arena:
 
     def _release(self, lease: Lease) -> None:
         block = lease.block
-        del self.leases[block.offset]
+        self.leases.pop(block.offset, None)
         self._ring.release(block)
 
     def _wait_for_room(self, nbytes: int, timeout: float) -> Extent:
@@ -259,6 +265,13 @@ class Arena:
             f"released within {timeout:g} s; {figures.blocks} blocks held, oldest: {oldest or 'none'}; let go of tensors that are no longer "
             "needed, or raise --arena (connect(arena=...))"
         )
+
+    def close(self) -> None:
+        """Let go of the memory; living tensors keep it until the last of them dies."""
+        with self._alone():
+            self.leases = {}
+            self._memory = memoryview(b"")
+            self._map = None
 
     def occupancy(self) -> Occupancy:
         """Figures of the moment."""

@@ -18,7 +18,7 @@ _FILE = re.compile(r"(sem\.)?shmbroker\.(?P<instance>[a-z0-9][a-z0-9-]{0,30})\.(
 
 def check_instance(instance: str) -> str:
     """``instance`` itself, or :class:`BadInput` where it could not be part of a name."""
-    if not _INSTANCE.fullmatch(instance):
+    if not isinstance(instance, str) or not _INSTANCE.fullmatch(instance):
         raise BadInput(f"instance {instance!r} cannot be used: 1 to 31 lower-case letters, digits and '-', e.g. 'default'")
     return instance
 

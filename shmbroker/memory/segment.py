@@ -68,6 +68,7 @@ class Segment:
         """
         if self.hold is not None:
             self.hold.release()
+        del self.words, self.map
 
 
 def _open(name: str) -> int:

@@ -88,8 +88,10 @@ def check_carried(shape: tuple[int, ...], dtype: torch.dtype) -> None:
         raise BadInput(f"{dtype} cannot be handed over; carried are: {', '.join(DTYPE_NAMED)}")
     if len(shape) > MAX_DIMS:
         raise BadInput(f"a tensor of {len(shape)} dimensions cannot be handed over; at most {MAX_DIMS}: flatten some")
-    if any(size < 0 for size in shape):
-        raise BadInput(f"shape {list(shape)} has a negative dimension")
+    if not all(isinstance(size, int) and size >= 0 for size in shape):
+        raise BadInput(f"shape {list(shape)} cannot be used: dimensions are whole numbers, 0 or more")
+    if math.prod(max(size, 1) for size in shape) * dtype.itemsize >= 1 << 63:
+        raise BadInput(f"shape {list(shape)} has more elements than can be counted")
 
 
 def spec_of(tensor: torch.Tensor) -> TensorSpec:
