@@ -42,5 +42,5 @@ def serve(
     log.info("%s of weights in %s on %s after %.1f s", mib(weights.nbytes), dtype, target.name, time.monotonic() - begun)
     worker = Worker(service, instance=instance, name=name, device=target.name, spin=spin, until_exit=until_exit)
     register(worker, weights, target)
-    with torch.inference_mode():
+    with torch.no_grad():  # not inference mode, whose tensors do not tell when they were changed
         worker.serve()

@@ -200,10 +200,15 @@ class CompletionLoop:
             calls = [call for call in calls if not call.done and not (call.deadline_ns and now >= call.deadline_ns)]
 
     def close(self) -> None:
-        """End the background thread, once the calls it watches are done."""
+        """End the background thread, once the calls it watches are done, and let go of the memory that waiting looks at."""
         if self._watcher is not None:
             self._watched.put(None)
             self._watcher.join()
+        self._block = _closed
+
+
+def _closed(ready: Callable[[], bool], seconds: float) -> bool:
+    return False
 
 
 def release_waiter(wake: threading.Lock) -> None:

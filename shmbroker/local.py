@@ -27,6 +27,7 @@ START_SECONDS = 20.0
 """How long a broker process may take to start: an interpreter and a few imports, on a busy machine."""
 
 STOP_SECONDS = 5.0
+LONGEST_FOLDER = 30
 _RUNTIME_VARIABLE = "SHMBROKER_RUNTIME_DIR"
 
 
@@ -54,7 +55,9 @@ def local_broker(*, log_level: str = "warning") -> Iterator[LocalBroker]:
     themselves. At the end nothing of it is left in shared memory. Raises :class:`BrokerUnreachable` when it cannot be started.
     """
     instance = f"local-{os.getpid()}-{names.new_id()[:6]}"
-    runtime = tempfile.mkdtemp(prefix="shmbroker-")
+    # A unix socket's path must be short, which a temporary folder's need not be.
+    folder = tempfile.gettempdir()
+    runtime = tempfile.mkdtemp(prefix="shmbroker-", dir=folder if len(folder) <= LONGEST_FOLDER else "/tmp")
     environment = {INSTANCE_VARIABLE: instance, _RUNTIME_VARIABLE: runtime}
     before = {variable: os.environ.get(variable) for variable in environment}
     command = [sys.executable, "-m", "shmbroker", "--log-level", log_level, "serve", "--instance", instance]

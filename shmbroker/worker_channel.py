@@ -93,10 +93,11 @@ class PreparedCall:
         single: bool,
         repeatable: bool,
     ) -> None:
-        self._inputs = tuple(inputs)
-        self._versions = [tensor._version for tensor in inputs]
+        telling = not any(tensor.is_inference() for tensor in inputs)  # those made in inference mode do not tell when they were changed
+        self._inputs = tuple(inputs) if telling else ()
+        self._versions = [tensor._version for tensor in self._inputs]
         self.run = op.prepare(inputs, outputs, arguments, single=single)
-        self.repeatable = repeatable
+        self.repeatable = repeatable and telling
         """Per-call arguments lie behind what a frame is recognised by."""
 
     def intact(self) -> bool:

@@ -72,6 +72,41 @@ def turn_in_place(x: torch.Tensor, *, out: torch.Tensor) -> None:
     out.copy_(torch.tensor(x.shape))
 
 
+@worker.op(out_spec=lambda x: TensorSpec(x.shape, x.dtype))
+def leave(x: torch.Tensor, *, out: torch.Tensor) -> None:
+    raise SystemExit(3)
+
+
+@worker.op
+def leave_untried(x: torch.Tensor) -> torch.Tensor:
+    raise SystemExit(3)
+
+
+class Unspeakable(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+
+@worker.op(out_spec=lambda x: TensorSpec(x.shape, x.dtype))
+def unspeakable(x: torch.Tensor, *, out: torch.Tensor) -> None:
+    raise Unspeakable
+
+
+RUNS = [0]
+
+
+@worker.op
+def count_runs(x: torch.Tensor, *, step: int = 1) -> torch.Tensor:
+    if not x.is_meta:
+        RUNS[0] += step
+    return x + RUNS[0]
+
+
+@worker.op
+def nothing(x: torch.Tensor) -> None:
+    return None
+
+
 @worker.bound_op("table", out_spec=lambda x, rows: TensorSpec((rows, *x.shape), x.dtype))
 def table(rows: int):  # type: ignore[no-untyped-def]
     if rows > 1000:

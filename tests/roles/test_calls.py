@@ -275,3 +275,109 @@ def test_an_op_that_changes_its_input_is_given_the_true_one_each_time(channel: C
     x = client.empty((3, 4)).fill_(1.0)
     for _ in range(3):
         assert turned(x).tolist() == [4, 3]
+
+
+def test_a_deadline_holds_whoever_else_waits_on_the_channel(channel: Channel) -> None:
+    slow, quick = channel.bind("sleep", seconds=3.0), channel.bind("double")
+    quick(torch.ones(1))
+    waiting = threading.Thread(target=lambda: slow(torch.ones(1)))
+    waiting.start()
+    while not channel.outstanding:
+        pass
+    try:
+        with pytest.raises(shmbroker.CallTimeout):
+            quick(torch.ones(1), timeout=0.2)
+        assert waiting.is_alive(), "raised at its own deadline, not when the other's call was done"
+    finally:
+        waiting.join()
+
+
+def test_a_future_that_is_awaited_or_has_a_callback_keeps_its_deadline(channel: Channel) -> None:
+    slow = channel.bind("sleep", seconds=3.0)
+
+    async def wait() -> None:
+        await slow.submit(torch.ones(1), timeout=0.2)
+
+    with pytest.raises(shmbroker.CallTimeout):
+        asyncio.run(wait())
+    assert channel.outstanding == 1, "the worker is still at it"
+    told: list[BaseException | None] = []
+    called = threading.Event()
+    future = slow.submit(torch.ones(1), timeout=0.2)
+    future.add_done_callback(lambda future: (told.append(future.exception()), called.set()))
+    assert called.wait(20)
+    assert isinstance(told[0], shmbroker.CallTimeout)
+    assert channel.outstanding == 2
+    channel.close()
+    report = channel.report().total
+    assert (report.errors, report.calls) == (2, 0), "each call that timed out is counted once"
+
+
+def test_closing_a_channel_fails_what_others_wait_for_on_it_and_disturbs_no_other(client: shmbroker.Client, channel: Channel) -> None:
+    other = client.channel("test")
+    double = other.bind("double")
+    assert double(torch.ones(1)).item() == 2.0
+    slow = channel.bind("sleep", seconds=3.0)
+    errors: list[BaseException] = []
+    begun = threading.Event()
+
+    def call() -> None:
+        begun.set()
+        try:
+            slow(torch.ones(1))
+        except shmbroker.WorkerLost as error:
+            errors.append(error)
+
+    waiting = threading.Thread(target=call)
+    waiting.start()
+    begun.wait()
+    while not channel.outstanding:
+        pass
+    channel.close()
+    waiting.join()
+    assert "the channel was closed" in str(errors[0])
+    channel.close()
+    assert double(torch.ones(1)).item() == 2.0
+
+
+def test_a_tensor_that_torch_shows_with_another_sign_is_handed_over_as_shown(channel: Channel, client: shmbroker.Client) -> None:
+    negated = torch.view_as_complex(client.empty((3, 2)).fill_(1.0)).conj().imag
+    assert negated.is_neg()
+    assert channel.bind("double")(negated).tolist() == [-2.0] * 3
+
+
+def test_an_op_that_tries_to_end_the_worker_or_cannot_tell_its_error_fails_its_call_alone(channel: Channel) -> None:
+    x = torch.ones(1)
+    with pytest.raises(shmbroker.RemoteOpError, match="SystemExit: 3"):
+        channel.bind("leave", out_spec=same)(x)
+    with pytest.raises(shmbroker.ShmBrokerError, match="SystemExit: 3"):
+        channel.bind("leave_untried")(x)
+    with pytest.raises(shmbroker.RemoteOpError, match=r"Unspeakable: \(its text cannot be told\)"):
+        channel.bind("unspeakable", out_spec=same)(x)
+    with pytest.raises(shmbroker.BadInput, match="returned NoneType: an op returns a tensor or a tuple of tensors"):
+        channel.bind("nothing")(x)
+    assert channel.bind("double")(x).item() == 2.0
+
+
+def test_an_op_without_an_out_spec_runs_once_a_call_and_takes_arguments(channel: Channel) -> None:
+    count = channel.bind("count_runs")
+    first = count(torch.zeros(1)).item()
+    assert count(torch.zeros(1)).item() == first + 1
+    assert count(torch.zeros(1), step=10).item() == first + 11
+    assert count(torch.zeros(1)).item() == first + 12
+
+
+def test_arguments_that_cannot_travel_are_told_by_name_of_the_op(channel: Channel) -> None:
+    with pytest.raises(shmbroker.BadInput, match="op 'scale': static arguments are numbers"):
+        channel.bind("scale", factor=torch.ones(1))
+    with pytest.raises(shmbroker.BadInput, match="op 'add': a call's own arguments are numbers"):
+        channel.bind("add", out_spec=same)(torch.ones(1), term=torch.ones(1))
+    with pytest.raises(shmbroker.BadInput, match="named by a string"):
+        channel.bind(None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("shape", [(2.5,), (-1,), (1 << 62, 4), ("3",)])
+def test_shapes_that_are_none_are_refused(client: shmbroker.Client, shape: tuple[int, ...]) -> None:
+    with pytest.raises(shmbroker.BadInput, match="shape"):
+        client.empty(shape)
+    assert client.empty(5).shape == (5,)

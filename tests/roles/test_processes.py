@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +24,7 @@ CLIENT = "import shmbroker, sys; c = shmbroker.connect(arena='1M'); x = c.empty(
 
 MAKER = """
 import sys
+import tempfile
 from shmbroker.memory.segment import Geometry, make_segment
 
 hold = make_segment(sys.argv[1], Geometry(4096), instance="x", owner="0", owner_pid=0)
@@ -190,3 +193,58 @@ def test_a_broker_that_dies_with_its_starter_leaves_nothing(tmp_path: Path) -> N
     process.communicate()
     wait_until(lambda: not Path(f"/proc/{pid}").exists(), 10.0)
     assert kinds(instance) == []
+
+
+def maps_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/maps").read_text()
+
+
+def test_a_forked_child_cannot_call_and_so_never_takes_its_parents_answer(broker: shmbroker.LocalBroker) -> None:
+    with worker_process(), shmbroker.connect(arena="1M") as client:
+        double = client.channel("test").bind("double")
+        double(torch.ones(1))
+        read, write = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                double(torch.ones(1))
+            except shmbroker.ChannelError as error:
+                os.write(write, str(error).encode())
+            os._exit(0)
+        os.waitpid(child, 0)
+        os.close(write)
+        assert b"connect() anew after a fork" in os.read(read, 4096)
+        os.close(read)
+        assert double(torch.full((1,), 100.0)).item() == 200.0
+
+
+def test_a_client_that_closed_gives_its_memory_back_at_both_ends_and_the_worker_remembers_its_calls(broker: shmbroker.LocalBroker) -> None:
+    with worker_process() as process:
+        clients = []
+        for lane in ("shm", "zmq", "shm"):
+            client = shmbroker.connect(arena="1M")
+            clients.append(client)
+            channel = client.channel("test", lane=lane)
+            x = client.empty((4,)).fill_(1.0)
+            assert channel.bind("double")(x).tolist() == [2.0] * 4
+            del x
+            client.close()
+            client.close()
+        assert broker.instance not in "".join(line for line in maps_of(os.getpid()).splitlines() if "segment" in line)
+        wait_until(lambda: "segment" not in maps_of(process.pid), 5.0)
+        wait_until(lambda: [peer.stats.calls for peer in ask(None).peers] == [3], 5.0)
+
+
+def test_a_demo_that_is_killed_leaves_nothing() -> None:
+    tmp_path = Path(tempfile.mkdtemp(prefix="demo-", dir="/tmp"))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "shmbroker", "demo", "--json"], stdout=subprocess.PIPE, env={**os.environ, "TMPDIR": str(tmp_path)}
+    )
+    try:
+        wait_until(lambda: bool(list(tmp_path.glob("shmbroker-*/*.sock"))))
+        instance = next(tmp_path.glob("shmbroker-*/*.sock")).name.split(".")[0]
+    finally:
+        process.kill()
+        process.communicate()
+    wait_until(lambda: not kinds(instance) and not list(tmp_path.glob("shmbroker-*")), 20.0)
+    shutil.rmtree(tmp_path)
