@@ -6,13 +6,13 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tee_worker.offload import Offloaded, offload
+    from tee_worker.offloading import Offloaded, offload
     from tee_worker.splits import Split
 
 __all__ = ["Offloaded", "Split", "offload"]
 
 # The command line sets variables that torch reads when it is loaded, so nothing here may load it early.
-_HOME = {"Offloaded": "tee_worker.offload", "offload": "tee_worker.offload", "Split": "tee_worker.splits"}
+_HOME = {"Offloaded": "tee_worker.offloading", "offload": "tee_worker.offloading", "Split": "tee_worker.splits"}
 
 
 def __getattr__(name: str) -> object:

@@ -17,7 +17,7 @@ from shmbroker.memory.layout import PAGE, round_up
 from shmbroker.report import Report
 from shmbroker.sizes import MIB, mib, parse_bytes
 from shmbroker.status import ask
-from tee_worker.offload import offload
+from tee_worker.offloading import offload
 from tee_worker.splits import Split
 from tee_worker.structure import structure_of
 from tee_worker.traffic import Traffic, generation_traffic

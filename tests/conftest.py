@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from multiprocessing.context import ForkProcess
 
 import pytest
+import torch
 
 from shmbroker.memory import names
 from shmbroker.memory.geometry import Geometry
@@ -70,8 +71,13 @@ def start_child() -> Iterator[StartChild]:
     fork = multiprocessing.get_context("fork")
     children: list[ForkProcess] = []
 
+    def alone(target: Callable[..., None], *args: object) -> None:
+        # A forked child has the parent's pool of compute threads by name only, and would wait for it for ever.
+        torch.set_num_threads(1)
+        target(*args)
+
     def start(target: Callable[..., None], *args: object) -> ForkProcess:
-        child = fork.Process(target=target, args=args)
+        child = fork.Process(target=alone, args=(target, *args))
         child.start()
         children.append(child)
         return child

@@ -250,10 +250,10 @@ class SubmissionReader:
             raise BadFrame(f"tensor {index} has values in dimensions that it says it lacks")
         if any(size < 0 for size in shape) or any(stride < 0 for stride in strides):
             raise BadFrame(f"tensor {index} has a negative dimension or stride: shape {list(shape)}, strides {list(strides)}")
+        if math.prod(max(size, 1) for size in shape) * dtype.itemsize > _INT64_MAX:
+            raise BadFrame(f"tensor {index} ({dtype}, {list(shape)}) has a shape whose elements cannot be counted in 63 bits")
         spec = TensorSpec(shape, dtype)
         extent = extent_elements(shape, strides) * dtype.itemsize
-        if math.prod(max(size, 1) for size in shape) * dtype.itemsize > _INT64_MAX:
-            raise BadFrame(f"tensor {index} ({spec}) has a shape whose elements cannot be counted in 63 bits")
         if extent > self._end - self._first:
             raise BadFrame(f"tensor {index} ({spec}, strides {list(strides)}) reaches over {extent} bytes, more than the arena")
         form = Form(spec, strides, spec.nbytes, extent)

@@ -90,7 +90,8 @@ class ShmClientLane(_End):
     def close(self) -> None:
         """Give the worker's bell up, and the segment."""
         self._peer_bell.close()
-        del self._submissions, self._completions, self._segment, self.sleeping, self.claim, self.ready
+        if hasattr(self, "_segment"):
+            del self._submissions, self._completions, self._segment, self.sleeping, self.claim, self.ready
 
 
 class ShmWorkerLane(_End):
@@ -119,4 +120,5 @@ class ShmWorkerLane(_End):
     def close(self) -> None:
         """Give the client's bell up, and the segment."""
         self._peer_bell.close()
-        del self._submissions, self._completions, self._segment, self.sleeping, self.take, self.ready
+        if hasattr(self, "_segment"):
+            del self._submissions, self._completions, self._segment, self.sleeping, self.take, self.ready

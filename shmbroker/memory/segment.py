@@ -68,7 +68,9 @@ class Segment:
         """
         if self.hold is not None:
             self.hold.release()
-        del self.words, self.map
+            self.hold = None
+        if hasattr(self, "map"):
+            del self.words, self.map
 
 
 def _open(name: str) -> int:

@@ -259,7 +259,7 @@ def test_nine_dimensions_are_refused(arena: Arena) -> None:
 
 def test_a_negative_dimension_is_refused(arena: Arena) -> None:
     for place in (lambda: arena.empty((2, -1), torch.int8), lambda: Room((2, -1), torch.int8)):
-        with pytest.raises(BadInput, match=r"shape \[2, -1\] has a negative dimension"):
+        with pytest.raises(BadInput, match=r"shape \[2, -1\] cannot be used: dimensions are whole numbers"):
             place()
     assert _blocks(arena) == 0
 

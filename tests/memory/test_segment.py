@@ -364,11 +364,12 @@ def test_sizes_that_are_not_those_of_the_file_are_refused(made: str, nbytes: int
 def test_closing_gives_the_hold_up_and_a_second_time_does_nothing(name: str, instance: str) -> None:
     make_segment(name, SMALL, instance=instance, owner="o", owner_pid=1).release()
     segment = Segment.attach(name, hold=True)
+    view = memoryview(segment.map)[: len(layout.MAGIC)]
     assert is_held(_path(name))
     for _ in range(2):
         segment.close()
         assert not is_held(_path(name))
-    assert segment.map[: len(layout.MAGIC)] == layout.MAGIC, "the memory is there while anybody can look"
+    assert bytes(view) == layout.MAGIC, "the memory is there while anybody can look"
 
 
 @pytest.mark.parametrize("hold", [True, False])

@@ -278,7 +278,7 @@ def test_an_op_that_changes_its_input_is_given_the_true_one_each_time(channel: C
 
 
 def test_a_deadline_holds_whoever_else_waits_on_the_channel(channel: Channel) -> None:
-    slow, quick = channel.bind("sleep", seconds=3.0), channel.bind("double")
+    slow, quick = channel.bind("sleep", seconds=1.0), channel.bind("double")
     quick(torch.ones(1))
     waiting = threading.Thread(target=lambda: slow(torch.ones(1)))
     waiting.start()
@@ -286,24 +286,24 @@ def test_a_deadline_holds_whoever_else_waits_on_the_channel(channel: Channel) ->
         pass
     try:
         with pytest.raises(shmbroker.CallTimeout):
-            quick(torch.ones(1), timeout=0.2)
+            quick(torch.ones(1), timeout=0.1)
         assert waiting.is_alive(), "raised at its own deadline, not when the other's call was done"
     finally:
         waiting.join()
 
 
 def test_a_future_that_is_awaited_or_has_a_callback_keeps_its_deadline(channel: Channel) -> None:
-    slow = channel.bind("sleep", seconds=3.0)
+    slow = channel.bind("sleep", seconds=1.0)
 
     async def wait() -> None:
-        await slow.submit(torch.ones(1), timeout=0.2)
+        await slow.submit(torch.ones(1), timeout=0.1)
 
     with pytest.raises(shmbroker.CallTimeout):
         asyncio.run(wait())
     assert channel.outstanding == 1, "the worker is still at it"
     told: list[BaseException | None] = []
     called = threading.Event()
-    future = slow.submit(torch.ones(1), timeout=0.2)
+    future = slow.submit(torch.ones(1), timeout=0.1)
     future.add_done_callback(lambda future: (told.append(future.exception()), called.set()))
     assert called.wait(20)
     assert isinstance(told[0], shmbroker.CallTimeout)
@@ -317,7 +317,7 @@ def test_closing_a_channel_fails_what_others_wait_for_on_it_and_disturbs_no_othe
     other = client.channel("test")
     double = other.bind("double")
     assert double(torch.ones(1)).item() == 2.0
-    slow = channel.bind("sleep", seconds=3.0)
+    slow = channel.bind("sleep", seconds=1.0)
     errors: list[BaseException] = []
     begun = threading.Event()
 
