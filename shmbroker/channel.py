@@ -60,7 +60,7 @@ class Channel:
         self.ops = opened.ops
         self.completions = completions
         self.index = index
-        self._client = client
+        self.client = client
         self._opened = opened
         self._requester = requester
         self._control_lock = threading.Lock()
@@ -217,7 +217,7 @@ class Channel:
 
     def place(self, room: Room, timeout: float | None) -> tuple[torch.Tensor, int, int]:
         """A fresh block as a tensor, its offset and generation. While the arena is full, completions are taken, since they may free blocks."""
-        limit = self._client.place_timeout
+        limit = self.client.place_timeout
         if timeout is not None and timeout < limit:
             limit = timeout
         if not self._outstanding:
@@ -237,7 +237,7 @@ class Channel:
     @property
     def default_timeout(self) -> float | None:
         """Seconds that a call may take when it does not say otherwise."""
-        return self._client.timeout
+        return self.client.timeout
 
     # --- the rest -----------------------------------------------------------------------------------------------------------------------
 
@@ -287,4 +287,4 @@ class Channel:
         self._requester.close()
         self._lane.close()
         self._watch.close()
-        self._client.forget(self)
+        self.client.forget(self)

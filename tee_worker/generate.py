@@ -103,7 +103,7 @@ def generate(options: Options, on_text: OnText | None = None, on_note: OnText = 
         spin=options.spin,
     ) as client:
         channel = client.channel(options.service, lane=options.lane, doorbell=options.doorbell)
-        offload(model, client, channel, split, structure=structure)
+        offload(model, channel, split, structure=structure)
         begun = time.perf_counter()
         tokens = run(model, tokenizer, ids, options.max_new_tokens, on_text)
         seconds = time.perf_counter() - begun

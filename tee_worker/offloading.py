@@ -9,7 +9,6 @@ from torch import nn
 
 from shmbroker import model_ops
 from shmbroker.channel import Channel
-from shmbroker.client import Client
 from shmbroker.memory.spec import NAME_OF
 from tee_worker import attention
 from tee_worker.remote_modules import FusedCall, FusedLinear, RemoteEmbedding, RemoteLinear, SplitAttention
@@ -29,9 +28,7 @@ class Offloaded:
     split: Split
 
 
-def offload(
-    model: PreTrainedModel, client: Client, channel: Channel, split: Split | str = Split.FUSED, *, structure: Structure | None = None
-) -> Offloaded:
+def offload(model: PreTrainedModel, channel: Channel, split: Split | str = Split.FUSED, *, structure: Structure | None = None) -> Offloaded:
     """Replace modules of ``model`` by calls on ``channel``; their weights, if it has any, are let go.
 
     ``model.generate()``, caches and sampling stay Hugging Face's. The worker must hold the same model in the same dtype. Raises
@@ -57,7 +54,7 @@ def offload(
     if split is Split.OP:
         attention.register()
         modules = dict(model.named_modules())
-        split_attention = SplitAttention(client, channel.bind(model_ops.MATMUL, out_spec=model_ops.matmul))
+        split_attention = SplitAttention(channel.client, channel.bind(model_ops.MATMUL, out_spec=model_ops.matmul))
         for part in structure.attentions:
             setattr(modules[part.name], attention.ATTRIBUTE, split_attention)
         model.set_attn_implementation(attention.NAME)

@@ -53,7 +53,7 @@ def test_a_split_model_generates_the_tokens_of_the_whole_one(
     whole = AutoModelForCausalLM.from_pretrained(tiny)
     parts = AutoModelForCausalLM.from_pretrained(tiny)
     channel = client.channel(tiny_worker, lane=lane)
-    structure = offload(parts, client, channel, split).structure
+    structure = offload(parts, channel, split).structure
     assert torch.equal(generate(parts), generate(whole))
     torch.testing.assert_close(logits(parts), logits(whole), atol=1e-5, rtol=1e-4)
     report = channel.report()
@@ -69,7 +69,7 @@ def test_a_split_model_generates_the_tokens_of_the_whole_one(
 def test_calls_and_bytes_equal_the_analytic_model_exactly(client: shmbroker.Client, tiny: Path, tiny_worker: str, split: Split) -> None:
     parts = AutoModelForCausalLM.from_pretrained(tiny)
     channel = client.channel(tiny_worker)
-    structure = offload(parts, client, channel, split).structure
+    structure = offload(parts, channel, split).structure
     generate(parts)
     report = channel.report()
     expected = generation_traffic(structure, split, prompt_tokens=PROMPT.shape[1], new_tokens=NEW_TOKENS)
@@ -87,7 +87,7 @@ def test_a_model_that_was_loaded_without_the_heavy_weights_gives_the_same(client
     )
     assert {name.rpartition(".")[2] for name, _ in parts.named_parameters()} == {"weight"}
     assert all("norm" in name for name, _ in parts.named_parameters())
-    offload(parts, client, client.channel(tiny_worker), "op")
+    offload(parts, client.channel(tiny_worker), "op")
     assert torch.equal(generate(parts), generate(AutoModelForCausalLM.from_pretrained(tiny)))
 
 
@@ -97,7 +97,7 @@ def test_a_batch_with_padding_and_sampling_caches_stay_hugging_faces(client: shm
     whole = AutoModelForCausalLM.from_pretrained(tiny)
     for split in Split:
         parts = AutoModelForCausalLM.from_pretrained(tiny)
-        offload(parts, client, client.channel(tiny_worker), split)
+        offload(parts, client.channel(tiny_worker), split)
         assert torch.equal(generate(parts, ids, attention_mask=mask), generate(whole, ids, attention_mask=mask)), split
         assert torch.equal(generate(parts, num_beams=3), generate(whole, num_beams=3)), split
 
@@ -108,7 +108,7 @@ def test_tied_embeddings_are_one_weight_on_the_worker(broker: shmbroker.LocalBro
         parts = Checkpoint.at(folder).model(
             torch.float32, keep=lambda name, module: not isinstance(module, (torch.nn.Linear, torch.nn.Embedding))
         )
-        offload(parts, client, client.channel("tied"), "fused")
+        offload(parts, client.channel("tied"), "fused")
         assert torch.equal(generate(parts), generate(AutoModelForCausalLM.from_pretrained(folder)))
 
 
@@ -122,7 +122,7 @@ def test_half_precision_is_carried_as_it_is(
         for split in Split:
             parts = AutoModelForCausalLM.from_pretrained(tiny, dtype=dtype)
             channel = client.channel(name)
-            offload(parts, client, channel, split)
+            offload(parts, channel, split)
             torch.testing.assert_close(logits(parts).float(), logits(whole).float(), atol=0.02, rtol=0.05)
             assert channel.report().total.calls
 
@@ -133,14 +133,14 @@ def test_a_worker_with_another_model_or_dtype_is_told_at_once(
     channel = client.channel(tiny_worker)
     wider = AutoModelForCausalLM.from_config(tiny_llama(intermediate_size=81))
     with pytest.raises(shmbroker.BadInput, match="is 48 x 80 here, 48 x 81 at the client: start both workers with the same --model"):
-        offload(wider, client, channel)
+        offload(wider, channel)
     with pytest.raises(shmbroker.BadInput, match="is float32 of width 48 here, bfloat16 of width 48 at the client"):
-        offload(AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16), client, channel)
+        offload(AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16), channel)
     deeper = AutoModelForCausalLM.from_config(tiny_llama(num_hidden_layers=4))
     with pytest.raises(shmbroker.BadInput, match=r"has no linear layer 'model\.layers\.3\.self_attn\.q_proj'"):
-        offload(deeper, client, channel, "linear")
+        offload(deeper, channel, "linear")
     with pytest.raises(shmbroker.BadInput, match="split 'half' is not known; there are: linear, fused, op"):
-        offload(wider, client, channel, "half")
+        offload(wider, channel, "half")
 
 
 def test_the_structure_is_found_by_running_the_model_not_by_its_names() -> None:

@@ -57,7 +57,7 @@ def test_every_dtype_arrives_bit_for_bit(channel: Channel, dtype: torch.dtype) -
 def test_strided_views_of_any_shape_arrive_without_being_made_contiguous(channel: Channel, data: st.DataObject) -> None:
     shape = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=8))
     order = data.draw(st.permutations(range(len(shape))))
-    client = channel._client
+    client = channel.client
     x = client.empty([size * 2 for size in shape] if len(shape) < 5 else shape, torch.int32)
     x.copy_(torch.arange(x.numel()).view(x.shape))
     view = x.permute(order)
