@@ -28,8 +28,6 @@ from shmbroker.remote_op import RemoteOp
 from shmbroker.sizes import MIB
 
 LAYERS, TOKENS, HIDDEN, HEADS, HEAD, INTERMEDIATE, KEYS, VOCABULARY = 16, 1024, 2048, 32, 64, 8192, 512, 128256
-PROTOTYPE_SECONDS = 43.6
-"""The prototype's 98 calls, rebuilt with a peer that computes nothing, on the reference machine."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,6 @@ from benchmarks.measure import Case, alternate, size_text
 from benchmarks.table import Table
 
 SIZES = [64, 4 << 10, 64 << 10, 1 << 20, 8 << 20, 64 << 20]
-HEADLINE = 8 << 20
 OURS = "shmbroker shm/sem"
 
 

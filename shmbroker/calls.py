@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from shmbroker.completions import release_waiter
 from shmbroker.errors import BadFrame, CallError, CallTimeout, RemoteOpError, ShmBrokerError, WorkerDraining
 from shmbroker.lane.frames import Completion, FrameTemplate
 from shmbroker.memory.arena import Room
@@ -147,10 +148,7 @@ class Call:
     def _tell(self) -> None:
         wake = self.wake
         if wake is not None:
-            try:
-                wake.release()
-            except RuntimeError:
-                pass  # handed the lead in the same moment
+            release_waiter(wake)
         if self.future is not None:
             self.future.settle()
 

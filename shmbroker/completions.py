@@ -50,7 +50,7 @@ class CompletionLoop:
         self._leader = threading.Lock()
         self._followers: list[Waitable] = []
         self._wanted = 0
-        """Threads that want the lead for a moment (C4)."""
+        """Threads that want the lead for a moment (C4). Counted, like the sources are changed, under a lock."""
         self._wanted_lock = threading.Lock()
         self._watched: queue.SimpleQueue[Waitable | None] = queue.SimpleQueue()
         self._watcher: threading.Thread | None = None
@@ -58,11 +58,17 @@ class CompletionLoop:
 
     def add(self, source: Source) -> None:
         """Take completions from ``source`` too."""
-        self._set_sources([*self._sources, source])
+        with self._wanted_lock:  # two channels may be opened at once
+            self._set_sources([*self._sources, source])
 
     def remove(self, source: Source) -> None:
         """No longer; when this returns, no thread reads from ``source``."""
-        self.alone(lambda: self._set_sources([other for other in self._sources if other is not source]))
+
+        def remove() -> None:
+            with self._wanted_lock:
+                self._set_sources([other for other in self._sources if other is not source])
+
+        self.alone(remove)
 
     def check_peers(self) -> None:
         """Look at all peers' lives now, rather than after the next wait; left to the leader where there is one, who does so anyway."""
@@ -117,12 +123,12 @@ class CompletionLoop:
     def _lead(self, call: Waitable, deadline_ns: int) -> bool:
         """Read for all until ``call`` is done; False when its deadline came first."""
         block = self._block
-        ready = self._ready
         while True:
             left = RECHECK_SECONDS
             if deadline_ns:
                 left = max(0.0, (deadline_ns - time.monotonic_ns()) / 1e9)
-            if block(ready, left if left < RECHECK_SECONDS else RECHECK_SECONDS):
+            # self._ready anew each time: a channel may have been opened meanwhile, and its completions are this leader's to read.
+            if block(self._ready, left if left < RECHECK_SECONDS else RECHECK_SECONDS):
                 self._drain()
             elif left > 0:
                 self._check_peers()

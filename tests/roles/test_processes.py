@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +26,7 @@ CLIENT = "import shmbroker, sys; c = shmbroker.connect(arena='1M'); x = c.empty(
 MAKER = """
 import sys
 import tempfile
+import threading
 from shmbroker.memory.segment import Geometry, make_segment
 
 hold = make_segment(sys.argv[1], Geometry(4096), instance="x", owner="0", owner_pid=0)
@@ -248,3 +250,18 @@ def test_a_demo_that_is_killed_leaves_nothing() -> None:
         process.communicate()
     wait_until(lambda: not kinds(instance) and not list(tmp_path.glob("shmbroker-*")), 20.0)
     shutil.rmtree(tmp_path)
+
+
+@pytest.mark.parametrize("doorbell", ["sem", "poll"])
+def test_a_channel_that_is_opened_while_another_threads_call_runs_is_served_meanwhile(broker: shmbroker.LocalBroker, doorbell: str) -> None:
+    with worker_process("first"), worker_process("second"), shmbroker.connect(arena="1M") as client:
+        first = client.channel("first", doorbell=doorbell)
+        slow = first.bind("sleep", seconds=2.0)
+        slow_call = threading.Thread(target=lambda: slow.submit(torch.ones(1)).exception())
+        slow_call.start()
+        while not first.outstanding:
+            pass
+        assert client.channel("second", doorbell=doorbell).bind("scale", factor=2.0)(torch.ones(1)).item() == 2.0
+        assert slow_call.is_alive(), "answered while the other call still ran"
+        first.close()
+        slow_call.join()
