@@ -13,9 +13,9 @@ import torch
 
 from shmbroker.completions import release_waiter
 from shmbroker.errors import BadFrame, CallError, CallTimeout, RemoteOpError, ShmBrokerError, WorkerDraining
-from shmbroker.lane.frames import Completion, FrameTemplate
-from shmbroker.memory.arena import Room
+from shmbroker.lane.frames import Completion, CompletionFields, FrameTemplate
 from shmbroker.memory.layout import Status
+from shmbroker.memory.room import Room
 from shmbroker.memory.spec import contiguous_strides, spec_of
 from shmbroker.ops import Outputs
 
@@ -32,9 +32,13 @@ clock_ns = time.monotonic_ns
 class Plan:
     """All that is the same for every call with inputs of the same shapes, dtypes and strides."""
 
-    __slots__ = ("bytes_in", "bytes_out", "rooms", "single", "template")
+    __slots__ = ("bytes_in", "bytes_out", "channel", "rooms", "single", "statistics", "template")
 
-    def __init__(self, op_id: int, inputs: Sequence[torch.Tensor], outputs: Outputs, arguments: bytes) -> None:
+    def __init__(
+        self, channel: Channel, statistics: OpStatistics, op_id: int, inputs: Sequence[torch.Tensor], outputs: Outputs, arguments: bytes
+    ) -> None:
+        self.channel = channel
+        self.statistics = statistics
         self.template = FrameTemplate(
             op_id,
             [(spec_of(tensor), tensor.stride()) for tensor in inputs],
@@ -53,7 +57,6 @@ class Call:
     __slots__ = (
         "begun_ns",
         "call_id",
-        "channel",
         "copied_bytes",
         "copy_ns",
         "deadline_ns",
@@ -63,7 +66,6 @@ class Call:
         "inputs",
         "outputs",
         "plan",
-        "statistics",
         "submitted_ns",
         "wake",
     )
@@ -77,8 +79,6 @@ class Call:
 
     def __init__(
         self,
-        channel: Channel,
-        statistics: OpStatistics,
         plan: Plan,
         inputs: Sequence[torch.Tensor],
         outputs: Sequence[torch.Tensor],
@@ -86,8 +86,6 @@ class Call:
         deadline_ns: int,
     ) -> None:
         """Times in nanoseconds of CLOCK_MONOTONIC; ``deadline_ns`` 0 for none."""
-        self.channel = channel
-        self.statistics = statistics
         self.plan = plan
         self.inputs = inputs
         self.outputs = outputs
@@ -98,14 +96,24 @@ class Call:
         self.copied_bytes = 0
         self.error = self.wake = self.future = None
 
-    def finish(self, completion: Completion, taken_ns: int) -> None:
+    @property
+    def channel(self) -> Channel:
+        """The channel it goes over."""
+        return self.plan.channel
+
+    @property
+    def statistics(self) -> OpStatistics:
+        """Where it is counted."""
+        return self.plan.statistics
+
+    def finish(self, completion: CompletionFields, taken_ns: int) -> None:
         """The worker has answered."""
         _, status, queued_ns, compute_ns, _ = completion
-        statistics = self.statistics
-        if status and self.error is None:  # a call that has timed out is counted already
-            self.error = self._error_of(completion)
-            statistics.errors += 1
         plan = self.plan
+        statistics = plan.statistics
+        if status and self.error is None:  # a call that has timed out is counted already
+            self.error = self._error_of(Completion(*completion))
+            statistics.errors += 1
         begun_ns = self.begun_ns
         now = clock_ns()
         rpc_ns = now - begun_ns

@@ -21,7 +21,7 @@ from shmbroker.lane.doorbell import RECHECK_SECONDS
 from shmbroker.lane.frames import FrameTemplate
 from shmbroker.lane.shm_lane import ShmClientLane
 from shmbroker.lane.zmq_lane import ZmqClientLane
-from shmbroker.memory.arena import Room
+from shmbroker.memory.room import Room
 from shmbroker.memory.spec import DTYPE_NAMED, NAME_OF, TensorSpec
 from shmbroker.ops import Outputs, OutSpec
 from shmbroker.remote_op import OutputsOf, RemoteOp
@@ -70,6 +70,7 @@ class Channel:
         self._last_call_id = 0
         self.has_frames = lane.ready
         """Whether a completion waits to be taken."""
+        self.receivers = lane.receivers
         self.arena = client.arena
         self._watch = Watch(worker.process)
         self._lost: ShmBrokerError | None = None
@@ -122,7 +123,7 @@ class Channel:
 
     # --- calls ------------------------------------------------------------------------------------------------------------------------
 
-    def submit(self, call: Call, template: FrameTemplate, offsets: Sequence[int], generations: Sequence[int]) -> None:
+    def submit(self, call: Call, template: FrameTemplate, offsets: list[int], generations: list[int]) -> None:
         """Write the frame of ``call`` and ring. Waits for a free slot until the call's deadline when the queue is full."""
         lane = self._lane
         lock = self._submit_lock
@@ -132,14 +133,14 @@ class Channel:
                 if self._lost is not None:
                     raise self._lost
                 outstanding = self._outstanding
-                slot = lane.claim() if len(outstanding) < lane.depth else None
-                if slot is not None:
-                    self._last_call_id = call.call_id = call_id = self._last_call_id + 1
+                if len(outstanding) < lane.depth:
+                    call.call_id = call_id = self._last_call_id + 1
                     call.submitted_ns = now = clock_ns()
-                    template.write(slot, call_id, call.deadline_ns, now, offsets, generations)
-                    outstanding[call_id] = call
-                    lane.commit(template.nbytes)
-                    return
+                    outstanding[call_id] = call  # before the frame is seen: the answer may be there in the same moment
+                    if lane.submit(template, call_id, call.deadline_ns, now, offsets, generations):
+                        self._last_call_id = call_id
+                        return
+                    del outstanding[call_id]
             finally:
                 lock.release()
             self._wait_for_slot(call)
@@ -163,17 +164,21 @@ class Channel:
                     raise TimeoutError(f"op {call.statistics.name!r}, call {call.call_id} is not done after {timeout:g} s")
                 return
         if not self.completions.wait(call, deadline_ns):
-            self.completions.check_peers()
-            call.expire()
+            self.expire(call)
+
+    def expire(self, call: Call) -> None:
+        """The deadline of ``call`` has passed: it fails, for a better reason where there is one."""
+        self.completions.check_peers()
+        call.expire()
 
     def drain(self) -> None:
         """Take all completions there are and finish their calls. Called by the leader of the waiters only."""
         take = self._lane.take
         while (completion := take()) is not None:
             taken_ns = clock_ns()
-            call = self._outstanding.pop(completion.call_id, None)
+            call = self._outstanding.pop(completion[0], None)
             if call is None:
-                log.warning("%s completed call %d, which is not outstanding: ignored", self.peer_text(), completion.call_id)
+                log.warning("%s completed call %d, which is not outstanding: ignored", self.peer_text(), completion[0])
             else:
                 call.finish(completion, taken_ns)
 
@@ -234,11 +239,6 @@ class Channel:
                     raise
                 self.completions.wait_any(left)
 
-    @property
-    def default_timeout(self) -> float | None:
-        """Seconds that a call may take when it does not say otherwise."""
-        return self.client.timeout
-
     # --- the rest -----------------------------------------------------------------------------------------------------------------------
 
     def report(self) -> Report:
@@ -284,6 +284,7 @@ class Channel:
             except (ShmBrokerError, TimeoutError) as error:
                 log.debug("closing channel %d: %s", self._opened.channel, error)
         self.has_frames = bool  # never
+        self.receivers = ()
         self._requester.close()
         self._lane.close()
         self._watch.close()

@@ -9,7 +9,6 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable
 from types import TracebackType
 
 import torch
@@ -24,9 +23,10 @@ from shmbroker.control import messages as m
 from shmbroker.control.liveness import this_process
 from shmbroker.control.sockets import Requester
 from shmbroker.errors import BadInput, ChannelError, NoSuchService, ShmBrokerError
-from shmbroker.lane.doorbell import DEFAULT_SPIN_SECONDS, PollingBell, SemaphoreBell, Waiter, shm_lane_supported
+from shmbroker.lane.doorbell import PollingBell, SemaphoreBell, shm_lane_supported
 from shmbroker.lane.kinds import Doorbell, Lane
-from shmbroker.lane.shm_lane import ShmClientLane, clear_channel
+from shmbroker.lane.shm_lane import CLIENT_SLEEPING, ShmClientLane, clear_channel
+from shmbroker.lane.waiter import DEFAULT_SPIN_SECONDS, Waiter
 from shmbroker.lane.zmq_lane import ZmqClientLane
 from shmbroker.memory import layout, names
 from shmbroker.memory.arena import DEFAULT_PLACE_SECONDS, Arena
@@ -135,7 +135,6 @@ class Client:
             stack.callback(self._bell.close)
             self.arena = Arena(self._segment)
             stack.callback(self.arena.close)
-            self._waiters = {Doorbell.SEM: Waiter(self._bell, spin), Doorbell.POLL: Waiter(PollingBell(), spin)}
             self._spin = spin
             self._loops: dict[Doorbell, CompletionLoop] = {}
             self._link = BrokerLink(self._context, self._endpoint, self._hello, self._stats, self._peer_gone)
@@ -258,7 +257,7 @@ class Client:
                     loop = self._loop(Doorbell(opened.doorbell))
                 else:
                     zmq_end = end = ZmqClientLane(self._context, opened.endpoint, opened.token, self._segment.geometry.depth)
-                    loop = CompletionLoop(lambda ready, seconds: zmq_end.wait(seconds))
+                    loop = CompletionLoop(lambda ready, receivers, seconds: zmq_end.wait(seconds))
             except TimeoutError as error:
                 raise ChannelError(f"worker {worker.name!r} (pid {worker.process.pid}) does not answer: {error}") from None
             stack.pop_all()
@@ -268,13 +267,9 @@ class Client:
         """The waiters on this process's doorbell: one loop for all channels of the shm lane that use it."""
         with self._lock:
             if doorbell not in self._loops:
-                waiter = self._waiters[doorbell]
-                sleeping = [(self._segment.words, layout.offset_of(layout.SegmentHeader, "client_sleeping") // 8)]
-
-                def block(ready: Callable[[], bool], seconds: float) -> bool:
-                    return waiter.wait(ready, sleeping, seconds)
-
-                self._loops[doorbell] = CompletionLoop(block)
+                bell = self._bell if doorbell is Doorbell.SEM else PollingBell()
+                waiter = Waiter(bell, self._spin, [(self._segment.words, CLIENT_SLEEPING // 8)])
+                self._loops[doorbell] = CompletionLoop(waiter.wait)
             return self._loops[doorbell]
 
     def forget(self, channel: Channel) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from shmbroker.lane.doorbell import RECHECK_SECONDS
+from shmbroker.lane.ends import Receiver
 
 
 class Waitable(Protocol):
@@ -33,6 +34,8 @@ class Source(Protocol):
 
     has_frames: Callable[[], bool]
     """Whether a completion is there to be taken."""
+    receivers: tuple[Receiver, ...]
+    """Where completions come from, to be looked at before blocking."""
 
     def drain(self) -> None:
         """Take all completions there are and finish their calls."""
@@ -41,10 +44,13 @@ class Source(Protocol):
         """Fail all outstanding calls when the peer is dead."""
 
 
-class CompletionLoop:
-    """The waiters on one doorbell. ``block(ready, seconds)`` blocks until ``ready()``, at most so long."""
+Block = Callable[[Callable[[], bool], tuple[Receiver, ...], float], bool]
 
-    def __init__(self, block: Callable[[Callable[[], bool], float], bool]) -> None:
+
+class CompletionLoop:
+    """The waiters on one doorbell. ``block`` looks at the receivers for a while, then blocks until ``ready()``, at most so many seconds."""
+
+    def __init__(self, block: Block) -> None:
         self._block = block
         self._set_sources([])
         self._leader = threading.Lock()
@@ -112,7 +118,7 @@ class CompletionLoop:
         """Take what there is, or wait for one completion: for a caller that needs a free slot rather than a certain call."""
         if self._leader.acquire(timeout=min(seconds, RECHECK_SECONDS)):
             try:
-                if self._block(self._ready, min(seconds, RECHECK_SECONDS)):
+                if self._block(self._ready, self._receivers, min(seconds, RECHECK_SECONDS)):
                     self._drain()
                 else:
                     self._check_peers()
@@ -128,7 +134,7 @@ class CompletionLoop:
             if deadline_ns:
                 left = max(0.0, (deadline_ns - time.monotonic_ns()) / 1e9)
             # self._ready anew each time: a channel may have been opened meanwhile, and its completions are this leader's to read.
-            if block(self._ready, left if left < RECHECK_SECONDS else RECHECK_SECONDS):
+            if block(self._ready, self._receivers, left if left < RECHECK_SECONDS else RECHECK_SECONDS):
                 self._drain()
             elif left > 0:
                 self._check_peers()
@@ -171,6 +177,7 @@ class CompletionLoop:
 
     def _set_sources(self, sources: list[Source]) -> None:
         self._sources = sources
+        self._receivers = tuple([receiver for source in sources for receiver in source.receivers])
         # With one source, as most clients have, its own look is all that is needed.
         self._ready = sources[0].has_frames if len(sources) == 1 else self._any_ready
 
@@ -213,7 +220,7 @@ class CompletionLoop:
         self._block = _closed
 
 
-def _closed(ready: Callable[[], bool], seconds: float) -> bool:
+def _closed(ready: Callable[[], bool], receivers: tuple[Receiver, ...], seconds: float) -> bool:
     return False
 
 

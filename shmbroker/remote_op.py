@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from enum import Enum
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 import torch
 
 from shmbroker.calls import Call, CallFuture, Plan, Result, clock_ns
 from shmbroker.errors import BadInput
-from shmbroker.memory.arena import Room
+from shmbroker.memory.room import Room
 from shmbroker.memory.spec import TensorSpec, spec_of
 from shmbroker.ops import Outputs
 from shmbroker.statistics import OpStatistics
@@ -27,12 +28,14 @@ OutputsOf = Callable[[Sequence[TensorSpec], dict[str, Any]], Outputs]
 _arguments_encoder = msgspec.msgpack.Encoder()
 
 
-class _Unset:
+class _Unset(Enum):
     """The type of ``timeout`` when the client's own is meant."""
 
+    UNSET = 0
 
-_UNSET = _Unset()
-Timeout = float | None | _Unset
+
+_UNSET = _Unset.UNSET
+Timeout = float | None | Literal[_Unset.UNSET]
 
 
 class RemoteOp:
@@ -43,7 +46,7 @@ class RemoteOp:
     msgpack at most). Thread-safe.
     """
 
-    __slots__ = ("_channel", "_op_id", "_outputs", "_plans", "_statistics", "name")
+    __slots__ = ("_channel", "_op_id", "_outputs", "_plans", "_statistics", "_timeout", "name")
 
     def __init__(self, channel: Channel, name: str, op_id: int, outputs: OutputsOf, statistics: OpStatistics) -> None:
         self.name = name
@@ -52,6 +55,8 @@ class RemoteOp:
         self._outputs = outputs
         self._statistics = statistics
         self._plans: dict[object, Plan] = {}
+        self._timeout: tuple[float | None, int] = None, 0
+        """The last one with its nanoseconds: it is the same object in call after call."""
 
     def __repr__(self) -> str:
         return f"<RemoteOp {self.name!r} on {self._channel.peer_text()}>"
@@ -63,7 +68,9 @@ class RemoteOp:
         :class:`RemoteOpError` with the worker's error, :class:`ArenaFull`, :class:`BadInput`.
         """
         call = self._submit(inputs, timeout, arguments)
-        self._channel.wait(call)
+        channel = self._channel
+        if not channel.completions.wait(call, call.deadline_ns):
+            channel.expire(call)
         return call.result()
 
     def submit(self, *inputs: torch.Tensor, timeout: Timeout = _UNSET, **arguments: Any) -> CallFuture:
@@ -85,9 +92,10 @@ class RemoteOp:
         return future
 
     def _submit(self, inputs: tuple[torch.Tensor, ...], timeout: Timeout, arguments: dict[str, Any]) -> Call:
-        seconds = self._channel.default_timeout if isinstance(timeout, _Unset) else timeout
+        channel = self._channel
+        seconds = channel.client.timeout if timeout is _UNSET else timeout
         call, offsets, generations = self._prepare(inputs, seconds, arguments)
-        self._channel.submit(call, call.plan.template, offsets, generations)
+        channel.submit(call, call.plan.template, offsets, generations)
         return call
 
     def _prepare(
@@ -97,7 +105,7 @@ class RemoteOp:
         begun_ns = clock_ns()
         channel = self._channel
         arena = channel.arena
-        leases, address = arena.leases, arena.address
+        blocks, address = arena.blocks, arena.address
         offsets: list[int] = []
         generations: list[int] = []
         copied: list[int] = []
@@ -107,9 +115,9 @@ class RemoteOp:
                 offset = tensor.data_ptr() - address
             except (AttributeError, RuntimeError):
                 offset = -1  # no tensor, or one without a place in memory
-            lease = leases.get(offset)
-            if lease is not None and not tensor.is_neg():
-                generations.append(lease.block.generation)
+            block = blocks.get(offset)
+            if block is not None and not tensor.is_neg():
+                generations.append(block.generation)
             else:
                 if isinstance(placed, tuple):
                     placed = list(inputs)
@@ -127,8 +135,7 @@ class RemoteOp:
             outputs.append(output)
             offsets.append(offset)
             generations.append(generation)
-        deadline_ns = 0 if timeout is None else begun_ns + _nanoseconds(timeout)
-        call = Call(channel, self._statistics, plan, placed, outputs, begun_ns, deadline_ns)
+        call = Call(plan, placed, outputs, begun_ns, self._deadline(begun_ns, timeout))
         if copied:
             call.copied_bytes, call.copy_ns = sum(copied[::2]), sum(copied[1::2])
         return call, offsets, generations
@@ -160,7 +167,14 @@ class RemoteOp:
         key = (packed, _signature(inputs)) if packed else _signature(inputs)
         plan = self._plans.get(key)
         if plan is None:
-            plan = Plan(self._op_id, inputs, self._outputs([spec_of(tensor) for tensor in inputs], arguments), packed)
+            plan = Plan(
+                self._channel,
+                self._statistics,
+                self._op_id,
+                inputs,
+                self._outputs([spec_of(tensor) for tensor in inputs], arguments),
+                packed,
+            )
             if len(self._plans) >= _KNOWN_PLANS:
                 self._plans.clear()
             self._plans[key] = plan
@@ -169,17 +183,28 @@ class RemoteOp:
     def resubmit(self, like: Call, offsets: list[int], generations: list[int], timeout: Timeout) -> Call:
         """For :class:`CapturedCall`: another call with the same tensors, plan and places."""
         channel = self._channel
-        seconds = channel.default_timeout if isinstance(timeout, _Unset) else timeout
+        seconds = channel.client.timeout if timeout is _UNSET else timeout
         begun_ns = clock_ns()
-        deadline_ns = 0 if seconds is None else begun_ns + _nanoseconds(seconds)
-        call = Call(channel, self._statistics, like.plan, like.inputs, like.outputs, begun_ns, deadline_ns)
+        call = Call(like.plan, like.inputs, like.outputs, begun_ns, self._deadline(begun_ns, seconds))
         channel.submit(call, like.plan.template, offsets, generations)
         return call
 
     def wait(self, call: Call) -> Result:
         """For :class:`CapturedCall`: the result of a call that was submitted."""
-        self._channel.wait(call)
+        channel = self._channel
+        if not channel.completions.wait(call, call.deadline_ns):
+            channel.expire(call)
         return call.result()
+
+    def _deadline(self, begun_ns: int, timeout: float | None) -> int:
+        """When a call that began so must be done; 0 for no limit."""
+        if timeout is None:
+            return 0
+        known, nanoseconds = self._timeout
+        if timeout is not known:
+            nanoseconds = _nanoseconds(timeout)
+            self._timeout = timeout, nanoseconds
+        return begun_ns + nanoseconds
 
 
 def _nanoseconds(timeout: float) -> int:

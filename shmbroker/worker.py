@@ -28,9 +28,11 @@ from shmbroker.control import messages as m
 from shmbroker.control.liveness import Watch, process_of, this_process
 from shmbroker.control.sockets import Requester, Responder
 from shmbroker.errors import BadInput, ChannelError, ProtocolMismatch
-from shmbroker.lane.doorbell import DEFAULT_SPIN_SECONDS, PollingBell, SemaphoreBell, Waiter, shm_lane_supported
+from shmbroker.lane.doorbell import PollingBell, SemaphoreBell, shm_lane_supported
+from shmbroker.lane.ends import Receiver
 from shmbroker.lane.kinds import Doorbell, Lane
 from shmbroker.lane.shm_lane import ShmWorkerLane
+from shmbroker.lane.waiter import DEFAULT_SPIN_SECONDS, Waiter
 from shmbroker.lane.zmq_lane import ZmqWorkerSocket, new_token
 from shmbroker.memory import names
 from shmbroker.memory.hold import Hold, unlink_own
@@ -250,15 +252,20 @@ class Worker:
                     return True
             return False
 
+        waiter = bell_waiter
+        receivers: tuple[Receiver, ...] = ()
         while True:
-            while not changes.empty():
-                changes.get()()
+            if not changes.empty():
+                while not changes.empty():
+                    changes.get()()
+                receivers = tuple([lane.receiver for _, lane in lanes])
+                waiter = poll_waiter if any(lane.doorbell is Doorbell.POLL for _, lane in lanes) else bell_waiter
+                waiter.sleeping = [lane.sleeping for _, lane in lanes]
             stopping = self._stopping.is_set()
             if not self._run_one_each(lanes, stopping):
                 if stopping:
                     return
-                waiter = poll_waiter if any(lane.doorbell is Doorbell.POLL for _, lane in lanes) else bell_waiter
-                waiter.wait(something, [lane.sleeping for _, lane in lanes], 1.0)
+                waiter.wait(something, receivers, 1.0)
 
     def _run_one_each(self, lanes: list[tuple[WorkerChannel, ShmWorkerLane]], stopping: bool) -> bool:
         """Run one frame of each lane that has one; returns whether any had.
@@ -267,11 +274,11 @@ class Worker:
         """
         busy = False
         for channel, lane in lanes:
-            frame = lane.take()
-            if frame is not None:
+            taken = lane.take()
+            if taken is not None:
                 busy = True
                 with self._running:
-                    completion = channel.run(frame, stopping)
+                    completion = channel.run(taken, stopping)
                 if not lane.complete(completion):
                     log.warning("client %s left its completion queue full: its channel is closed", channel.opened.client_name)
                     self._gone.put(channel.opened.client)
@@ -294,7 +301,7 @@ class Worker:
             log.warning("a frame with a token that no channel has was dropped")
             return
         with self._running:
-            completion = channel.run(frame, stopping)
+            completion = channel.run_frame(frame, stopping)
         self._zmq.complete(token, completion)
 
     # --- control ------------------------------------------------------------------------------------------------------------------------

@@ -17,12 +17,13 @@ from shmbroker.errors import BadFrame, BadInput
 from shmbroker.lane.frames import (
     SUBMISSION_HEADER,
     Completion,
+    CompletionFields,
     Descriptor,
     Submission,
     SubmissionReader,
-    constant_part,
+    Taken,
     pack_text,
-    times_of,
+    taken_of,
 )
 from shmbroker.memory.layout import Status
 from shmbroker.memory.segment import Segment
@@ -102,10 +103,7 @@ class PreparedCall:
 
     def intact(self) -> bool:
         """Whether the inputs are as they were."""
-        for tensor, version in zip(self._inputs, self._versions):  # noqa: B905 (made of the same inputs)
-            if tensor._version != version:
-                return False
-        return True
+        return [tensor._version for tensor in self._inputs] == self._versions
 
 
 @dataclass(slots=True)
@@ -128,26 +126,34 @@ class WorkerChannel:
         self.ops[op_id] = op
         return op_id
 
-    def run(self, frame: bytes, draining: bool) -> Completion:
-        """Run the call in ``frame``, a private copy. Every outcome, also of a frame that makes no sense, is a completion."""
+    def run_frame(self, frame: bytes, draining: bool) -> CompletionFields:
+        """:meth:`run` for a frame that may be of any length."""
+        if len(frame) < SUBMISSION_HEADER.size:
+            self.counters.calls += 1
+            self.counters.errors += 1
+            text = pack_text(f"a frame of {len(frame)} bytes is shorter than its header")
+            return Completion(int.from_bytes(frame[_call_id_bytes], "little"), Status.BAD_FRAME, 0, 0, text)
+        return self.run(taken_of(frame), draining)
+
+    def run(self, taken: Taken, draining: bool) -> CompletionFields:
+        """Run a call that was taken. Every outcome, also of a frame that makes no sense, is a completion."""
         taken_ns = _clock_ns()
-        if draining or len(frame) < SUBMISSION_HEADER.size:
-            return self._refuse(frame, draining)
+        call_id, deadline_ns, submitted_ns, key, frame = taken
+        if draining:
+            return Completion(call_id, Status.DRAINING, 0, 0, b"")
         counters = self.counters
         counters.calls += 1
-        call_id, deadline_ns, submitted_ns = times_of(frame)
         queued_ns = taken_ns - submitted_ns if taken_ns > submitted_ns else 0
         if deadline_ns and taken_ns > deadline_ns:
             counters.errors += 1
             return Completion(call_id, Status.EXPIRED, queued_ns, 0, b"")
-        key = constant_part(frame)
         prepared = self._prepared.get(key)
         known = prepared is not None
         begun_ns = taken_ns
         try:
             if prepared is None:
                 prepared = self._open(frame)
-            begun_ns = _clock_ns()
+                begun_ns = _clock_ns()
             prepared.run()
         except BadFrame as error:
             counters.errors += 1
@@ -164,15 +170,7 @@ class WorkerChannel:
             self._prepared.pop(key, None)
         elif not known and prepared.repeatable:
             self._keep(key, prepared)
-        return Completion(call_id, 0, queued_ns, compute_ns, b"")
-
-    def _refuse(self, frame: bytes, draining: bool) -> Completion:
-        call_id = int.from_bytes(frame[_call_id_bytes], "little")
-        if draining:
-            return Completion(call_id, Status.DRAINING, 0, 0, b"")
-        self.counters.calls += 1
-        self.counters.errors += 1
-        return Completion(call_id, Status.BAD_FRAME, 0, 0, pack_text(f"a frame of {len(frame)} bytes is shorter than its header"))
+        return call_id, 0, queued_ns, compute_ns, b""
 
     def _open(self, frame: bytes) -> PreparedCall:
         """Check a frame that was not met before. Raises :class:`BadFrame`."""

@@ -10,7 +10,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from shmbroker.channel import Channel
 from shmbroker.local import stop_process
+from shmbroker.memory import layout
 
 PROGRAMS = Path(__file__).parent / "programs"
 START_SECONDS = 60.0
@@ -55,3 +57,10 @@ def run(*command: str, seconds: float = 120.0, **environment: str) -> subprocess
     return subprocess.run(
         command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=seconds, check=False, stdin=subprocess.DEVNULL
     )
+
+
+def submissions_taken(channel: Channel) -> int:
+    """How many frames the worker of a channel on lane shm has taken so far."""
+    segment = channel.client._segment
+    area = segment.geometry.channel_offset(channel.index)
+    return int(segment.words[(area + layout.offset_of(layout.ChannelHeader, "submissions_taken")) // 8])

@@ -16,7 +16,7 @@ import contextlib
 import platform
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import posix_ipc
 
@@ -24,9 +24,6 @@ from shmbroker.lane.kinds import Doorbell
 
 RECHECK_SECONDS = 0.1
 """D3. Bounds what a lost ring or a dead peer can cost."""
-
-DEFAULT_SPIN_SECONDS = 50e-6
-"""How long to look before blocking: about what blocking and being woken costs (46 us on the reference machine)."""
 
 _POLL_FIRST_SECONDS = 20e-6
 _POLL_LAST_SECONDS = 1e-3
@@ -94,48 +91,3 @@ class PollingBell:
 
     def close(self) -> None:
         """Nothing to give up."""
-
-
-class Waiter:
-    """Waits for frames: looks for ``spin_seconds``, then blocks on the process's bell."""
-
-    __slots__ = ("_bell", "spin_seconds")
-
-    def __init__(self, bell: SemaphoreBell | PollingBell, spin_seconds: float = DEFAULT_SPIN_SECONDS) -> None:
-        self._bell = bell
-        self.spin_seconds = spin_seconds
-
-    def wait(self, ready: Callable[[], bool], sleeping: Sequence[tuple[memoryview, int]], seconds: float) -> bool:
-        """Wait until ``ready()``, for ``min(seconds, RECHECK_SECONDS)`` at most; returns what ``ready()`` says in the end.
-
-        ``sleeping``: the words (memory, index) to set while blocked, one for each peer that may ring.
-        """
-        if ready():
-            return True
-        if self.spin_seconds > 0:
-            until = time.perf_counter() + min(self.spin_seconds, seconds)
-            while time.perf_counter() < until:
-                # Four looks for each at the clock: what comes is seen that much sooner.
-                if ready() or ready() or ready() or ready():
-                    return True
-        bell = self._bell
-        if isinstance(bell, PollingBell):
-            until = time.monotonic() + min(seconds, RECHECK_SECONDS)
-            bell.rested()
-            while not ready():
-                left = until - time.monotonic()
-                if left <= 0:
-                    return False
-                bell.wait(left)
-            return True
-        for words, index in sleeping:
-            words[index] = 1
-        try:
-            fence()
-            if ready():
-                return True
-            bell.wait(min(seconds, RECHECK_SECONDS))
-        finally:
-            for words, index in sleeping:
-                words[index] = 0
-        return ready()

@@ -80,7 +80,7 @@ def private_slot(nbytes: int) -> Slot:
 class FrameTemplate:
     """A submission whose tensors' forms are known: all is packed beforehand but ids, times, offsets and generations."""
 
-    __slots__ = ("_offset_words", "_packed", "nbytes", "tensor_count")
+    __slots__ = ("_offset_words", "nbytes", "packed", "tensor_count")
 
     def __init__(
         self,
@@ -115,7 +115,7 @@ class FrameTemplate:
             frame[_METADATA_OFFSET : _METADATA_OFFSET + len(metadata)] = metadata
             self.nbytes = layout.SUBMISSION_SLOT_BYTES
         self.tensor_count = len(tensors)
-        self._packed = bytes(frame[8 : self.nbytes])
+        self.packed = bytes(frame[8 : self.nbytes])
         self._offset_words = tuple(offset_words)
 
     def write(
@@ -123,7 +123,7 @@ class FrameTemplate:
     ) -> None:
         """Fill ``slot`` with everything but the sequence number; ``offsets`` and ``generations`` of each tensor, inputs first."""
         if slot.template is not self:
-            slot.bytes[8 : self.nbytes] = self._packed
+            slot.bytes[8 : self.nbytes] = self.packed
             slot.template = self
         words, halves = slot.words, slot.halves
         words[CALL_ID_WORD] = call_id
@@ -174,17 +174,22 @@ class Submission(NamedTuple):
     metadata: bytes
 
 
-def times_of(frame: bytes) -> tuple[int, int, int]:
-    """Call id, deadline and time of submission of a frame that is long enough."""
-    return _TIMES.unpack_from(frame, 8)
-
-
 _CONSTANT_END = [_HEADER_BYTES + min(count, layout.MAX_TENSORS) * DESCRIPTOR.size for count in range(2 * 256)]
 
 
 def constant_part(frame: bytes) -> bytes:
     """What says, byte for byte, which op is to run on which tensors: from ``op_id`` to the last tensor. Per-call arguments lie behind it."""
     return frame[_OP_OFFSET : _CONSTANT_END[frame[_INPUT_COUNT_OFFSET] + frame[_OUTPUT_COUNT_OFFSET]]]
+
+
+Taken = tuple[int, int, int, bytes, bytes]
+"""A submission as it is taken: call id, deadline_ns, submitted_ns, :func:`constant_part`, and the whole frame, a private copy (F1)."""
+
+
+def taken_of(frame: bytes) -> Taken:
+    """The same of a frame's private copy that is no shorter than its header."""
+    call_id, deadline_ns, submitted_ns = _TIMES.unpack_from(frame, 8)
+    return call_id, deadline_ns, submitted_ns, constant_part(frame), frame
 
 
 class SubmissionReader:
@@ -263,6 +268,10 @@ class SubmissionReader:
         return form
 
 
+CompletionFields = tuple[int, int, int, int, bytes]
+"""A :class:`Completion` as it travels: a plain tuple costs a fifth of a named one."""
+
+
 class Completion(NamedTuple):
     """How a call ended. ``body`` is an error's text."""
 
@@ -273,7 +282,7 @@ class Completion(NamedTuple):
     body: bytes
 
 
-def write_completion(slot: Slot, completion: Completion) -> int:
+def write_completion(slot: Slot, completion: CompletionFields) -> int:
     """Fill ``slot`` with everything but the sequence number; returns the bytes used."""
     call_id, status, queued_ns, compute_ns, body = completion
     words = slot.words

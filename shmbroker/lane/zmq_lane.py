@@ -16,7 +16,8 @@ import secrets
 
 import zmq
 
-from shmbroker.lane.frames import Completion, Slot, private_slot, read_completion, write_completion
+from shmbroker.lane.ends import Receiver
+from shmbroker.lane.frames import CompletionFields, FrameTemplate, private_slot, read_completion, write_completion
 from shmbroker.lane.kinds import Doorbell, Lane
 from shmbroker.memory import layout
 
@@ -35,10 +36,12 @@ def new_token() -> bytes:
 
 
 class ZmqClientLane:
-    """The client's end: claims and commits submissions, takes completions. Callers serialise each of the two sides."""
+    """The client's end: ``submit`` frames, ``take`` completions. Callers serialise each of the two sides."""
 
     kind = Lane.ZMQ
     doorbell = Doorbell.SOCKET
+    receivers: tuple[Receiver, ...] = ()
+    """There is nothing in memory to look at."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, token: bytes, depth: int) -> None:
         """Connect and exchange the first messages. Raises TimeoutError when the worker does not answer."""
@@ -62,14 +65,14 @@ class ZmqClientLane:
         socket.connect(endpoint)
         return socket
 
-    def claim(self) -> Slot | None:
-        """The slot to be filled and then committed."""
-        return self._slot
-
-    def commit(self, nbytes: int) -> None:
-        """Send the claimed frame."""
-        self._submit.send(self._slot.bytes[:nbytes])
-        self.socket_bytes += nbytes
+    def submit(
+        self, template: FrameTemplate, call_id: int, deadline_ns: int, submitted_ns: int, offsets: list[int], generations: list[int]
+    ) -> bool:
+        """Send a frame. Always True: the socket has room for as many as may be outstanding."""
+        template.write(self._slot, call_id, deadline_ns, submitted_ns, offsets, generations)
+        self._submit.send(self._slot.bytes[: template.nbytes])
+        self.socket_bytes += template.nbytes
+        return True
 
     def ready(self) -> bool:
         """Whether a completion has come."""
@@ -79,7 +82,7 @@ class ZmqClientLane:
         """Block until a completion comes, for ``seconds`` at most."""
         return bool(self._complete.poll(max(1, int(seconds * 1000))))
 
-    def take(self) -> Completion | None:
+    def take(self) -> CompletionFields | None:
         """The next completion, or None. One that cannot be one is passed over."""
         while True:
             try:
@@ -127,7 +130,7 @@ class ZmqWorkerSocket:
             elif identity.startswith(SUBMIT):
                 return identity[1:], frame
 
-    def complete(self, token: bytes, completion: Completion) -> None:
+    def complete(self, token: bytes, completion: CompletionFields) -> None:
         """Send a completion to the channel of ``token``; to nobody if it is gone."""
         nbytes = write_completion(self._slot, completion)
         self._send(COMPLETE + token, bytes(self._slot.bytes[:nbytes]))

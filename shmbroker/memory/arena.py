@@ -6,9 +6,7 @@ A3  A tensor that lies in a block is found again by its address, also through vi
     address: they are placed anew, which costs nothing to copy).
 A4  When no block is free, placing waits for a release until its deadline, then names the oldest holders.
 
-The lease is a weak reference to the buffer object that the torch storage keeps alive, not to the tensor: views of views share the storage, and
-NumPy arrays made from them keep it too. That object is the NumPy array that the tensor was made from, or, for dtypes that NumPy lacks, a slice
-of a memoryview. (An array does not keep the memoryview that it was made from, only what lies under that.)
+How the death of a tensor is noticed is told in :mod:`shmbroker.memory.leases`.
 """
 
 from __future__ import annotations
@@ -16,23 +14,18 @@ from __future__ import annotations
 import bisect
 import contextlib
 import gc
-import math
-import mmap
-import queue
 import threading
 import time
-import weakref
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from shmbroker.errors import ArenaBusy, ArenaFull, ArenaTooSmall
-from shmbroker.memory.layout import ALIGNMENT, round_up
+from shmbroker.memory.leases import Leases, leases_over
 from shmbroker.memory.ring import Extent, Occupancy, RingAllocator, largest_request
+from shmbroker.memory.room import Room
 from shmbroker.memory.segment import Segment
-from shmbroker.memory.spec import NUMPY_OF, check_carried, contiguous_strides
 
 DEFAULT_PLACE_SECONDS = 5.0
 """How long placing a block waits for a release. Long enough for a call in flight to end, short enough that a leak is told."""
@@ -42,36 +35,10 @@ RECHECK_SECONDS = 0.1
 
 OLDEST_SHOWN = 3
 
-_from_numpy = torch.from_numpy
-_ndarray = np.ndarray
-
 _REENTERED = (
     "a finaliser (__del__ or a weak reference's callback) used the arena while this thread was placing a block in it: finalisers may let go of "
     "tensors, not place or look for them"
 )
-
-
-class Lease(weakref.ref[object]):
-    """Tells the arena when the buffer under a block's tensors has died."""
-
-    __slots__ = ("block",)
-
-    block: Extent
-
-
-class Room:
-    """What a block must hold: shape and dtype of a tensor, and all that follows from them. Raises :class:`BadInput` for what is not carried."""
-
-    __slots__ = ("count", "dtype", "nbytes", "numpy_dtype", "shape")
-
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        check_carried(shape, dtype)
-        self.shape = shape
-        self.dtype = dtype
-        self.count = math.prod(shape)
-        self.nbytes = round_up(self.count * dtype.itemsize or 1, ALIGNMENT)
-        self.numpy_dtype = NUMPY_OF.get(dtype)
-        """Tensors are made from arrays where NumPy has the dtype: half the time of the way through ``torch.frombuffer``."""
 
 
 class Place(NamedTuple):
@@ -88,9 +55,7 @@ class Arena:
         geometry = segment.geometry
         self.nbytes = geometry.arena_bytes
         self._offset = geometry.arena_offset
-        self._map: mmap.mmap | None = segment.map
-        self._memory = memoryview(segment.map)
-        self.address: int = torch.frombuffer(self._memory, dtype=torch.uint8).data_ptr()
+        self.address: int = torch.frombuffer(segment.map, dtype=torch.uint8).data_ptr()
         self._first_address = self.address + self._offset
         self._end_address = self._first_address + self.nbytes
         self._ring = RingAllocator(self._offset, self.nbytes)
@@ -98,11 +63,9 @@ class Arena:
         self._busy = False
         """The lock's holder is in the midst of a change. The garbage collector may run a finaliser there, in the same thread: a lock that cannot
         be taken twice would make it wait for itself."""
-        self.leases: dict[int, Lease] = {}
-        """By offset of their block. A tensor that begins where a lease does lies in its block: the block cannot be another one's meanwhile."""
-        self._dead: queue.SimpleQueue[Lease] = queue.SimpleQueue()
-        # SimpleQueue.put is reentrant and is called straight by the weak reference: that is A2.
-        self._bury = self._dead.put
+        self.blocks: dict[int, Extent] = {}
+        """By offset. A tensor that begins where a block does lies in it: the block cannot be another one's meanwhile."""
+        self._leases: Leases | None = leases_over(segment.map)
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, timeout: float = DEFAULT_PLACE_SECONDS) -> torch.Tensor:
         """A tensor in a fresh block, values undefined, strides contiguous.
@@ -114,38 +77,23 @@ class Arena:
 
     def place(self, room: Room, timeout: float = DEFAULT_PLACE_SECONDS) -> tuple[torch.Tensor, int, int]:
         """A tensor in a fresh block, the block's offset in the segment, and its generation. Raises as :meth:`empty`."""
-        nbytes = room.nbytes
+        leases = self._leases
         with self._lock:
-            if self._busy:
-                raise ArenaBusy(_REENTERED)
+            if self._busy or leases is None:
+                raise ArenaBusy(_REENTERED) if self._busy else ArenaFull("the client is closed: its arena places no more blocks")
             self._busy = True
             try:
-                block = None if self._dead.empty() else self._settle(nbytes)
+                block = self._settle(leases, room.nbytes) or self._ring.place(room.nbytes)
                 if block is None:
-                    block = self._ring.place(nbytes)
-                    if block is None:
-                        block = self._wait_for_room(nbytes, timeout)
+                    block = self._wait_for_room(leases, room.nbytes, timeout)
                 offset = block.offset
-                anchor: object
-                if room.numpy_dtype is not None:
-                    anchor = array = _ndarray(room.shape, room.numpy_dtype, self._map, offset)
-                    tensor = _from_numpy(array)
-                else:
-                    anchor, tensor = self._view_without_numpy(room, offset)
-                lease = Lease(anchor, self._bury)
-                lease.block = block
-                self.leases[offset] = lease
+                tensor = leases.tensor(room, offset, block)
+                self.blocks[offset] = block
             finally:
                 self._busy = False
+        if room.as_bytes:
+            tensor = tensor.view(room.dtype)
         return tensor, offset, block.generation
-
-    def _view_without_numpy(self, room: Room, offset: int) -> tuple[memoryview, torch.Tensor]:
-        buffer = self._memory[offset : offset + room.nbytes]
-        if room.count == 0:
-            return buffer, torch.frombuffer(buffer, dtype=torch.uint8).view(room.dtype).as_strided(
-                room.shape, contiguous_strides(room.shape)
-            )
-        return buffer, torch.frombuffer(buffer, dtype=room.dtype, count=room.count).view(room.shape)
 
     def copy_in(self, tensor: torch.Tensor, timeout: float = DEFAULT_PLACE_SECONDS) -> torch.Tensor:
         """A contiguous copy of ``tensor`` in a fresh block: the one copy that a tensor from outside costs."""
@@ -168,19 +116,19 @@ class Arena:
             return None
         offset = address - self.address
         # The storage of most tensors starts with the block; one made from a slice of an array is searched for.
-        lease = self.leases.get(offset - int(tensor.storage_offset()) * tensor.element_size())
-        if lease is None:
-            lease = self._around(offset)
-        return None if lease is None else Place(offset, lease.block.generation)
+        block = self.blocks.get(offset - int(tensor.storage_offset()) * tensor.element_size())
+        if block is None:
+            block = self._around(offset)
+        return None if block is None else Place(offset, block.generation)
 
-    def _around(self, offset: int) -> Lease | None:
+    def _around(self, offset: int) -> Extent | None:
         with self._alone():
-            starts = sorted(self.leases)
+            starts = sorted(self.blocks)
             at = bisect.bisect_right(starts, offset) - 1
             if at < 0:
                 return None
-            lease = self.leases[starts[at]]
-            return lease if offset < lease.block.offset + lease.block.nbytes else None
+            block = self.blocks[starts[at]]
+            return block if offset < block.offset + block.nbytes else None
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
@@ -204,33 +152,25 @@ class Arena:
             self._lock.acquire()
             self._busy = True
 
-    def _settle(self, nbytes: int = 0) -> Extent | None:
+    def _settle(self, leases: Leases, nbytes: int = 0) -> Extent | None:
         """Give the ring back what has died since the last time, but for one block of exactly ``nbytes``: that is placed again and returned.
 
         Calls of one kind, one after the other, so use the same few blocks, whose memory is in the cache.
         """
-        dead = self._dead
         again: Extent | None = None
-        while not dead.empty():
-            try:
-                lease = dead.get_nowait()
-            except queue.Empty:  # a thread that waits for room was faster
-                break
-            block = lease.block
+        while (block := leases.pop()) is not None:
             if again is None and block.nbytes == nbytes:
-                del self.leases[block.offset]
                 self._ring.place_again(block)
                 again = block
             else:
-                self._release(lease)
+                self._release(block)
         return again
 
-    def _release(self, lease: Lease) -> None:
-        block = lease.block
-        self.leases.pop(block.offset, None)
+    def _release(self, block: Extent) -> None:
+        del self.blocks[block.offset]
         self._ring.release(block)
 
-    def _wait_for_room(self, nbytes: int, timeout: float) -> Extent:
+    def _wait_for_room(self, leases: Leases, nbytes: int, timeout: float) -> Extent:
         if largest_request(nbytes) > self.nbytes:
             raise ArenaTooSmall(
                 f"a tensor of {nbytes} bytes cannot lie in an arena of {self.nbytes} bytes: it must measure at least "
@@ -241,18 +181,15 @@ class Arena:
             with self._let_others():  # what dies now may run code that places blocks
                 gc.collect()  # tensors in reference cycles (an exception's traceback, most often) die only here
         while True:
-            self._settle()
+            self._settle(leases)
             block = self._ring.place(nbytes)
             if block is not None:
                 return block
             left = until - time.monotonic()
             if left <= 0:
                 raise ArenaFull(self._complaint(nbytes, timeout))
-            lease = None
-            with self._let_others(), contextlib.suppress(queue.Empty):
-                lease = self._dead.get(timeout=min(left, RECHECK_SECONDS))
-            if lease is not None:
-                self._release(lease)
+            with self._let_others():
+                leases.wait(min(left, RECHECK_SECONDS))
 
     def _complaint(self, nbytes: int, timeout: float) -> str:
         figures = self._ring.occupancy()
@@ -269,12 +206,12 @@ class Arena:
     def close(self) -> None:
         """Let go of the memory; living tensors keep it until the last of them dies."""
         with self._alone():
-            self.leases = {}
-            self._memory = memoryview(b"")
-            self._map = None
+            self.blocks = {}
+            self._leases = None
 
     def occupancy(self) -> Occupancy:
         """Figures of the moment."""
         with self._alone():
-            self._settle()
+            if self._leases is not None:
+                self._settle(self._leases)
             return self._ring.occupancy()

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from shmbroker.memory.layout import ALIGNMENT, round_up
 
 _GENERATIONS = (1 << 32) - 1
+_clock = time.monotonic
 
 
 class Extent:
@@ -91,7 +92,7 @@ class RingAllocator:
             block = extent
             self._cursor = extent.after or self._first
         block.held = True
-        self._begin(block)
+        self.place_again(block)
         self.held_bytes += size
         self.block_count += 1
         return block
@@ -110,12 +111,9 @@ class RingAllocator:
         """Release a held block and place one of the same size in its place, in one step and for a quarter of the cost."""
         if not block.held:
             raise ValueError(f"the block at {block.offset} was released before")
-        self._begin(block)
-
-    def _begin(self, block: Extent) -> None:
         self.placed = placed = self.placed + 1
         block.generation = (placed - 1) % _GENERATIONS + 1
-        block.placed_at = time.monotonic()
+        block.placed_at = _clock()
 
     def release(self, block: Extent) -> None:
         """Make ``block`` free and coalesce it with its neighbours. Raises ValueError when it is not held."""

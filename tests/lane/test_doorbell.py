@@ -16,11 +16,12 @@ import posix_ipc
 import pytest
 import torch
 
-from shmbroker.lane import doorbell
-from shmbroker.lane.doorbell import RECHECK_SECONDS, PollingBell, SemaphoreBell, Waiter, fence
-from shmbroker.lane.frames import Completion, FrameTemplate, SubmissionReader
+from shmbroker.lane import doorbell, ends, shm_lane, waiter
+from shmbroker.lane.doorbell import RECHECK_SECONDS, PollingBell, SemaphoreBell, fence
+from shmbroker.lane.frames import Completion, FrameTemplate, SubmissionReader, Taken, taken_of
 from shmbroker.lane.kinds import Doorbell, Lane
-from shmbroker.lane.shm_lane import Bell, ShmClientLane, ShmWorkerLane, clear_channel
+from shmbroker.lane.shm_lane import CLIENT_SLEEPING, Bell, ShmClientLane, ShmWorkerLane, clear_channel
+from shmbroker.lane.waiter import Waiter
 from shmbroker.memory import layout, names
 from shmbroker.memory.geometry import Geometry
 from shmbroker.memory.layout import ChannelHeader, SegmentHeader
@@ -64,6 +65,17 @@ class RecordingBell(SemaphoreBell):
         pass
 
 
+@pytest.fixture(params=["python", "compiled"], autouse=True)
+def flavour(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Everything here holds for the ends in Python and for the compiled ones alike."""
+    flavour = str(request.param)
+    source = ends if flavour == "python" else pytest.importorskip("shmbroker.lane._ends", reason="built without a C compiler")
+    for name in ("SubmissionSender", "SubmissionReceiver", "CompletionSender", "CompletionReceiver"):
+        monkeypatch.setattr(shm_lane, name, getattr(source, name))
+    monkeypatch.setattr(waiter, "spin", source.spin)
+    return flavour
+
+
 @pytest.fixture
 def bell_names(instance: str) -> Iterator[BellNames]:
     """Two semaphores, as the broker makes them."""
@@ -89,7 +101,17 @@ def words() -> memoryview:
 @pytest.fixture
 def no_recheck(monkeypatch: pytest.MonkeyPatch) -> None:
     """A lost ring is not healed; forked children inherit it."""
-    monkeypatch.setattr(doorbell, "RECHECK_SECONDS", NEVER_SECONDS)
+    monkeypatch.setattr(waiter, "RECHECK_SECONDS", NEVER_SECONDS)
+
+
+def _wait(waiter: Waiter, ready: Callable[[], bool], sleeping: list[tuple[memoryview, int]], seconds: float) -> bool:
+    """Where nothing but ``ready`` tells that something came."""
+    waiter.sleeping = sleeping
+    return waiter.wait(ready, (), seconds)
+
+
+def _client_sleeping(segment: Segment) -> tuple[memoryview, int]:
+    return segment.words, CLIENT_SLEEPING // 8
 
 
 # --- waiting ---------------------------------------------------------------------------------------------------------------------------
@@ -102,34 +124,51 @@ def _bells(bell_names: BellNames) -> list[SemaphoreBell | PollingBell]:
 def test_who_is_not_rung_for_is_told_false_after_the_timeout(bell_names: BellNames, words: memoryview) -> None:
     for bell in _bells(bell_names):
         for spin in (0.0, 50e-6):
-            assert Waiter(bell, spin).wait(lambda: False, [(words, 0)], 0.005) is False
-        assert Waiter(bell).wait(lambda: False, [(words, 0)], 0.0) is False
+            assert _wait(Waiter(bell, spin), lambda: False, [(words, 0)], 0.005) is False
+        assert _wait(Waiter(bell), lambda: False, [(words, 0)], 0.0) is False
         bell.close()
 
 
-def test_who_is_ready_at_once_neither_spins_nor_sleeps(words: memoryview) -> None:
+def test_who_is_ready_at_once_neither_spins_nor_sleeps(segment: Segment) -> None:
     bell = RecordingBell()
-    looks: list[int] = []
-    assert Waiter(bell, NEVER_SECONDS).wait(lambda: not looks.append(words[0]), [(words, 0)], NEVER_SECONDS)
-    assert (looks, bell.waits) == ([0], [])
-
-
-def test_what_comes_while_spinning_is_seen_without_sleeping(words: memoryview) -> None:
-    bell = RecordingBell()
-    looks: list[int] = []
-
-    def ready() -> bool:
-        looks.append(words[0])
-        return len(looks) == 5
-
-    assert Waiter(bell, NEVER_SECONDS).wait(ready, [(words, 0)], NEVER_SECONDS)
-    assert looks == [0] * 5, "nobody need ring while it looks"
+    client, worker = ShmClientLane(segment, 0, RecordingBell()), ShmWorkerLane(segment, 0, RecordingBell())
+    _submit(client, 1)
+    assert Waiter(bell, NEVER_SECONDS, [worker.sleeping]).wait(worker.ready, (worker.receiver,), NEVER_SECONDS)
     assert bell.waits == []
 
 
-def test_spinning_does_not_outlast_the_timeout(words: memoryview) -> None:
+def test_what_comes_while_spinning_is_seen_without_sleeping_and_without_a_ring(segment: Segment) -> None:
+    """Other threads run meanwhile, and nobody need ring while the waiter looks."""
+    bell, peers = RecordingBell(), RecordingBell()
+    client, worker = ShmClientLane(segment, 0, peers), ShmWorkerLane(segment, 0, RecordingBell())
+    for call_id in range(50):
+        thread = threading.Thread(target=_submit, args=(client, call_id))
+        waiter = Waiter(bell, NEVER_SECONDS, [worker.sleeping])
+        thread.start()
+        assert waiter.wait(worker.ready, (worker.receiver,), NEVER_SECONDS)
+        assert _call_id(worker.take()) == call_id
+        thread.join()
+    assert (bell.waits, peers.rung) == ([], 0)
+
+
+def test_what_comes_on_any_of_several_channels_ends_the_spinning(segment: Segment) -> None:
+    lanes = [(ShmClientLane(segment, i, RecordingBell()), ShmWorkerLane(segment, i, RecordingBell())) for i in range(2)]
+    receivers = tuple(worker.receiver for _, worker in lanes)
+    for client, worker in lanes:
+        assert not _spin(receivers, 0.001)
+        _submit(client, 1)
+        assert _spin(receivers, NEVER_SECONDS)
+        worker.take()
+
+
+def _spin(receivers: tuple[ends.Receiver, ...], seconds: float) -> bool:
+    return waiter.spin(receivers, seconds)
+
+
+def test_spinning_does_not_outlast_the_timeout(segment: Segment) -> None:
     bell = RecordingBell()
-    assert Waiter(bell, NEVER_SECONDS).wait(lambda: False, [(words, 0)], 0.001) is False
+    worker = ShmWorkerLane(segment, 0, RecordingBell())
+    assert Waiter(bell, NEVER_SECONDS, [worker.sleeping]).wait(worker.ready, (worker.receiver,), 0.001) is False
     assert bell.waits == [0.001]
 
 
@@ -137,14 +176,14 @@ def test_spinning_does_not_outlast_the_timeout(words: memoryview) -> None:
 def test_no_block_lasts_longer_than_the_recheck_bound(words: memoryview, asked: float) -> None:
     """D3."""
     bell = RecordingBell()
-    assert Waiter(bell, 0.0).wait(lambda: False, [(words, 0)], asked) is False
+    assert _wait(Waiter(bell, 0.0), lambda: False, [(words, 0)], asked) is False
     assert bell.waits == [min(asked, RECHECK_SECONDS)]
 
 
 def test_polling_ends_at_the_recheck_bound_too(monkeypatch: pytest.MonkeyPatch, words: memoryview) -> None:
     """D3."""
-    monkeypatch.setattr(doorbell, "RECHECK_SECONDS", 0.003)
-    assert Waiter(PollingBell(), 0.0).wait(lambda: False, [(words, 0)], 1e9) is False
+    monkeypatch.setattr(waiter, "RECHECK_SECONDS", 0.003)
+    assert _wait(Waiter(PollingBell(), 0.0), lambda: False, [(words, 0)], 1e9) is False
 
 
 def test_the_sleeping_words_are_set_only_while_blocked_and_looked_at_again_in_between(words: memoryview) -> None:
@@ -156,7 +195,7 @@ def test_the_sleeping_words_are_set_only_while_blocked_and_looked_at_again_in_be
         seen.append(("look", words[1], words[4]))
         return False
 
-    Waiter(bell, 0.0).wait(ready, [(words, 1), (words, 4)], 0.01)
+    _wait(Waiter(bell, 0.0), ready, [(words, 1), (words, 4)], 0.01)
     assert seen == [("look", 0, 0), ("look", 1, 1), ("block", 1, 1), ("look", 0, 0)]
     assert words.tolist() == [0] * 8
 
@@ -164,8 +203,8 @@ def test_the_sleeping_words_are_set_only_while_blocked_and_looked_at_again_in_be
 def test_a_full_fence_stands_between_the_word_and_the_look(monkeypatch: pytest.MonkeyPatch, words: memoryview) -> None:
     """D1."""
     order: list[str] = []
-    monkeypatch.setattr(doorbell, "fence", lambda: order.append(f"fence, word {words[0]}"))
-    Waiter(RecordingBell(lambda: order.append("block")), 0.0).wait(lambda: bool(order.append("look")), [(words, 0)], 0.01)
+    monkeypatch.setattr(waiter, "fence", lambda: order.append(f"fence, word {words[0]}"))
+    _wait(Waiter(RecordingBell(lambda: order.append("block")), 0.0), lambda: bool(order.append("look")), [(words, 0)], 0.01)
     assert order == ["look", "fence, word 1", "look", "block", "look"]
 
 
@@ -174,10 +213,10 @@ def test_the_sleeping_words_are_cleared_also_when_looking_or_blocking_fails(word
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        Waiter(RecordingBell(interrupt), 0.0).wait(lambda: False, [(words, 0)], 1.0)
+        _wait(Waiter(RecordingBell(interrupt), 0.0), lambda: False, [(words, 0)], 1.0)
     assert words[0] == 0
     with pytest.raises(KeyboardInterrupt):
-        Waiter(RecordingBell(), 0.0).wait(lambda: interrupt() if words[0] else False, [(words, 0)], 1.0)
+        _wait(Waiter(RecordingBell(), 0.0), lambda: interrupt() if words[0] else False, [(words, 0)], 1.0)
     assert words[0] == 0
 
 
@@ -195,7 +234,7 @@ def test_what_comes_between_the_first_look_and_the_word_is_seen_without_blocking
             frames.append("published after this look")
         return found
 
-    assert Waiter(bell, 0.0).wait(ready, [(words, 0)], NEVER_SECONDS)
+    assert _wait(Waiter(bell, 0.0), ready, [(words, 0)], NEVER_SECONDS)
     assert bell.waits == []
 
 
@@ -213,7 +252,7 @@ def test_what_comes_between_the_last_look_and_blocking_rings_and_is_not_missed(b
         return found
 
     outcome: list[bool] = []
-    thread = threading.Thread(target=lambda: outcome.append(Waiter(own, 0.0).wait(ready, [(words, 0)], NEVER_SECONDS)), daemon=True)
+    thread = threading.Thread(target=lambda: outcome.append(_wait(Waiter(own, 0.0), ready, [(words, 0)], NEVER_SECONDS)), daemon=True)
     thread.start()
     thread.join(DEADLINE_SECONDS)
     assert outcome == [True]
@@ -225,13 +264,13 @@ def test_a_ring_for_nothing_wakes_and_the_state_decides(bell_names: BellNames, w
     """D2."""
     bell = SemaphoreBell(bell_names[0])
     bell.ring()
-    assert Waiter(bell, 0.0).wait(lambda: False, [(words, 0)], NEVER_SECONDS) is False
+    assert _wait(Waiter(bell, 0.0), lambda: False, [(words, 0)], NEVER_SECONDS) is False
     bell.close()
 
 
 def test_polling_sets_no_word_for_nobody_rings(words: memoryview) -> None:
     seen: list[int] = []
-    Waiter(PollingBell(), 0.0).wait(lambda: bool(seen.append(words[0])), [(words, 0)], 0.003)
+    _wait(Waiter(PollingBell(), 0.0), lambda: bool(seen.append(words[0])), [(words, 0)], 0.003)
     assert set(seen) == {0}
     assert len(seen) > 2
 
@@ -293,21 +332,18 @@ _NOTHING = FrameTemplate(1, [], [])
 
 
 def _submit(lane: ShmClientLane, call_id: int) -> bool:
-    slot = lane.claim()
-    if slot is None:
-        return False
-    _NOTHING.write(slot, call_id, 0, 0, [], [])
-    lane.commit(_NOTHING.nbytes)
-    return True
+    return lane.submit(_NOTHING, call_id, 0, 0, [], [])
 
 
 def _completion(call_id: int, text: bytes = b"") -> Completion:
     return Completion(call_id, layout.Status.OP_ERROR if text else layout.Status.OK, call_id + 1, call_id + 2, text)
 
 
-def _call_id(frame: bytes | None) -> int:
-    assert frame is not None
-    return layout.SubmissionFrame.from_buffer_copy(frame).call_id
+def _call_id(taken: Taken | None) -> int:
+    assert taken is not None
+    call_id = layout.SubmissionFrame.from_buffer_copy(taken[-1]).call_id
+    assert taken[0] == call_id
+    return int(call_id)
 
 
 def test_a_call_goes_to_the_worker_and_its_completion_comes_back(segment: Segment) -> None:
@@ -349,28 +385,26 @@ def test_only_a_sleeper_is_rung_for(segment: Segment) -> None:
     _submit(client, 2)
     assert (workers_bell.rung, clients_bell.rung) == (1, 0)
     words[index] = 0
-    words, index = client.sleeping
+    words, index = _client_sleeping(segment)
     words[index] = 1
     worker.complete(_completion(2))
     assert (workers_bell.rung, clients_bell.rung) == (1, 1)
 
 
 def test_a_frame_is_published_before_the_word_is_looked_at(segment: Segment, monkeypatch: pytest.MonkeyPatch) -> None:
-    """D1: publish, fence, look."""
-    from shmbroker.lane import shm_lane
-
+    """D1: publish, fence, look. (Compiled: the three lines of ``commit`` in ``_ends.c``.)"""
     order: list[str] = []
     client = ShmClientLane(segment, 0, RecordingBell())
     worker = ShmWorkerLane(segment, 0, RecordingBell())
-    monkeypatch.setattr(shm_lane, "fence", lambda: order.append(f"fence, published {worker.ready()}"))
+    monkeypatch.setattr(ends, "fence", lambda: order.append(f"fence, published {worker.ready()}"))
     _submit(client, 1)
-    assert order == ["fence, published True"]
+    assert order == (["fence, published True"] if shm_lane.SubmissionSender is ends.SubmissionSender else [])
 
 
 def test_the_words_to_sleep_under_are_those_of_the_layout(segment: Segment) -> None:
-    client, worker = ShmClientLane(segment, 1, RecordingBell()), ShmWorkerLane(segment, 1, RecordingBell())
+    worker = ShmWorkerLane(segment, 1, RecordingBell())
     area = GEOMETRY.channel_offset(1)
-    assert client.sleeping[1] * 8 == layout.offset_of(SegmentHeader, "client_sleeping")
+    assert layout.offset_of(SegmentHeader, "client_sleeping") == CLIENT_SLEEPING
     assert worker.sleeping[1] * 8 == area + layout.offset_of(ChannelHeader, "worker_sleeping")
 
 
@@ -412,13 +446,11 @@ def test_calls_of_several_kinds_in_one_queue_leave_nothing_of_each_other(segment
         template = templates[index]
         count = template.tensor_count
         offsets, generations = [first + 16 * (call_id + i) for i in range(count)], [100 * call_id + i for i in range(count)]
-        slot = client.claim()
-        assert slot is not None
-        template.write(slot, call_id, 0, call_id, offsets, generations)
-        client.commit(template.nbytes)
-        frame = worker.take()
-        assert frame is not None
-        call = reader.read(frame)
+        assert client.submit(template, call_id, 0, call_id, offsets, generations)
+        taken = worker.take()
+        assert taken is not None
+        assert taken == taken_of(taken[-1])
+        call = reader.read(taken[-1])
         assert (call.call_id, call.op_id, call.submitted_ns) == (call_id, index + 1, call_id)
         assert (len(call.inputs), len(call.outputs), call.metadata) == [(3, 2, b""), (1, 0, b"\x80"), (0, 0, b""), (0, 1, b"")][index]
         assert [tensor.offset for tensor in (*call.inputs, *call.outputs)] == offsets
@@ -461,7 +493,7 @@ def _bell(name: str | None) -> Bell:
 
 
 def _await(waiter: Waiter, ready: Callable[[], bool], sleeping: tuple[memoryview, int], until: float) -> None:
-    while not waiter.wait(ready, [sleeping], max(0.0, until - time.monotonic())):
+    while not _wait(waiter, ready, [sleeping], max(0.0, until - time.monotonic())):
         assert time.monotonic() < until, "a ring was lost"
 
 
@@ -482,7 +514,7 @@ def _ping_pong(segment: Segment, start_child: StartChild, clients_bell: str | No
     until = time.monotonic() + DEADLINE_SECONDS
     for call_id in range(1, rounds + 1):
         assert _submit(lane, call_id)
-        _await(waiter, lane.ready, lane.sleeping, until)
+        _await(waiter, lane.ready, _client_sleeping(segment), until)
         assert lane.take() == _completion(call_id)
     child.join(END_SECONDS)
     assert child.exitcode == 0
@@ -513,7 +545,7 @@ def _wait_for_word(segment_name: str, bell: str) -> None:
     segment = Segment.attach(segment_name, hold=False)
     client_sleeping = layout.offset_of(SegmentHeader, "client_sleeping") // 8
     word = GEOMETRY.arena_offset // 8
-    woken = Waiter(SemaphoreBell(bell), spin_seconds=0.0).wait(lambda: bool(segment.words[word]), [(segment.words, client_sleeping)], 1e6)
+    woken = _wait(Waiter(SemaphoreBell(bell), spin_seconds=0.0), lambda: bool(segment.words[word]), [(segment.words, client_sleeping)], 1e6)
     os._exit(0 if woken and not segment.words[client_sleeping] else 1)
 
 
@@ -542,7 +574,7 @@ def test_a_sleeper_in_another_thread_is_woken_by_a_ring(segment: Segment, bell_n
     def sleep() -> None:
         waiter = Waiter(SemaphoreBell(bell_names[0]), spin_seconds=0.0)
         for _ in range(200):
-            _await(waiter, client.ready, client.sleeping, until)
+            _await(waiter, client.ready, _client_sleeping(segment), until)
             taken.append(client.take())
             answered.release()
 

@@ -31,7 +31,7 @@ from shmbroker.lane.frames import (
     private_slot,
     read_completion,
     read_plain_completion,
-    times_of,
+    taken_of,
     write_completion,
 )
 from shmbroker.memory import layout
@@ -339,8 +339,8 @@ def test_two_frames_have_the_same_constant_part_only_if_they_ask_for_the_same_op
 
 def test_call_id_and_times_are_read_from_a_frame_of_header_length() -> None:
     frame, _ = _frame_of(2)
-    assert times_of(frame[: SUBMISSION_HEADER.size]) == (1, 2, 3)
-    assert times_of(frame) == (1, 2, 3)
+    assert taken_of(frame[: SUBMISSION_HEADER.size])[:3] == (1, 2, 3)
+    assert taken_of(frame) == (1, 2, 3, constant_part(frame), frame)
 
 
 # --- the places are those of the layout ------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shmbroker.errors import ArenaBusy, ArenaFull, ArenaTooSmall, BadInput
-from shmbroker.memory import layout
+from shmbroker.memory import compiled, layout
 from shmbroker.memory.arena import Arena, Place, Room
 from shmbroker.memory.geometry import Geometry
 from shmbroker.memory.ring import Extent, largest_request
@@ -34,6 +34,16 @@ STUCK_SECONDS = 40.0
 
 # The segment of a fixture serves all examples of a property; each example has an arena of its own over it.
 property_settings = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.fixture(params=["python", "compiled"], autouse=True)
+def flavour(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Everything here holds for the leases in Python and for the compiled ones alike."""
+    flavour = str(request.param)
+    if flavour == "compiled":
+        pytest.importorskip("shmbroker.memory._leases", reason="built without a C compiler")
+    monkeypatch.setattr(compiled, "WANTED", flavour == "compiled")
+    return flavour
 
 
 @pytest.fixture
@@ -286,11 +296,11 @@ def test_generations_in_an_arena_are_those_of_the_blocks_in_order_of_placing(are
 def test_a_lease_is_known_by_where_its_block_begins_until_the_block_is_released(arena: Arena) -> None:
     """What begins where a living block does is found by that alone, without a search."""
     kept = [_place(arena, (5,), dtype) for dtype in CODE_OF]
-    assert {offset: lease.block.generation for offset, lease in arena.leases.items()} == {place[0]: place[1] for _, place in kept}
+    assert {offset: block.generation for offset, block in arena.blocks.items()} == {place[0]: place[1] for _, place in kept}
     del kept[3:]
     arena.occupancy()
-    assert set(arena.leases) == {place.offset for _, place in kept}
-    assert all(lease() is not None for lease in arena.leases.values())
+    assert set(arena.blocks) == {place.offset for _, place in kept}
+    assert all(block.held for block in arena.blocks.values())
 
 
 def test_copying_in_makes_a_contiguous_equal_that_shares_nothing_with_the_original(arena: Arena) -> None:

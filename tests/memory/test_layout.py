@@ -358,6 +358,11 @@ def seen_by_c(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return subprocess.run([str(program)], check=True, capture_output=True, text=True).stdout.splitlines()
 
 
+def test_the_header_in_the_package_is_the_generated_one() -> None:
+    """The compiled parts include it; ``python -m shmbroker.memory.cheader > shmbroker/memory/shmbroker.h`` makes it anew."""
+    assert (Path(layout.__file__).parent / "shmbroker.h").read_text() == render()
+
+
 def test_c_header_puts_every_field_where_ctypes_puts_it(seen_by_c: list[str]) -> None:
     expected = []
     for structure in layout.STRUCTURES:

@@ -19,7 +19,7 @@ import torch
 import shmbroker
 from shmbroker.memory.reaper import objects
 from shmbroker.status import as_dict, ask
-from tests.processes import run, running, wait_until, worker_process
+from tests.processes import run, running, submissions_taken, wait_until, worker_process
 
 CLIENT = "import shmbroker, sys; c = shmbroker.connect(arena='1M'); x = c.empty((4,)); print('ready', flush=True); sys.stdin.read()"
 
@@ -109,7 +109,7 @@ def test_a_worker_finishes_what_runs_when_it_is_told_to_stop(broker: shmbroker.L
         channel = client.channel("test")
         slow = channel.bind("sleep", seconds=0.5)
         future = slow.submit(torch.ones(2))
-        wait_until(lambda: channel._lane._submissions._words[channel._lane._submissions._taken_word] == 1, 5.0)  # type: ignore[union-attr]
+        wait_until(lambda: submissions_taken(channel) == 1, 5.0)
         process.send_signal(signal.SIGTERM)
         assert future.result(timeout=10).tolist() == [1.0, 1.0]
         assert process.wait(10) == 0

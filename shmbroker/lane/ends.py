@@ -1,0 +1,153 @@
+"""The four ends of a channel's two queues, in Python: what each side may do with its end, and no more.
+
+========================  ======  ====================================================================
+``SubmissionSender``      client  ``submit`` a frame: fill a slot, publish it, ring if the worker sleeps
+``SubmissionReceiver``    worker  ``take`` the next call
+``CompletionSender``      worker  ``complete`` a call
+``CompletionReceiver``    client  ``take`` the next completion
+========================  ======  ====================================================================
+
+``_ends.c`` has the same ends compiled; :mod:`shmbroker.lane.core` says which are used. Nothing here is thread-safe.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from shmbroker.lane.doorbell import fence
+from shmbroker.lane.frames import (
+    CompletionFields,
+    FrameTemplate,
+    Slot,
+    Taken,
+    read_completion,
+    read_plain_completion,
+    taken_of,
+    write_completion,
+)
+from shmbroker.lane.queue import QueueReader, QueueWriter
+from shmbroker.memory import layout
+from shmbroker.memory.segment import Segment
+
+
+class Receiver(Protocol):
+    """An end that frames come out of."""
+
+    def ready(self) -> bool:
+        """Whether a frame is published and not yet taken."""
+
+
+class _Sender:
+    """Fills slots, and wakes the peer when its word says that it sleeps (D1)."""
+
+    __slots__ = ("_queue", "_ring", "_sleeping", "_words")
+
+    def __init__(self, queue: QueueWriter, segment: Segment, sleeping_offset: int, ring: Callable[[], None]) -> None:
+        self._queue = queue
+        self._words = segment.words
+        self._sleeping = sleeping_offset // 8
+        self._ring = ring
+
+    def _commit(self) -> None:
+        self._queue.commit()
+        fence()
+        if self._words[self._sleeping]:
+            self._ring()
+
+
+class SubmissionSender(_Sender):
+    """The client's end of the submission queue."""
+
+    __slots__ = ()
+
+    def __init__(self, segment: Segment, offset: int, taken_offset: int, sleeping_offset: int, ring: Callable[[], None]) -> None:
+        queue = QueueWriter(segment, offset, segment.geometry.depth, layout.SUBMISSION_SLOT_BYTES, taken_offset)
+        super().__init__(queue, segment, sleeping_offset, ring)
+
+    def submit(
+        self, template: FrameTemplate, call_id: int, deadline_ns: int, submitted_ns: int, offsets: list[int], generations: list[int]
+    ) -> bool:
+        """Write a frame and publish it; False while the queue is full."""
+        slot = self._queue.claim()
+        if slot is None:
+            return False
+        template.write(slot, call_id, deadline_ns, submitted_ns, offsets, generations)
+        self._commit()
+        return True
+
+
+class SubmissionReceiver:
+    """The worker's end of the submission queue."""
+
+    __slots__ = ("_queue", "ready")
+
+    def __init__(self, segment: Segment, offset: int, taken_offset: int) -> None:
+        self._queue = QueueReader(segment, offset, segment.geometry.depth, layout.SUBMISSION_SLOT_BYTES, taken_offset)
+        self.ready = self._queue.ready
+
+    def take(self) -> Taken | None:
+        """The next call, from a private copy of its frame (F1), or None."""
+        frame = self._queue.take()
+        return None if frame is None else taken_of(frame)
+
+
+class CompletionSender(_Sender):
+    """The worker's end of the completion queue."""
+
+    __slots__ = ()
+
+    def __init__(self, segment: Segment, offset: int, taken_offset: int, sleeping_offset: int, ring: Callable[[], None]) -> None:
+        queue = QueueWriter(segment, offset, segment.geometry.depth, layout.COMPLETION_SLOT_BYTES, taken_offset)
+        super().__init__(queue, segment, sleeping_offset, ring)
+
+    def complete(self, completion: CompletionFields) -> bool:
+        """Write a completion and publish it; False while the queue is full."""
+        slot: Slot | None = self._queue.claim()
+        if slot is None:
+            return False
+        write_completion(slot, completion)
+        self._commit()
+        return True
+
+
+class CompletionReceiver:
+    """The client's end of the completion queue."""
+
+    __slots__ = ("_queue", "ready")
+
+    def __init__(self, segment: Segment, offset: int, taken_offset: int) -> None:
+        self._queue = QueueReader(segment, offset, segment.geometry.depth, layout.COMPLETION_SLOT_BYTES, taken_offset)
+        self.ready = self._queue.ready
+
+    def take(self) -> CompletionFields | None:
+        """The next completion, or None. One that cannot be one is passed over."""
+        queue = self._queue
+        while (slot := queue.peek()) is not None:
+            completion = read_plain_completion(slot)
+            if completion is None:
+                completion = read_completion(bytes(slot.bytes))
+            queue.advance()
+            if completion is not None:
+                return completion
+        return None
+
+
+def spin(receivers: tuple[Receiver, ...], seconds: float) -> bool:
+    """Look for a frame at any of ``receivers`` for so long; whether there is one."""
+    looks = [receiver.ready for receiver in receivers]
+    clock = time.perf_counter
+    until = clock() + seconds
+    if len(looks) == 1:
+        ready = looks[0]
+        while clock() < until:
+            # Four looks for each at the clock: what comes is seen that much sooner.
+            if ready() or ready() or ready() or ready():
+                return True
+        return False
+    while clock() < until:
+        for ready in looks:
+            if ready():
+                return True
+    return False

@@ -1,0 +1,115 @@
+"""Leases in Python: tensors over blocks, and which blocks' last tensors have died.
+
+The lease is a weak reference to the buffer object that the torch storage keeps alive, not to the tensor: views of views share the storage, and
+NumPy arrays made from them keep it too. That object is the NumPy array that the tensor was made from, or, for dtypes that NumPy lacks, a slice
+of a memoryview. (An array does not keep the memoryview that it was made from, only what lies under that.)
+
+``_leases.c`` has the same compiled: there the lease is a DLPack capsule, and torch calls its deleter. :func:`leases_over` takes whichever there is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import queue
+import weakref
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.utils.dlpack
+
+from shmbroker.memory import compiled
+from shmbroker.memory.ring import Extent
+from shmbroker.memory.room import Room
+from shmbroker.memory.spec import contiguous_strides
+
+# What torch.utils.dlpack.from_dlpack does with a capsule, without its 200 ns of looking what it was given.
+_from_dlpack: Callable[[object], torch.Tensor] = getattr(torch._C, "_from_dlpack", torch.utils.dlpack.from_dlpack)
+
+_from_numpy = torch.from_numpy
+_ndarray = np.ndarray
+
+
+class Leases(Protocol):
+    """The leases of one arena. ``tensor`` and ``pop`` are called under the arena's lock."""
+
+    def tensor(self, room: Room, offset: int, block: Extent) -> torch.Tensor:
+        """A tensor over ``block``, whose death gives the block back."""
+
+    def pop(self) -> Extent | None:
+        """A block whose last tensor has died, the longest dead first, or None."""
+
+    def wait(self, seconds: float) -> None:
+        """Wait until a lease dies, for so many seconds at most."""
+
+
+def leases_over(mapping: mmap.mmap) -> Leases:
+    """Leases for blocks of ``mapping``: the compiled ones where they were built and are wanted, else those in Python."""
+    if compiled.WANTED:
+        try:
+            from shmbroker.memory import _leases
+        except ImportError:
+            pass
+        else:
+            return _leases.Leases(mapping, _from_dlpack)
+    return PythonLeases(mapping)
+
+
+class _Lease(weakref.ref[object]):
+    """Tells that the buffer under a block's tensors has died."""
+
+    __slots__ = ("block",)
+
+    block: Extent
+
+
+class PythonLeases:
+    """:class:`Leases` with weak references."""
+
+    def __init__(self, mapping: mmap.mmap) -> None:
+        self._map = mapping
+        self._memory = memoryview(mapping)
+        self._living: dict[int, _Lease] = {}
+        """By offset of their block: a weak reference that is dead itself tells nothing."""
+        self._dead: queue.SimpleQueue[_Lease] = queue.SimpleQueue()
+        # SimpleQueue.put is reentrant and is called straight by the weak reference: that is A2.
+        self._bury = self._dead.put
+
+    def tensor(self, room: Room, offset: int, block: Extent) -> torch.Tensor:
+        """A tensor over ``block``, whose death gives the block back."""
+        anchor: object
+        if room.numpy_dtype is not None:
+            anchor = array = _ndarray(room.shape, room.numpy_dtype, self._map, offset)
+            tensor = _from_numpy(array)
+        else:
+            anchor, tensor = self._without_numpy(room, offset)
+        lease = _Lease(anchor, self._bury)
+        lease.block = block
+        self._living[offset] = lease
+        return tensor
+
+    def _without_numpy(self, room: Room, offset: int) -> tuple[memoryview, torch.Tensor]:
+        buffer = self._memory[offset : offset + room.nbytes]
+        if room.count == 0:
+            flat = torch.frombuffer(buffer, dtype=torch.uint8).view(room.dtype)
+            return buffer, flat.as_strided(room.shape, contiguous_strides(room.shape))
+        return buffer, torch.frombuffer(buffer, dtype=room.dtype, count=room.count).view(room.shape)
+
+    def pop(self) -> Extent | None:
+        """A block whose last tensor has died, the longest dead first, or None."""
+        if self._dead.empty():
+            return None
+        try:
+            lease = self._dead.get_nowait()
+        except queue.Empty:
+            return None
+        if self._living.get(lease.block.offset) is lease:
+            del self._living[lease.block.offset]
+        return lease.block
+
+    def wait(self, seconds: float) -> None:
+        """Wait until a lease dies, for so many seconds at most."""
+        with contextlib.suppress(queue.Empty):
+            self._dead.put(self._dead.get(timeout=seconds))

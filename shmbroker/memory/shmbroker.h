@@ -1,0 +1,125 @@
+/* Layout of a shmbroker segment, version 1. Generated; see docs/memory-layout.md. Little-endian. */
+#ifndef SHMBROKER_H
+#define SHMBROKER_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define SHMBROKER_MAGIC "SHMBROKR"
+#define SHMBROKER_LAYOUT_VERSION 1
+#define SHMBROKER_BYTE_ORDER_MARK 16909060
+#define SHMBROKER_ALIGNMENT 256
+#define SHMBROKER_MAX_DIMS 8
+#define SHMBROKER_MAX_TENSORS 12
+#define SHMBROKER_METADATA_BYTES 128
+#define SHMBROKER_TEXT_BYTES 960
+
+enum shmbroker_dtype {
+    SHMBROKER_DTYPE_FLOAT32 = 1,
+    SHMBROKER_DTYPE_FLOAT64 = 2,
+    SHMBROKER_DTYPE_FLOAT16 = 3,
+    SHMBROKER_DTYPE_BFLOAT16 = 4,
+    SHMBROKER_DTYPE_INT8 = 5,
+    SHMBROKER_DTYPE_INT16 = 6,
+    SHMBROKER_DTYPE_INT32 = 7,
+    SHMBROKER_DTYPE_INT64 = 8,
+    SHMBROKER_DTYPE_UINT8 = 9,
+    SHMBROKER_DTYPE_BOOL = 10,
+    SHMBROKER_DTYPE_FLOAT8_E4M3FN = 11,
+    SHMBROKER_DTYPE_FLOAT8_E5M2 = 12,
+};
+
+enum shmbroker_space {
+    SHMBROKER_SPACE_SEGMENT = 0,
+};
+
+enum shmbroker_status {
+    SHMBROKER_STATUS_OK = 0,
+    SHMBROKER_STATUS_OP_ERROR = 1,
+    SHMBROKER_STATUS_BAD_FRAME = 2,
+    SHMBROKER_STATUS_EXPIRED = 3,
+    SHMBROKER_STATUS_DRAINING = 4,
+};
+
+struct shmbroker_segment_header {
+    char magic[8];                                          /* 0 */
+    uint32_t version;                                       /* 8 */
+    uint32_t byte_order;                                    /* 12 */
+    uint64_t total_bytes;                                   /* 16 */
+    uint64_t arena_offset;                                  /* 24 */
+    uint64_t arena_bytes;                                   /* 32 */
+    uint64_t channels_offset;                               /* 40 */
+    uint64_t channel_bytes;                                 /* 48 */
+    uint32_t channel_count;                                 /* 56 */
+    uint32_t alignment;                                     /* 60 */
+    uint32_t submission_depth;                              /* 64 */
+    uint32_t submission_slot_bytes;                         /* 68 */
+    uint32_t completion_depth;                              /* 72 */
+    uint32_t completion_slot_bytes;                         /* 76 */
+    char instance[32];                                      /* 80 */
+    char owner[32];                                         /* 112 */
+    uint32_t maker_pid;                                     /* 144 */
+    uint32_t owner_pid;                                     /* 148 */
+    uint64_t made_at_ns;                                    /* 152 */
+    uint8_t reserved0[96];                                  /* 160 */
+    uint64_t client_sleeping;                               /* 256 */
+    uint8_t reserved1[3832];                                /* 264 */
+};
+_Static_assert(sizeof(struct shmbroker_segment_header) == 4096, "size of SegmentHeader");
+
+struct shmbroker_channel_header {
+    uint64_t client_open;                                   /* 0 */
+    uint8_t reserved0[120];                                 /* 8 */
+    uint64_t completions_taken;                             /* 128 */
+    uint8_t reserved1[120];                                 /* 136 */
+    uint64_t submissions_taken;                             /* 256 */
+    uint8_t reserved2[120];                                 /* 264 */
+    uint64_t worker_sleeping;                               /* 384 */
+    uint8_t reserved3[120];                                 /* 392 */
+};
+_Static_assert(sizeof(struct shmbroker_channel_header) == 512, "size of ChannelHeader");
+
+struct shmbroker_tensor_descriptor {
+    uint64_t offset;                                        /* 0 */
+    uint64_t nbytes;                                        /* 8 */
+    uint8_t dtype;                                          /* 16 */
+    uint8_t ndim;                                           /* 17 */
+    uint8_t space;                                          /* 18 */
+    uint8_t flags;                                          /* 19 */
+    uint32_t reserved;                                      /* 20 */
+    int64_t shape[8];                                       /* 24 */
+    int64_t strides[8];                                     /* 88 */
+};
+_Static_assert(sizeof(struct shmbroker_tensor_descriptor) == 152, "size of TensorDescriptor");
+
+struct shmbroker_submission_frame {
+    uint64_t sequence;                                      /* 0 */
+    uint64_t call_id;                                       /* 8 */
+    uint64_t deadline_ns;                                   /* 16 */
+    uint64_t submitted_ns;                                  /* 24 */
+    uint32_t generations[12];                               /* 32 */
+    uint32_t op_id;                                         /* 80 */
+    uint16_t input_count;                                   /* 84 */
+    uint16_t output_count;                                  /* 86 */
+    uint32_t flags;                                         /* 88 */
+    uint32_t metadata_bytes;                                /* 92 */
+    struct shmbroker_tensor_descriptor tensors[12];         /* 96 */
+    uint8_t metadata[128];                                  /* 1920 */
+};
+_Static_assert(sizeof(struct shmbroker_submission_frame) == 2048, "size of SubmissionFrame");
+
+struct shmbroker_completion_frame {
+    uint64_t sequence;                                      /* 0 */
+    uint64_t call_id;                                       /* 8 */
+    uint32_t status;                                        /* 16 */
+    uint32_t reserved0;                                     /* 20 */
+    uint32_t text_bytes;                                    /* 24 */
+    uint32_t reserved1;                                     /* 28 */
+    uint64_t queued_ns;                                     /* 32 */
+    uint64_t compute_ns;                                    /* 40 */
+    uint8_t reserved2[16];                                  /* 48 */
+    uint8_t body[960];                                      /* 64 */
+};
+_Static_assert(sizeof(struct shmbroker_completion_frame) == 1024, "size of CompletionFrame");
+
+#endif
