@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 
 from benchmarks import alloc, copies, replay, rtt, throughput, waiting
 from benchmarks.measure import PEER_CPU, machine, pin
@@ -42,6 +43,7 @@ def main(names: tuple[str, ...], json_file: Path | None, plot_dir: Path | None, 
     if here["load"] > 0.5:
         click.echo(f"other work is running (load {here['load']:.1f}): a spinning benchmark needs its cores to itself", err=True)
     pin(1 - PEER_CPU)
+    torch.set_num_threads(1)  # on its one core; so do the peers
     figures: dict[str, Any] = {"machine": here}
     for name in names or FULL:
         click.echo(f"\n== {name}")

@@ -97,6 +97,10 @@ def torch_queue_calls(nbytes: int) -> Iterator[dict[str, Call]]:
     process = context.Process(target=echo.serve_torch_queue, args=(there, back), daemon=True)
     process.start()
     try:
+        while back.empty():
+            process.join(0.01)
+            if not process.is_alive():
+                raise RuntimeError("the peer of torch.multiprocessing did not start; its own words are above")
         back.get()
         same = torch.ones(nbytes, dtype=torch.uint8).share_memory_()
 

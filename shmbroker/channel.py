@@ -71,6 +71,8 @@ class Channel:
         self.has_frames = lane.ready
         """Whether a completion waits to be taken."""
         self.receivers = lane.receivers
+        self.nudge = lane.nudge
+        """Wake the worker if it sleeps: a frame will follow in a moment."""
         self.arena = client.arena
         self._watch = Watch(worker.process)
         self._lost: ShmBrokerError | None = None
@@ -285,7 +287,12 @@ class Channel:
                 log.debug("closing channel %d: %s", self._opened.channel, error)
         self.has_frames = bool  # never
         self.receivers = ()
+        self.nudge = _nothing
         self._requester.close()
         self._lane.close()
         self._watch.close()
         self.client.forget(self)
+
+
+def _nothing() -> None:
+    """Who is nudged on a closed channel."""

@@ -108,6 +108,8 @@ class Client:
         self.timeout = timeout
         self.place_timeout = place_timeout
         self._pid = os.getpid()
+        self._unusable = ""
+        """Why, in words for its user."""
         self._channels: list[Channel] = []
         self._free_areas = list(range(geometry.channel_count))
         self._lock = threading.Lock()
@@ -283,14 +285,16 @@ class Client:
 
     def disown(self) -> None:
         """In a forked child: nothing of this client is the child's to use."""
+        self._unusable = f"this client belongs to process {self._pid}: connect() anew after a fork"
         for channel in list(self._channels):
-            channel.disown(ChannelError(f"this client belongs to process {self._pid}: connect() anew after a fork"))
+            channel.disown(ChannelError(self._unusable))
 
     def close(self) -> None:
         """Close all channels and leave. Living tensors keep their memory, which has no name any more. A second time does nothing."""
         if self not in _open:
             return
         _open.discard(self)
+        self._unusable = self._unusable or "the client is closed"
         if os.getpid() != self._pid:
             return  # the parent's: sockets and threads are not ours to touch
         for channel in list(self._channels):
@@ -305,10 +309,8 @@ class Client:
             self._link.stop()
 
     def _check_open(self) -> None:
-        if os.getpid() != self._pid:
-            raise ChannelError(f"this client belongs to process {self._pid}: connect() anew after a fork")
-        if self not in _open:
-            raise ChannelError("the client is closed")
+        if self._unusable:
+            raise ChannelError(self._unusable)
 
     def __enter__(self) -> Client:
         return self

@@ -11,7 +11,7 @@ import torch
 
 from shmbroker.calls import Call, CallFuture, Plan, Result, clock_ns
 from shmbroker.errors import BadInput
-from shmbroker.memory.room import Room
+from shmbroker.memory.room import room_for
 from shmbroker.memory.spec import TensorSpec, spec_of
 from shmbroker.ops import Outputs
 from shmbroker.statistics import OpStatistics
@@ -129,9 +129,10 @@ class RemoteOp:
             planning_ns = clock_ns()
             plan = self._plan(placed, arguments)
             begun_ns += clock_ns() - planning_ns  # done once for such inputs: no part of the call
+        channel.nudge()
         outputs: list[torch.Tensor] = []
         for room in plan.rooms:
-            output, offset, generation = channel.place(room, timeout)
+            output, offset, generation = arena.place_now(room) or channel.place(room, timeout)
             outputs.append(output)
             offsets.append(offset)
             generations.append(generation)
@@ -150,8 +151,8 @@ class RemoteOp:
         if tensor.is_meta or tensor.layout is not torch.strided:
             raise BadInput(f"op {self.name!r}: a {tensor.layout} tensor on {tensor.device} has no bytes to hand over")
         begun_ns = clock_ns()
-        inside, offset, generation = self._channel.place(Room(tuple(tensor.shape), tensor.dtype), timeout)
-        inside.copy_(tensor.detach())
+        inside, offset, generation = self._channel.place(room_for(tensor.shape, tensor.dtype), timeout)
+        inside.copy_(tensor.detach() if tensor.requires_grad else tensor)
         copied += (tensor.nbytes, clock_ns() - begun_ns)
         return inside, offset, generation
 
@@ -249,7 +250,9 @@ class CapturedCall:
 
 def as_tensor(value: Any) -> torch.Tensor:
     """A tensor or array as a tensor. Raises :class:`BadInput` for anything else."""
-    if not hasattr(value, "__array__") and not isinstance(value, torch.Tensor):
+    if isinstance(value, torch.Tensor):
+        return value
+    if not hasattr(value, "__array__"):
         raise BadInput(f"a {type(value).__name__} cannot be handed over: give a torch tensor or a NumPy array")
     try:
         return torch.as_tensor(value)

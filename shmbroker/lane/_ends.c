@@ -170,19 +170,34 @@ static uint8_t *claim(End *self)
     return slot_of(self, self->position);
 }
 
-/* Publish the slot (Q2) and wake the peer if it sleeps (D1). */
-static bool commit(End *self, uint8_t *slot)
+/* Wake the peer if it sleeps; its word is taken down, so that it is rung for once (D4). */
+static bool wake(End *self)
 {
-    self->position += 1;
-    atomic_store_explicit(sequence_of(slot), self->position, memory_order_release);
-    atomic_thread_fence(memory_order_seq_cst);
     if (atomic_load_explicit(self->peer_sleeping, memory_order_relaxed)) {
+        atomic_store_explicit(self->peer_sleeping, 0, memory_order_relaxed);
         PyObject *rung = PyObject_CallNoArgs(self->ring);
         if (rung == NULL)
             return false;
         Py_DECREF(rung);
     }
     return true;
+}
+
+/* Publish the slot (Q2) and wake the peer if it sleeps (D1). */
+static bool commit(End *self, uint8_t *slot)
+{
+    self->position += 1;
+    atomic_store_explicit(sequence_of(slot), self->position, memory_order_release);
+    atomic_thread_fence(memory_order_seq_cst);
+    return wake(self);
+}
+
+/* nudge(): a frame will follow in a moment; who sleeps needs longer than that to wake up */
+static PyObject *sender_nudge(End *self, PyObject *Py_UNUSED(ignored))
+{
+    if (!wake(self))
+        return NULL;
+    Py_RETURN_NONE;
 }
 
 static inline bool is_ready(const End *self)
@@ -395,6 +410,7 @@ static PyObject *completion_receiver_take(End *self, PyObject *Py_UNUSED(ignored
 #define METHOD(function) ((PyCFunction)(void (*)(void))(function))
 
 static PyMethodDef submission_sender_methods[] = {
+    {"nudge", METHOD(sender_nudge), METH_NOARGS, "Wake the peer if it sleeps: a frame will follow in a moment."},
     {"submit", METHOD(submission_sender_submit), METH_FASTCALL, "Write a frame and publish it; False while the queue is full."},
     {NULL},
 };

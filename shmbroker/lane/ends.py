@@ -53,7 +53,12 @@ class _Sender:
     def _commit(self) -> None:
         self._queue.commit()
         fence()
-        if self._words[self._sleeping]:
+        self._wake()
+
+    def _wake(self) -> None:
+        words, sleeping = self._words, self._sleeping
+        if words[sleeping]:
+            words[sleeping] = 0  # D4
             self._ring()
 
 
@@ -65,6 +70,10 @@ class SubmissionSender(_Sender):
     def __init__(self, segment: Segment, offset: int, taken_offset: int, sleeping_offset: int, ring: Callable[[], None]) -> None:
         queue = QueueWriter(segment, offset, segment.geometry.depth, layout.SUBMISSION_SLOT_BYTES, taken_offset)
         super().__init__(queue, segment, sleeping_offset, ring)
+
+    def nudge(self) -> None:
+        """Wake the worker if it sleeps: a frame will follow in a moment (D4)."""
+        self._wake()
 
     def submit(
         self, template: FrameTemplate, call_id: int, deadline_ns: int, submitted_ns: int, offsets: list[int], generations: list[int]

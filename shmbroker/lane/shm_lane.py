@@ -49,6 +49,7 @@ class ShmClientLane:
         receiver = CompletionReceiver(segment, places.completions, places.completions_taken)
         self.receivers: tuple[Receiver, ...] = (receiver,)
         self.submit = sender.submit
+        self.nudge = sender.nudge
         self.take = receiver.take
         self.ready = receiver.ready
 
@@ -56,7 +57,7 @@ class ShmClientLane:
         """Give the worker's bell up, and the segment."""
         self._peer_bell.close()
         if hasattr(self, "submit"):
-            del self.submit, self.receivers, self.take, self.ready
+            del self.submit, self.nudge, self.receivers, self.take, self.ready
 
 
 class ShmWorkerLane:

@@ -65,6 +65,9 @@ class ZmqClientLane:
         socket.connect(endpoint)
         return socket
 
+    def nudge(self) -> None:
+        """Nothing sleeps on this lane that could be woken beforehand."""
+
     def submit(
         self, template: FrameTemplate, call_id: int, deadline_ns: int, submitted_ns: int, offsets: list[int], generations: list[int]
     ) -> bool:

@@ -280,10 +280,12 @@ static PyObject *leases_wait(Leases *self, PyObject *argument)
     if (self->home == NULL)
         Py_RETURN_NONE;
     Home *home = self->home;
+    if (home->collected != NULL)
+        Py_RETURN_NONE;
     Py_INCREF(self);
     Py_BEGIN_ALLOW_THREADS
     atomic_fetch_add(&home->waiting, 1);
-    if (atomic_load(&home->dead) == NULL && home->collected == NULL && seconds > 0) {
+    if (atomic_load(&home->dead) == NULL && seconds > 0) {
 #if defined(__GLIBC__) && __GLIBC_PREREQ(2, 30)
         struct timespec until;
         clock_gettime(CLOCK_MONOTONIC, &until);

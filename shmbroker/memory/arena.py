@@ -21,10 +21,10 @@ from typing import NamedTuple
 
 import torch
 
-from shmbroker.errors import ArenaBusy, ArenaFull, ArenaTooSmall
+from shmbroker.errors import ArenaBusy, ArenaFull, ArenaTooSmall, ChannelError
 from shmbroker.memory.leases import Leases, leases_over
 from shmbroker.memory.ring import Extent, Occupancy, RingAllocator, largest_request
-from shmbroker.memory.room import Room
+from shmbroker.memory.room import Room, room_for
 from shmbroker.memory.segment import Segment
 
 DEFAULT_PLACE_SECONDS = 5.0
@@ -35,10 +35,16 @@ RECHECK_SECONDS = 0.1
 
 OLDEST_SHOWN = 3
 
+IDLE_BLOCKS = 32
+"""Dead blocks kept for the next ones of their sizes, before all go back to the ring: a layer's worth of tensors, twice."""
+
 _REENTERED = (
     "a finaliser (__del__ or a weak reference's callback) used the arena while this thread was placing a block in it: finalisers may let go of "
     "tensors, not place or look for them"
 )
+
+
+_CLOSED = "the client is closed: its arena places no more tensors"
 
 
 class Place(NamedTuple):
@@ -65,6 +71,9 @@ class Arena:
         be taken twice would make it wait for itself."""
         self.blocks: dict[int, Extent] = {}
         """By offset. A tensor that begins where a block does lies in it: the block cannot be another one's meanwhile."""
+        self._idle: dict[int, list[Extent]] = {}
+        """Blocks that have died and were not given back to the ring yet, by their size: the next of that size is placed in one step."""
+        self._idle_count = 0
         self._leases: Leases | None = leases_over(segment.map)
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, timeout: float = DEFAULT_PLACE_SECONDS) -> torch.Tensor:
@@ -73,19 +82,28 @@ class Arena:
         Raises :class:`ArenaFull` when nothing was released within ``timeout`` seconds, :class:`ArenaTooSmall` at once when the
         arena could never hold it, :class:`BadInput` for a shape or dtype that cannot be carried.
         """
-        return self.place(Room(shape, dtype), timeout)[0]
+        return self.place(room_for(shape, dtype), timeout)[0]
 
     def place(self, room: Room, timeout: float = DEFAULT_PLACE_SECONDS) -> tuple[torch.Tensor, int, int]:
         """A tensor in a fresh block, the block's offset in the segment, and its generation. Raises as :meth:`empty`."""
-        leases = self._leases
+        return self.place_now(room) or self._place_later(room, timeout)
+
+    def place_now(self, room: Room) -> tuple[torch.Tensor, int, int] | None:
+        """:meth:`place` where there is room at this moment, else None."""
         with self._lock:
-            if self._busy or leases is None:
-                raise ArenaBusy(_REENTERED) if self._busy else ArenaFull("the client is closed: its arena places no more blocks")
+            if self._busy:
+                raise ArenaBusy(_REENTERED)
+            leases = self._leases
+            if leases is None:
+                raise ChannelError(_CLOSED)
             self._busy = True
             try:
-                block = self._settle(leases, room.nbytes) or self._ring.place(room.nbytes)
+                block = self._idle_block(leases, room.nbytes) or self._ring.place(room.nbytes)
                 if block is None:
-                    block = self._wait_for_room(leases, room.nbytes, timeout)
+                    self._settle(leases)
+                    block = self._ring.place(room.nbytes)
+                    if block is None:
+                        return None
                 offset = block.offset
                 tensor = leases.tensor(room, offset, block)
                 self.blocks[offset] = block
@@ -95,10 +113,31 @@ class Arena:
             tensor = tensor.view(room.dtype)
         return tensor, offset, block.generation
 
+    def _place_later(self, room: Room, timeout: float) -> tuple[torch.Tensor, int, int]:
+        nbytes = room.nbytes
+        if largest_request(nbytes) > self.nbytes:
+            raise ArenaTooSmall(
+                f"a tensor of {nbytes} bytes cannot lie in an arena of {self.nbytes} bytes: it must measure at least "
+                f"{largest_request(nbytes)}; raise --arena (or connect(arena=...))"
+            )
+        until = time.monotonic() + timeout
+        if timeout > 0:
+            gc.collect()  # tensors in reference cycles (an exception's traceback, most often) die only here
+        while True:
+            placed = self.place_now(room)
+            if placed is not None:
+                return placed
+            left = until - time.monotonic()
+            if left <= 0:
+                raise ArenaFull(self._complaint(nbytes, timeout))
+            leases = self._leases
+            if leases is not None:
+                leases.wait(min(left, RECHECK_SECONDS))
+
     def copy_in(self, tensor: torch.Tensor, timeout: float = DEFAULT_PLACE_SECONDS) -> torch.Tensor:
         """A contiguous copy of ``tensor`` in a fresh block: the one copy that a tensor from outside costs."""
-        inside = self.empty(tuple(tensor.shape), tensor.dtype, timeout)
-        inside.copy_(tensor.detach())
+        inside = self.place(room_for(tensor.shape, tensor.dtype), timeout)[0]
+        inside.copy_(tensor.detach() if tensor.requires_grad else tensor)
         return inside
 
     def find(self, tensor: torch.Tensor) -> Place | None:
@@ -141,62 +180,50 @@ class Arena:
             finally:
                 self._busy = False
 
-    @contextlib.contextmanager
-    def _let_others(self) -> Iterator[None]:
-        """Within :meth:`place`: let others at the arena for the length of a block."""
-        self._busy = False
-        self._lock.release()
-        try:
-            yield
-        finally:
-            self._lock.acquire()
-            self._busy = True
+    def _idle_block(self, leases: Leases, nbytes: int) -> Extent | None:
+        """A block of exactly ``nbytes`` bytes that has died, placed again; None when there is none.
 
-    def _settle(self, leases: Leases, nbytes: int = 0) -> Extent | None:
-        """Give the ring back what has died since the last time, but for one block of exactly ``nbytes``: that is placed again and returned.
-
-        Calls of one kind, one after the other, so use the same few blocks, whose memory is in the cache.
+        Calls of the same kinds, one after the other, so use the same few blocks: their memory is in the cache, and the worker knows them.
         """
-        again: Extent | None = None
+        idle = self._idle
         while (block := leases.pop()) is not None:
-            if again is None and block.nbytes == nbytes:
-                self._ring.place_again(block)
-                again = block
+            same = idle.get(block.nbytes)
+            if same is None:
+                idle[block.nbytes] = [block]
             else:
+                same.append(block)
+            self._idle_count += 1
+        fitting = idle.get(nbytes)
+        if fitting:
+            self._idle_count -= 1
+            block = fitting.pop()
+            self._ring.place_again(block)
+            return block
+        if self._idle_count > IDLE_BLOCKS:
+            self._settle(leases)
+        return None
+
+    def _settle(self, leases: Leases) -> None:
+        """Give the ring back all that has died."""
+        while (block := leases.pop()) is not None:
+            self._release(block)
+        for blocks in self._idle.values():
+            for block in blocks:
                 self._release(block)
-        return again
+        self._idle.clear()
+        self._idle_count = 0
 
     def _release(self, block: Extent) -> None:
         del self.blocks[block.offset]
         self._ring.release(block)
 
-    def _wait_for_room(self, leases: Leases, nbytes: int, timeout: float) -> Extent:
-        if largest_request(nbytes) > self.nbytes:
-            raise ArenaTooSmall(
-                f"a tensor of {nbytes} bytes cannot lie in an arena of {self.nbytes} bytes: it must measure at least "
-                f"{largest_request(nbytes)}; raise --arena (or connect(arena=...))"
-            )
-        until = time.monotonic() + timeout
-        if timeout > 0:
-            with self._let_others():  # what dies now may run code that places blocks
-                gc.collect()  # tensors in reference cycles (an exception's traceback, most often) die only here
-        while True:
-            self._settle(leases)
-            block = self._ring.place(nbytes)
-            if block is not None:
-                return block
-            left = until - time.monotonic()
-            if left <= 0:
-                raise ArenaFull(self._complaint(nbytes, timeout))
-            with self._let_others():
-                leases.wait(min(left, RECHECK_SECONDS))
-
     def _complaint(self, nbytes: int, timeout: float) -> str:
-        figures = self._ring.occupancy()
-        now = time.monotonic()
-        oldest = "; ".join(
-            f"{block.nbytes} bytes at {block.offset}, held {now - block.placed_at:.1f} s" for block in self._ring.oldest(OLDEST_SHOWN)
-        )
+        with self._alone():
+            figures = self._ring.occupancy()
+            now = time.monotonic()
+            oldest = "; ".join(
+                [f"{block.nbytes} bytes at {block.offset}, held {now - block.placed_at:.1f} s" for block in self._ring.oldest(OLDEST_SHOWN)]
+            )
         return (
             f"{nbytes} bytes asked, {figures.free_bytes} free (largest extent {figures.largest_free_bytes} of {self.nbytes}) and nothing "
             f"released within {timeout:g} s; {figures.blocks} blocks held, oldest: {oldest or 'none'}; let go of tensors that are no longer "

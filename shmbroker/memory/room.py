@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import struct
 
@@ -36,7 +37,7 @@ class Room:
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         check_carried(shape, dtype)
-        self.shape = shape
+        self.shape = shape = tuple(shape)
         self.dtype = dtype
         self.count = math.prod(shape)
         self.nbytes = round_up(self.count * dtype.itemsize or 1, ALIGNMENT)
@@ -45,3 +46,9 @@ class Room:
         self.as_bytes = dtype not in _DLPACK_CODES
         code = _DLPACK_CODES.get(dtype, _BYTES_CODE)
         self.form = _FORM.pack(code, dtype.itemsize * 8, 0, len(shape), *shape, *(0,) * (MAX_DIMS - len(shape)))
+
+
+@functools.lru_cache(maxsize=1024)
+def room_for(shape: tuple[int, ...], dtype: torch.dtype) -> Room:
+    """The same, remembered: programs ask for the same few shapes again and again."""
+    return Room(shape, dtype)

@@ -391,6 +391,24 @@ def test_only_a_sleeper_is_rung_for(segment: Segment) -> None:
     assert (workers_bell.rung, clients_bell.rung) == (1, 1)
 
 
+def test_a_sleeper_is_rung_for_once_also_when_it_is_nudged_before_the_frame_comes(segment: Segment) -> None:
+    """D4."""
+    bell = RecordingBell()
+    client, worker = ShmClientLane(segment, 1, bell), ShmWorkerLane(segment, 1, RecordingBell())
+    words, index = worker.sleeping
+    client.nudge()
+    assert bell.rung == 0, "nobody sleeps"
+    words[index] = 1
+    client.nudge()
+    client.nudge()
+    assert (bell.rung, words[index]) == (1, 0)
+    _submit(client, 1)
+    assert bell.rung == 1
+    words[index] = 1
+    _submit(client, 2)
+    assert (bell.rung, words[index]) == (2, 0)
+
+
 def test_a_frame_is_published_before_the_word_is_looked_at(segment: Segment, monkeypatch: pytest.MonkeyPatch) -> None:
     """D1: publish, fence, look. (Compiled: the three lines of ``commit`` in ``_ends.c``.)"""
     order: list[str] = []
@@ -513,6 +531,8 @@ def _ping_pong(segment: Segment, start_child: StartChild, clients_bell: str | No
     waiter = Waiter(_bell(clients_bell), spin_seconds=0.0)
     until = time.monotonic() + DEADLINE_SECONDS
     for call_id in range(1, rounds + 1):
+        if call_id % 2:
+            lane.nudge()  # the worker may wake, find nothing, and sleep again before the frame is there (D4)
         assert _submit(lane, call_id)
         _await(waiter, lane.ready, _client_sleeping(segment), until)
         assert lane.take() == _completion(call_id)
