@@ -10,12 +10,13 @@ from typing import Any
 import click
 import torch
 
-from benchmarks import alloc, copies, replay, rtt, throughput, waiting
+from benchmarks import alloc, copies, replay, rtt, steps, throughput, waiting
 from benchmarks.measure import PEER_CPU, machine, pin
 
 FULL: dict[str, Callable[[], dict[str, Any]]] = {
     "rtt": rtt.run,
     "replay": replay.run,
+    "steps": steps.run,
     "copies": copies.run,
     "waiting": waiting.run,
     "throughput": throughput.run,
@@ -24,6 +25,7 @@ FULL: dict[str, Callable[[], dict[str, Any]]] = {
 QUICK: dict[str, Callable[[], dict[str, Any]]] = {
     "rtt": lambda: rtt.run(0.1, [64, 1 << 20]),
     "replay": lambda: replay.run(0.1, 16, msgpack=False),
+    "steps": lambda: steps.run(100),
     "copies": lambda: copies.run(0.1),
     "waiting": lambda: waiting.run(0.1),
     "throughput": lambda: throughput.run(0.1),

@@ -44,6 +44,7 @@ def _prefill(result: dict[str, Any], path: Path) -> Path:
 
     rows = [
         ("hand-over", "hand_over_ms"),
+        ("hand-over, captured", "hand_over_captured_ms"),
         ("one copy each way", "one_copy_ms"),
         ("bare copies", "bare_copies_ms"),
         ("msgpack", "msgpack_ms"),

@@ -198,13 +198,18 @@ class _Waiters(list[Any]):
     Whoever joins it will not call :meth:`CallFuture.result`, so the call must be completed in the background.
     """
 
-    def __init__(self, joined: Callable[[], None]) -> None:
+    def __init__(self, call: Call) -> None:
         super().__init__()
-        self._joined = joined
+        self._call = call
 
     def append(self, waiter: Any) -> None:
         super().append(waiter)
-        self._joined()
+        _watch(self._call)
+
+
+def _watch(call: Call) -> None:
+    if not call.done:
+        call.channel.completions.watch(call)
 
 
 class CallFuture(concurrent.futures.Future[Result]):
@@ -217,12 +222,13 @@ class CallFuture(concurrent.futures.Future[Result]):
     def __init__(self, call: Call) -> None:
         super().__init__()
         self._call = call
-        self._waiters = _Waiters(self._watch)
+        self._waiters = _Waiters(call)
         self.set_running_or_notify_cancel()
 
     def settle(self) -> None:
-        """Take over the outcome of the call."""
+        """Take over the outcome of the call, which knows its future no longer: they would keep each other, and the tensors, alive."""
         call = self._call
+        call.future = None
         try:
             if call.error is not None:
                 self.set_exception(call.error)
@@ -230,10 +236,6 @@ class CallFuture(concurrent.futures.Future[Result]):
                 self.set_result(call.result())
         except concurrent.futures.InvalidStateError:
             pass  # timed out before
-
-    def _watch(self) -> None:
-        if not self._call.done:
-            self._call.channel.completions.watch(self._call)
 
     def result(self, timeout: float | None = None) -> Result:
         """The outputs. Raises the call's error; TimeoutError when they are not there after ``timeout`` seconds."""
@@ -253,7 +255,7 @@ class CallFuture(concurrent.futures.Future[Result]):
     def add_done_callback(self, fn: Callable[[concurrent.futures.Future[Result]], object]) -> None:
         """Have ``fn(self)`` called when the call is done."""
         super().add_done_callback(fn)
-        self._watch()
+        _watch(self._call)
 
     def __await__(self) -> Generator[Any, None, Result]:
         """Wait in an asyncio event loop."""

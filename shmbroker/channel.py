@@ -16,7 +16,7 @@ from shmbroker.control import messages as m
 from shmbroker.control.endpoint import transport_of
 from shmbroker.control.liveness import Watch
 from shmbroker.control.sockets import Requester
-from shmbroker.errors import ArenaFull, ArenaTooSmall, BadInput, CallTimeout, ChannelError, ShmBrokerError, WorkerLost
+from shmbroker.errors import BadInput, CallTimeout, ChannelError, ShmBrokerError, WorkerLost
 from shmbroker.lane.doorbell import RECHECK_SECONDS
 from shmbroker.lane.frames import FrameTemplate
 from shmbroker.lane.shm_lane import ShmClientLane
@@ -176,13 +176,16 @@ class Channel:
     def drain(self) -> None:
         """Take all completions there are and finish their calls. Called by the leader of the waiters only."""
         take = self._lane.take
+        outstanding = self._outstanding
         while (completion := take()) is not None:
             taken_ns = clock_ns()
-            call = self._outstanding.pop(completion[0], None)
+            call = outstanding.pop(completion[0], None)
             if call is None:
                 log.warning("%s completed call %d, which is not outstanding: ignored", self.peer_text(), completion[0])
             else:
                 call.finish(completion, taken_ns)
+            if not outstanding:
+                return  # whatever else there is answers nothing
 
     def check_peer(self) -> None:
         """Fail what is outstanding when the worker has died. Called by the leader of the waiters only."""
@@ -224,22 +227,20 @@ class Channel:
 
     def place(self, room: Room, timeout: float | None) -> tuple[torch.Tensor, int, int]:
         """A fresh block as a tensor, its offset and generation. While the arena is full, completions are taken, since they may free blocks."""
+        arena = self.arena
         limit = self.client.place_timeout
         if timeout is not None and timeout < limit:
             limit = timeout
-        if not self._outstanding:
-            return self.arena.place(room, limit)
+        arena.check_size(room)
         until = time.monotonic() + limit
         while True:
             left = max(0.0, until - time.monotonic())
-            try:
-                return self.arena.place(room, 0.0 if self._outstanding else left)
-            except ArenaTooSmall:
-                raise
-            except ArenaFull:
-                if left == 0.0 or not self._outstanding:
-                    raise
-                self.completions.wait_any(left)
+            if not self._outstanding or not left:
+                return arena.place(room, left)
+            placed = arena.place_now(room)
+            if placed is not None:
+                return placed
+            self.completions.wait_any(left)
 
     # --- the rest -----------------------------------------------------------------------------------------------------------------------
 

@@ -47,6 +47,9 @@ DEFAULT_SERVICE_SECONDS = 5.0
 
 _SERVICE_POLL_SECONDS = 0.05
 
+LOOK_SECONDS = 25e-6
+"""How long whoever waits for a completion looks for it before deadlines and the doorbell are thought of."""
+
 _open: weakref.WeakSet[Client] = weakref.WeakSet()
 
 
@@ -271,7 +274,7 @@ class Client:
             if doorbell not in self._loops:
                 bell = self._bell if doorbell is Doorbell.SEM else PollingBell()
                 waiter = Waiter(bell, self._spin, [(self._segment.words, CLIENT_SLEEPING // 8)])
-                self._loops[doorbell] = CompletionLoop(waiter.wait)
+                self._loops[doorbell] = CompletionLoop(waiter.wait, min(self._spin, LOOK_SECONDS))
             return self._loops[doorbell]
 
     def forget(self, channel: Channel) -> None:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+from shmbroker.lane.core import spin
 from shmbroker.lane.doorbell import RECHECK_SECONDS
 from shmbroker.lane.ends import Receiver
 
@@ -50,8 +51,10 @@ Block = Callable[[Callable[[], bool], tuple[Receiver, ...], float], bool]
 class CompletionLoop:
     """The waiters on one doorbell. ``block`` looks at the receivers for a while, then blocks until ``ready()``, at most so many seconds."""
 
-    def __init__(self, block: Block) -> None:
+    def __init__(self, block: Block, look_seconds: float = 0.0) -> None:
+        """``look_seconds``: how long a leader looks at the receivers before it asks ``block``, which does the same and more."""
         self._block = block
+        self._look_seconds = look_seconds
         self._set_sources([])
         self._leader = threading.Lock()
         self._followers: list[Waitable] = []
@@ -128,6 +131,11 @@ class CompletionLoop:
 
     def _lead(self, call: Waitable, deadline_ns: int) -> bool:
         """Read for all until ``call`` is done; False when its deadline came first."""
+        # Most calls are answered within the time of a look. A deadline that passes meanwhile is seen right after.
+        if self._receivers and self._look_seconds and spin(self._receivers, self._look_seconds):
+            self._drain()
+            if call.done:
+                return True
         block = self._block
         while True:
             left = RECHECK_SECONDS
@@ -211,6 +219,7 @@ class CompletionLoop:
                 if not call.done and call.deadline_ns and now >= call.deadline_ns:
                     call.expire()
             calls = [call for call in calls if not call.done and not (call.deadline_ns and now >= call.deadline_ns)]
+            call = None  # or it would keep the last one's tensors alive until the next comes
 
     def close(self) -> None:
         """End the background thread, once the calls it watches are done, and let go of the memory that waiting looks at."""

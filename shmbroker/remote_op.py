@@ -67,15 +67,21 @@ class RemoteOp:
         ``timeout``: seconds, None for no limit; the client's own by default. Raises :class:`CallTimeout`, :class:`WorkerLost`,
         :class:`RemoteOpError` with the worker's error, :class:`ArenaFull`, :class:`BadInput`.
         """
-        call = self._submit(inputs, timeout, arguments)
         channel = self._channel
+        seconds = channel.client.timeout if timeout is _UNSET else timeout
+        call, offsets, generations = self._prepare(inputs, seconds, arguments)
+        channel.submit(call, call.plan.template, offsets, generations)
         if not channel.completions.wait(call, call.deadline_ns):
             channel.expire(call)
         return call.result()
 
     def submit(self, *inputs: torch.Tensor, timeout: Timeout = _UNSET, **arguments: Any) -> CallFuture:
         """Call without waiting: a future, also awaitable. Its frame is with the worker when this returns."""
-        return self.future_of(self._submit(inputs, timeout, arguments))
+        channel = self._channel
+        seconds = channel.client.timeout if timeout is _UNSET else timeout
+        call, offsets, generations = self._prepare(inputs, seconds, arguments)
+        channel.submit(call, call.plan.template, offsets, generations)
+        return self.future_of(call)
 
     def capture(self, *inputs: torch.Tensor, **arguments: Any) -> CapturedCall:
         """Place inputs and outputs and pack the frame once, to be replayed many times on the same blocks."""
@@ -90,13 +96,6 @@ class RemoteOp:
         if call.done:  # the completion was faster than this line
             future.settle()
         return future
-
-    def _submit(self, inputs: tuple[torch.Tensor, ...], timeout: Timeout, arguments: dict[str, Any]) -> Call:
-        channel = self._channel
-        seconds = channel.client.timeout if timeout is _UNSET else timeout
-        call, offsets, generations = self._prepare(inputs, seconds, arguments)
-        channel.submit(call, call.plan.template, offsets, generations)
-        return call
 
     def _prepare(
         self, inputs: tuple[torch.Tensor, ...], timeout: float | None, arguments: dict[str, Any]

@@ -98,7 +98,7 @@ class Worker:
         """Served by the thread in :meth:`serve`, and changed by it alone."""
         self._done = ChannelCounters()
         """Of channels that are closed."""
-        self._stopping = threading.Event()
+        self._stopping = False
         self._running = threading.Lock()
         """Held while an op runs: the device does one thing at a time, whichever lane asks."""
 
@@ -153,7 +153,7 @@ class Worker:
 
     def stop(self) -> None:
         """Make :meth:`serve` return soon. Callable from any thread and from signal handlers."""
-        self._stopping.set()
+        self._stopping = True
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
@@ -201,7 +201,7 @@ class Worker:
             # Last in, first out: the broker is told before clients find nobody at home.
             stack.callback(self._join_threads, control)
             stack.callback(link.stop)
-            stack.callback(self._stopping.set)
+            stack.callback(self.stop)
             control.start()
             log.info("%s (%s): service %r on %s, ops %s", self.name, self.id, self.service, self._responder.endpoint, ", ".join(self._ops))
             yield
@@ -261,7 +261,7 @@ class Worker:
                 receivers = tuple([lane.receiver for _, lane in lanes])
                 waiter = poll_waiter if any(lane.doorbell is Doorbell.POLL for _, lane in lanes) else bell_waiter
                 waiter.sleeping = [lane.sleeping for _, lane in lanes]
-            stopping = self._stopping.is_set()
+            stopping = self._stopping
             if not self._run_one_each(lanes, stopping):
                 if stopping:
                     return
@@ -287,7 +287,7 @@ class Worker:
     def _serve_zmq(self) -> None:
         """The same for the zmq lane, in a thread of its own."""
         while True:
-            stopping = self._stopping.is_set()
+            stopping = self._stopping
             self._zmq.wait(0.1)
             while (taken := self._zmq.take()) is not None:
                 self._run_message(*taken, stopping)
@@ -322,7 +322,7 @@ class Worker:
 
         parent = Watch(self._parent) if self._parent is not None else None
         next_look = time.monotonic() + CONTROL_TICK_SECONDS
-        while not self._stopping.is_set():
+        while not self._stopping:
             self._responder.socket.poll(int(CONTROL_TICK_SECONDS * 200))
             self._responder.answer_waiting(handle)
             while not self._gone.empty():

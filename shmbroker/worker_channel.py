@@ -82,7 +82,7 @@ class PreparedCall:
     by that, and its call is not kept.
     """
 
-    __slots__ = ("_inputs", "_versions", "repeatable", "run")
+    __slots__ = ("inputs", "repeatable", "run", "versions")
 
     def __init__(
         self,
@@ -95,15 +95,12 @@ class PreparedCall:
         repeatable: bool,
     ) -> None:
         telling = not any(tensor.is_inference() for tensor in inputs)  # those made in inference mode do not tell when they were changed
-        self._inputs = tuple(inputs) if telling else ()
-        self._versions = [tensor._version for tensor in self._inputs]
+        self.inputs = tuple(inputs) if telling else ()
+        self.versions = [tensor._version for tensor in self.inputs]
+        """Of the inputs, while nothing has changed them."""
         self.run = op.prepare(inputs, outputs, arguments, single=single)
         self.repeatable = repeatable and telling
         """Per-call arguments lie behind what a frame is recognised by."""
-
-    def intact(self) -> bool:
-        """Whether the inputs are as they were."""
-        return [tensor._version for tensor in self._inputs] == self._versions
 
 
 @dataclass(slots=True)
@@ -166,7 +163,7 @@ class WorkerChannel:
             return Completion(call_id, Status.OP_ERROR, queued_ns, _clock_ns() - begun_ns, text)
         compute_ns = _clock_ns() - begun_ns
         counters.compute_ns += compute_ns
-        if not prepared.intact():
+        if [tensor._version for tensor in prepared.inputs] != prepared.versions:
             self._prepared.pop(key, None)
         elif not known and prepared.repeatable:
             self._keep(key, prepared)

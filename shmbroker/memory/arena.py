@@ -114,12 +114,7 @@ class Arena:
         return tensor, offset, block.generation
 
     def _place_later(self, room: Room, timeout: float) -> tuple[torch.Tensor, int, int]:
-        nbytes = room.nbytes
-        if largest_request(nbytes) > self.nbytes:
-            raise ArenaTooSmall(
-                f"a tensor of {nbytes} bytes cannot lie in an arena of {self.nbytes} bytes: it must measure at least "
-                f"{largest_request(nbytes)}; raise --arena (or connect(arena=...))"
-            )
+        self.check_size(room)
         until = time.monotonic() + timeout
         if timeout > 0:
             gc.collect()  # tensors in reference cycles (an exception's traceback, most often) die only here
@@ -129,10 +124,18 @@ class Arena:
                 return placed
             left = until - time.monotonic()
             if left <= 0:
-                raise ArenaFull(self._complaint(nbytes, timeout))
+                raise ArenaFull(self._complaint(room.nbytes, timeout))
             leases = self._leases
             if leases is not None:
                 leases.wait(min(left, RECHECK_SECONDS))
+
+    def check_size(self, room: Room) -> None:
+        """Raise :class:`ArenaTooSmall` when the arena could never hold it."""
+        if largest_request(room.nbytes) > self.nbytes:
+            raise ArenaTooSmall(
+                f"a tensor of {room.nbytes} bytes cannot lie in an arena of {self.nbytes} bytes: it must measure at least "
+                f"{largest_request(room.nbytes)}; raise --arena (or connect(arena=...))"
+            )
 
     def copy_in(self, tensor: torch.Tensor, timeout: float = DEFAULT_PLACE_SECONDS) -> torch.Tensor:
         """A contiguous copy of ``tensor`` in a fresh block: the one copy that a tensor from outside costs."""

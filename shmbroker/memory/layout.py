@@ -14,7 +14,8 @@ Invariants (quoted by the tests by number):
 L1  ``version`` is the last field of the header to be written; 0 there means "still being made".
 L2  ``sequence`` is the last field of a frame to be written; position ``p`` (counted from 0) is published in slot
     ``p % depth`` by the value ``p + 1``.
-L3  Every word that changes while a channel is open has exactly one writer. (The client clears the channel area before it opens it.)
+L3  Every word that changes while a channel is open has exactly one writer, but for the sleeping words, which whoever rings takes down. (The
+    client clears the channel area before it opens it.)
 L4  Every scalar, also in an array, lies at a multiple of its own size, so an aligned 8-byte store is never seen in part.
 
 The structures are described once, here, with ctypes; the C header (``shmbroker.memory.cheader``), the hot path's offsets and the

@@ -17,6 +17,7 @@ import shmbroker
 from shmbroker import TensorSpec
 from shmbroker.channel import Channel
 from shmbroker.memory.spec import DTYPE_NAMED
+from tests.processes import wait_until
 
 
 def same(x: TensorSpec) -> TensorSpec:
@@ -381,3 +382,23 @@ def test_shapes_that_are_none_are_refused(client: shmbroker.Client, shape: tuple
     with pytest.raises(shmbroker.BadInput, match="shape"):
         client.empty(shape)
     assert client.empty(5).shape == (5,)
+
+
+def test_a_future_that_nobody_holds_lets_its_tensors_go_at_once(channel: Channel) -> None:
+    """Without the collector: call and future do not keep each other alive."""
+    double = channel.bind("double")
+    before = channel.client.arena.occupancy().blocks
+    gc.collect()
+    gc.disable()
+    try:
+        for kind in ("result", "callback", "waited for"):
+            future = double.submit(torch.ones(100))
+            if kind == "callback":
+                future.add_done_callback(lambda future: None)
+            elif kind == "waited for":
+                concurrent.futures.wait([future], 10)
+            assert future.result().sum() == 200
+            del future
+        wait_until(lambda: channel.client.arena.occupancy().blocks == before, 10.0)  # the background thread has to see it too
+    finally:
+        gc.enable()
