@@ -171,7 +171,7 @@ def run(seconds: float = 2.0, scale: int = 1, *, msgpack: bool = True) -> dict[s
         runner.capture()
         captured = _times(runner.hand_over_captured, seconds, 20)
         runner.release()
-        pairs = [(_time(runner.one_copy), _time(runner.bare_copies)) for _ in range(max(3, int(seconds)))]
+        pairs = [(_time(runner.one_copy), _time(runner.bare_copies)) for _ in range(7 if scale == 1 else 3)]
         result["touched_compared"], result["touched_equal"] = runner.touched()
         torch.set_num_threads(threads)
         del runner

@@ -151,7 +151,9 @@ class WorkerChannel:
             if prepared is None:
                 prepared = self._open(frame)
                 begun_ns = _clock_ns()
+            # fault: before op running
             prepared.run()
+            # fault: after result written
         except BadFrame as error:
             counters.errors += 1
             return Completion(call_id, Status.BAD_FRAME, queued_ns, 0, pack_text(str(error)))

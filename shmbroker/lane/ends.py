@@ -52,14 +52,18 @@ class _Sender:
 
     def _commit(self) -> None:
         self._queue.commit()
+        # fault: after publishing
         fence()
         self._wake()
 
     def _wake(self) -> None:
         words, sleeping = self._words, self._sleeping
         if words[sleeping]:
+            # fault: before doorbell rung
             words[sleeping] = 0  # D4
+            # fault: amid doorbell rung
             self._ring()
+            # fault: after doorbell rung
 
 
 class SubmissionSender(_Sender):
@@ -82,8 +86,11 @@ class SubmissionSender(_Sender):
         slot = self._queue.claim()
         if slot is None:
             return False
+        # fault: before frame written
         template.write(slot, call_id, deadline_ns, submitted_ns, offsets, generations)
+        # fault: amid frame written
         self._commit()
+        # fault: after frame written
         return True
 
 
@@ -98,7 +105,9 @@ class SubmissionReceiver:
 
     def take(self) -> Taken | None:
         """The next call, from a private copy of its frame (F1), or None."""
+        # fault: before frame taken
         frame = self._queue.take()
+        # fault: after frame taken
         return None if frame is None else taken_of(frame)
 
 
@@ -116,8 +125,11 @@ class CompletionSender(_Sender):
         slot: Slot | None = self._queue.claim()
         if slot is None:
             return False
+        # fault: before completion written
         write_completion(slot, completion)
+        # fault: amid completion written
         self._commit()
+        # fault: after completion written
         return True
 
 
@@ -137,7 +149,9 @@ class CompletionReceiver:
             completion = read_plain_completion(slot)
             if completion is None:
                 completion = read_completion(bytes(slot.bytes))
+            # fault: before completion taken
             queue.advance()
+            # fault: after completion taken
             if completion is not None:
                 return completion
         return None

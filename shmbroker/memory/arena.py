@@ -105,8 +105,10 @@ class Arena:
                     if block is None:
                         return None
                 offset = block.offset
+                # fault: before block placed
                 tensor = leases.tensor(room, offset, block)
                 self.blocks[offset] = block
+                # fault: after block placed
             finally:
                 self._busy = False
         if room.as_bytes:
@@ -217,8 +219,10 @@ class Arena:
         self._idle_count = 0
 
     def _release(self, block: Extent) -> None:
+        # fault: before block freed
         del self.blocks[block.offset]
         self._ring.release(block)
+        # fault: after block freed
 
     def _complaint(self, nbytes: int, timeout: float) -> str:
         with self._alone():

@@ -101,7 +101,9 @@ def unlink_if_unheld(path: str) -> int:
         found = os.fstat(fd)
         if found.st_nlink == 0:
             return -1
+        # fault: before segment unlinked
         os.unlink(path)
+        # fault: after segment unlinked
         return found.st_blocks * 512
     except BlockingIOError:
         return -1

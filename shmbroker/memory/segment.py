@@ -93,7 +93,9 @@ def make_segment(name: str, geometry: Geometry, *, instance: str, owner: str, ow
     if len(owner.encode()) >= layout.OWNER_BYTES or len(instance.encode()) >= layout.INSTANCE_BYTES:
         raise ValueError(f"owner {owner!r} or instance {instance!r} is longer than the header has room for")
     while True:
+        # fault: before segment made
         fd = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=mode).fd
+        # fault: after segment made
         try:
             hold = Hold(fd)
             break
@@ -126,7 +128,9 @@ def make_segment(name: str, geometry: Geometry, *, instance: str, owner: str, ow
             header.maker_pid = os.getpid()
             header.owner_pid = owner_pid
             header.made_at_ns = time.time_ns()
+            # fault: before header published
             header.version = layout.LAYOUT_VERSION  # L1: last
+            # fault: after header published
             del header
     except BaseException:
         unlink_segment(name)
