@@ -1,9 +1,12 @@
 # make run: everything from nothing, ending in the demo.  make test: everything that must hold.  make bench: how fast it is here.
 PYTHON ?= python3
 VENV := .venv
+DURATION ?= 600
+SEED ?= 1
+MINUTES ?= 10
 BIN := $(VENV)/bin
 
-.PHONY: run test lint types unit bench clean
+.PHONY: run test lint types unit bench kill-matrix chaos soak clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/ready
@@ -32,6 +35,15 @@ bench: $(VENV)/bench
 $(VENV)/bench: $(VENV)/ready
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	touch $@
+
+kill-matrix: $(VENV)/ready
+	$(BIN)/python -m tests.faults.matrix
+
+chaos: $(VENV)/ready
+	$(BIN)/python -m tests.faults.chaos $(DURATION) $(SEED)
+
+soak: $(VENV)/ready
+	$(BIN)/python -m tests.faults.soak $(MINUTES)
 
 clean:
 	rm -rf $(VENV) *.egg-info build dist shmbroker/*/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

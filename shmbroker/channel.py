@@ -117,9 +117,9 @@ class Channel:
         self._check_open()
         with self._control_lock:
             try:
-                return self._requester.ask(message, answer)
+                return self._requester.ask(message, answer, alive=self._watch.alive)
             except TimeoutError:
-                self.completions.check_peers()
+                self.completions.alone(self.check_peer)
                 self._check_open()
                 raise ChannelError(f"{self.peer_text()} does not answer control requests") from None
 

@@ -20,9 +20,9 @@ from shmbroker.channel import Channel
 from shmbroker.completions import CompletionLoop
 from shmbroker.control import endpoint as endpoints
 from shmbroker.control import messages as m
-from shmbroker.control.liveness import this_process
+from shmbroker.control.liveness import Watch, this_process
 from shmbroker.control.sockets import Requester
-from shmbroker.errors import BadInput, ChannelError, NoSuchService, ShmBrokerError
+from shmbroker.errors import BadInput, ChannelError, NoSuchService, ShmBrokerError, WorkerLost
 from shmbroker.lane.doorbell import PollingBell, SemaphoreBell, shm_lane_supported
 from shmbroker.lane.kinds import Doorbell, Lane
 from shmbroker.lane.shm_lane import CLIENT_SLEEPING, ShmClientLane, clear_channel
@@ -126,12 +126,14 @@ class Client:
             self._link: BrokerLink | None = None
             # Undone after the holds are released, so that the broker, on our Goodbye, finds nothing held.
             stack.callback(self._stop_link)
-            request = m.MakeSegment(self.id, self._pid, geometry.arena_bytes, geometry.channel_count, geometry.depth)
+            request = m.MakeSegment(self.id, this_process(), geometry.arena_bytes, geometry.channel_count, geometry.depth)
             made = ask_broker(self._requester, request, m.Made, instance, timeout=_reserving_seconds(geometry))
+            # fault: before segment held
             self._segment = Segment.attach(made.name, hold=True)
+            # fault: after segment held
             stack.callback(unlink_own, names.SHM_DIR + made.name)
             stack.callback(self._segment.close)
-            bell = ask_broker(self._requester, m.MakeBell(self.id), m.Made, instance)
+            bell = ask_broker(self._requester, m.MakeBell(self.id, this_process()), m.Made, instance)
             self._bell_name = bell.name
             bell_hold = Hold.on(names.bell_path(bell.name))
             stack.callback(unlink_own, names.bell_path(bell.name))
@@ -253,8 +255,11 @@ class Client:
                 doorbell=doorbell.value,
                 bell=self._bell_name,
             )
+            watch = Watch(worker.process)
             try:
-                opened = requester.ask(opening, m.ChannelOpened)
+                # fault: before channel opened
+                opened = requester.ask(opening, m.ChannelOpened, alive=watch.alive)
+                # fault: after channel opened
                 end: ShmClientLane | ZmqClientLane
                 if Lane(opened.lane) is Lane.SHM:
                     worker_bell = SemaphoreBell(opened.bell) if Doorbell(opened.doorbell) is Doorbell.SEM else PollingBell()
@@ -264,7 +269,12 @@ class Client:
                     zmq_end = end = ZmqClientLane(self._context, opened.endpoint, opened.token, self._segment.geometry.depth)
                     loop = CompletionLoop(lambda ready, receivers, seconds: zmq_end.wait(seconds))
             except TimeoutError as error:
-                raise ChannelError(f"worker {worker.name!r} (pid {worker.process.pid}) does not answer: {error}") from None
+                who = f"worker {worker.name!r} (pid {worker.process.pid})"
+                if not watch.alive():
+                    raise WorkerLost(f"{who} died while a channel to it was opened") from None
+                raise ChannelError(f"{who} does not answer: {error}") from None
+            finally:
+                watch.close()
             stack.pop_all()
             return Channel(self, service, worker, opened, requester, end, loop, index)
 

@@ -41,7 +41,7 @@ def ask_broker(requester: Requester, message: Message, answer: type[Answer], ins
     try:
         if not may_listen(requester.endpoint):
             raise TimeoutError  # no need to wait for nobody
-        return requester.ask(message, answer, timeout)
+        return requester.ask(message, answer, timeout, lambda: may_listen(requester.endpoint))
     except TimeoutError:
         raise BrokerUnreachable(
             f"no broker answers for instance {instance!r} at {requester.endpoint}: start one with 'shmbroker serve"

@@ -180,9 +180,11 @@ class Worker:
             endpoint = endpoints.broker_endpoint(self.instance)
             requester = Requester(self._context, endpoint)
             stack.callback(requester.close)
-            made = ask_broker(requester, m.MakeBell(self.id), m.Made, self.instance)
+            made = ask_broker(requester, m.MakeBell(self.id, this_process()), m.Made, self.instance)
             self._bell_name = made.name
+            # fault: before bell held
             bell_hold = Hold.on(names.bell_path(made.name))
+            # fault: after bell held
             stack.callback(unlink_own, names.bell_path(made.name))
             stack.callback(bell_hold.release)
             self._bell = SemaphoreBell(made.name)
@@ -343,6 +345,7 @@ class Worker:
     def _open_channel(self, opening: m.OpenChannel) -> m.ChannelOpened:
         if opening.service != self.service:
             raise ChannelError(f"this worker offers {self.service!r}, not {opening.service!r}")
+        # fault: before channel opened
         lane, doorbell = _agree(opening.lane, opening.doorbell)
         mapped = self._mapped.get(opening.segment)
         if mapped is None:
@@ -374,6 +377,7 @@ class Worker:
             doorbell.value,
             endpoints.transport_of(self._responder.endpoint),
         )
+        # fault: after channel opened
         return m.ChannelOpened(
             channel=channel.number,
             lane=lane.value,

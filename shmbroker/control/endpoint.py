@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -94,6 +95,16 @@ def transport_of(endpoint: str) -> str:
 
 
 def may_listen(endpoint: str) -> bool:
-    """False when surely nobody listens there: the unix socket does not exist."""
+    """False when surely nobody listens there: the unix socket does not exist, or is one that a process left behind when it died."""
     transport, _, path = endpoint.partition("://")
-    return transport != "ipc" or Path(path).exists()
+    if transport != "ipc":
+        return True
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(path)
+        except (FileNotFoundError, ConnectionRefusedError):
+            return False
+        except OSError:
+            pass  # no permission, or too many at once: somebody is there
+    return True

@@ -17,7 +17,7 @@ import msgspec
 
 from shmbroker.errors import ProtocolMismatch
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 MAX_MESSAGE_BYTES = 1 << 20
 """No control message comes near this; a longer one is refused before it is read."""
@@ -119,7 +119,8 @@ class MakeSegment(Message, frozen=True):
     """Make a segment for me."""
 
     peer: str
-    pid: int
+    process: ProcessId
+    """Until it says Hello, what is made for it is given back when this process ends."""
     arena_bytes: int
     channel_count: int
     depth: int
@@ -129,6 +130,7 @@ class MakeBell(Message, frozen=True):
     """Make a semaphore for me to sleep on."""
 
     peer: str
+    process: ProcessId
 
 
 class Made(Message, frozen=True):

@@ -22,6 +22,10 @@ DEFAULT_REQUEST_SECONDS = 10.0
 """How long a request may take; a bind may load something, everything else takes a millisecond."""
 
 
+ALIVE_SECONDS = 0.1
+"""How often whoever waits for an answer looks whether the peer lives."""
+
+
 class Requester:
     """Asks one peer, one request at a time. Used by one thread at a time."""
 
@@ -37,8 +41,14 @@ class Requester:
         socket.connect(self.endpoint)
         return socket
 
-    def ask(self, message: Message, answer: type[Answer], timeout: float = DEFAULT_REQUEST_SECONDS) -> Answer:
-        """Send ``message`` and wait for its answer, ``timeout`` seconds at most.
+    def ask(
+        self,
+        message: Message,
+        answer: type[Answer],
+        timeout: float = DEFAULT_REQUEST_SECONDS,
+        alive: Callable[[], bool] = lambda: True,
+    ) -> Answer:
+        """Send ``message`` and wait for its answer, ``timeout`` seconds at most, and no longer than the peer is ``alive()``.
 
         Raises TimeoutError when none comes, :class:`PeerRefused` with the peer's error, :class:`ProtocolMismatch`.
         """
@@ -46,7 +56,9 @@ class Requester:
         self._socket.send(encode(message, number))
         until = time.monotonic() + timeout
         while (left := until - time.monotonic()) > 0:
-            if not self._socket.poll(max(1, int(left * 1000))):
+            if not self._socket.poll(max(1, int(min(left, ALIVE_SECONDS) * 1000))):
+                if alive():
+                    continue
                 break
             try:
                 envelope = open_envelope(self._socket.recv())
@@ -64,7 +76,8 @@ class Requester:
         # A message that waits in a dead peer's pipe must not reach the next one that binds the endpoint.
         self._socket.close()
         self._socket = self._connect()
-        raise TimeoutError(f"{self.endpoint} did not answer {type(message).__name__} within {timeout:g} s")
+        waited = timeout - max(0.0, until - time.monotonic())
+        raise TimeoutError(f"{self.endpoint} did not answer {type(message).__name__} within {waited:.1f} s")
 
     def close(self) -> None:
         """Close the socket."""

@@ -22,6 +22,7 @@ from collections.abc import Callable
 
 import posix_ipc
 
+from shmbroker.errors import ChannelError
 from shmbroker.lane.kinds import Doorbell
 
 RECHECK_SECONDS = 0.1
@@ -53,7 +54,10 @@ class SemaphoreBell:
     kind = Doorbell.SEM
 
     def __init__(self, name: str) -> None:
-        self._semaphore = posix_ipc.Semaphore(name)
+        try:
+            self._semaphore = posix_ipc.Semaphore(name)
+        except posix_ipc.ExistentialError:
+            raise ChannelError(f"doorbell {name} does not exist: the process that slept on it is gone") from None
         self.ring: Callable[[], None] = self._semaphore.release
 
     def wait(self, seconds: float) -> None:

@@ -1,4 +1,4 @@
-"""A little world of processes under load: a broker, a worker, clients; one of them is to die. 
+"""A little world of processes under load: a broker, a worker, clients; one of them is to die.
 
 All processes are forked from one that has imported everything, so that a case takes half a second. Every tensor is checked: an op's result is a
 function of its random input, element by element. What clients see is told through a page of shared words, without a lock.
@@ -27,7 +27,6 @@ from shmbroker.errors import BrokerUnreachable, NoSuchService, ShmBrokerError, W
 from shmbroker.memory.hold import is_held
 from shmbroker.memory.reaper import objects, reap
 from tests.faults import points
-
 
 SERVICE = "faults"
 CALL_SECONDS = 5.0
@@ -156,7 +155,10 @@ def run_client(instance: str, seed: int, board: Board, lane: str, doorbell: str)
 def _is_news_of_a_death(error: ShmBrokerError) -> bool:
     """Errors that name a peer which is gone, or which went while something was asked of it."""
     text = str(error)
-    return any(word in text for word in ("died", "left", "does not answer", "was reaped", "dead", "does not exist", "did not answer", "shutting down"))
+    return any(
+        word in text
+        for word in ("died", "left", "does not answer", "was reaped", "dead", "does not exist", "did not answer", "shutting down")
+    )
 
 
 def _call_for_a_while(

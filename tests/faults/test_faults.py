@@ -1,0 +1,33 @@
+"""Killing, in short: ten cells of the matrix and some seconds of chaos. ``make kill-matrix`` and ``make chaos`` do all of it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.processes import run
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> dict[str, str]:
+    """A folder for sockets; no instance, so that none is inherited."""
+    return {"SHMBROKER_RUNTIME_DIR": str(tmp_path), "SHMBROKER_INSTANCE": ""}
+
+
+def test_whoever_is_killed_at_a_step_of_the_protocol_the_others_are_told_or_served_and_nothing_is_left(folder: dict[str, str]) -> None:
+    done = run(sys.executable, "-m", "tests.faults.matrix", "--short", **folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "10 passed, 0 failed" in done.stdout
+
+
+def test_killing_at_random_under_load_spoils_nothing_hangs_nobody_and_leaves_nothing(folder: dict[str, str]) -> None:
+    done = run(sys.executable, "-m", "tests.faults.chaos", "8", "7", **folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "all held" in done.stdout
+
+
+def test_a_fault_point_is_a_comment_in_a_program_that_is_not_under_test() -> None:
+    code = "import shmbroker.client, shmbroker.worker, builtins; print(hasattr(builtins, '__fault_point__'))"
+    assert run(sys.executable, "-c", code).stdout == "False\n"
