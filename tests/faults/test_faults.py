@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
+import tempfile
+from collections.abc import Iterator
 
 import pytest
 
@@ -11,9 +12,10 @@ from tests.processes import run
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> dict[str, str]:
-    """A folder for sockets; no instance, so that none is inherited."""
-    return {"SHMBROKER_RUNTIME_DIR": str(tmp_path), "SHMBROKER_INSTANCE": ""}
+def folder() -> Iterator[dict[str, str]]:
+    """A folder for sockets, whose paths must be short."""
+    with tempfile.TemporaryDirectory(prefix="faults-", dir="/tmp") as path:
+        yield {"SHMBROKER_RUNTIME_DIR": path}
 
 
 def test_whoever_is_killed_at_a_step_of_the_protocol_the_others_are_told_or_served_and_nothing_is_left(folder: dict[str, str]) -> None:
