@@ -1,4 +1,5 @@
 # make run: everything from nothing, ending in the demo.  make test: everything that must hold.  make bench: how fast it is here.
+# make model-check: the queues' protocol, by SPIN.
 PYTHON ?= python3
 VENV := .venv
 DURATION ?= 600
@@ -6,7 +7,7 @@ SEED ?= 1
 MINUTES ?= 10
 BIN := $(VENV)/bin
 
-.PHONY: run test lint types unit bench kill-matrix chaos soak clean
+.PHONY: run test lint types unit bench kill-matrix chaos soak model-check clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/ready
@@ -44,6 +45,9 @@ chaos: $(VENV)/ready
 
 soak: $(VENV)/ready
 	$(BIN)/python -m tests.faults.soak $(MINUTES)
+
+model-check:
+	docs/protocol/check.sh
 
 clean:
 	rm -rf $(VENV) *.egg-info build dist shmbroker/*/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -40,7 +40,7 @@ def serve(
     begun = time.monotonic()
     weights = Weights.load(checkpoint, wanted, target)
     log.info("%s of weights in %s on %s after %.1f s", mib(weights.nbytes), dtype, target.name, time.monotonic() - begun)
-    worker = Worker(service, instance=instance, name=name, device=target.name, spin=spin, until_exit=until_exit)
+    worker = Worker(service, instance=instance, name=name, device=target.name, spin=spin, until_exit=until_exit, identity=weights.identity)
     register(worker, weights, target)
     with torch.no_grad():  # not inference mode, whose tensors do not tell when they were changed
         worker.serve()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 
 import torch
@@ -9,6 +10,9 @@ import torch
 from gpu_worker.device import Device
 from shmbroker.checkpoint import Checkpoint
 from shmbroker.errors import BadInput
+
+_SAMPLES = 4096
+"""Elements of a tensor that go into the digest: any other training of the same model differs in nearly all of them."""
 
 
 @dataclass(slots=True)
@@ -43,6 +47,19 @@ class Weights:
         """Bytes held, tied weights counted once."""
         tensors = [*self.embeddings.values(), *(part for layer in self.linears.values() for part in layer if part is not None)]
         return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+
+    @property
+    def identity(self) -> str:
+        """The same for the same weights in the same dtype: a digest of all names, shapes and a sample of each tensor's bytes."""
+        digest = hashlib.sha256(str(self.dtype).encode())
+        named = {**self.embeddings, **{name: layer[0] for name, layer in self.linears.items()}}
+        named.update({f"{name}.bias": layer[1] for name, layer in self.linears.items() if layer[1] is not None})
+        for name, tensor in sorted(named.items()):
+            flat = tensor.t().reshape(-1) if tensor.ndim == 2 and not tensor.is_contiguous() else tensor.reshape(-1)
+            sample = flat[:: max(1, flat.numel() // _SAMPLES)].cpu().contiguous()
+            digest.update(f"{name} {list(tensor.shape)} ".encode())
+            digest.update(sample.view(torch.uint8).numpy().tobytes())
+        return f"weights {digest.hexdigest()[:16]}"
 
     def linear(self, module: str, in_features: int, out_features: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The linear layer ``module``. Raises :class:`BadInput` unless it is there with these sizes."""

@@ -158,7 +158,7 @@ class Call:
         if wake is not None:
             release_waiter(wake)
         if self.future is not None:
-            self.future.settle()
+            self.plan.channel.completions.settle_later(self.future)
 
     def result(self) -> Result:
         """The outputs of a call that is done, or its error raised."""
@@ -251,6 +251,8 @@ class CallFuture(concurrent.futures.Future[Result]):
         call = self._call
         if not self.done():
             call.channel.wait(call, timeout)
+            if call.done:
+                self.settle()  # by whoever is first: the thread that took the completion does so too
 
     def add_done_callback(self, fn: Callable[[concurrent.futures.Future[Result]], object]) -> None:
         """Have ``fn(self)`` called when the call is done."""

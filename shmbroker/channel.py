@@ -58,6 +58,8 @@ class Channel:
         self.doorbell = lane.doorbell.value
         self.control = transport_of(worker.endpoint)
         self.ops = opened.ops
+        self.identity = opened.identity
+        """What the worker told of its state, for telling whether another could take its place."""
         self.completions = completions
         self.index = index
         self.client = client
@@ -89,6 +91,10 @@ class Channel:
         each new combination of input shapes and dtypes. Static arguments are numbers, strings, booleans, None, and lists of these.
         Raises :class:`BadInput` when the worker has no such op or the op refuses the arguments.
         """
+        return self.bind_counted(op, OpStatistics(op), out_spec=out_spec, **static)
+
+    def bind_counted(self, op: str, statistics: OpStatistics, /, *, out_spec: OutSpec | None = None, **static: Any) -> RemoteOp:
+        """:meth:`bind` with counters that are there already."""
         if not isinstance(op, str):
             raise BadInput(f"an op is named by a string, not by {op!r}")
         try:
@@ -96,7 +102,6 @@ class Channel:
         except (TypeError, OverflowError) as error:
             raise BadInput(f"op {op!r}: static arguments are numbers, strings, booleans, None and lists of these; {error}") from None
         bound = self._ask(m.Bind(self._opened.channel, op, static), m.Bound)
-        statistics = OpStatistics(op)
         self._statistics.append(statistics)
         outputs = self._local_outputs(out_spec, static) if out_spec is not None else self._ask_outputs(bound.op_id)
         return RemoteOp(self, op, bound.op_id, outputs, statistics)
@@ -136,11 +141,10 @@ class Channel:
                     raise self._lost
                 outstanding = self._outstanding
                 if len(outstanding) < lane.depth:
-                    call.call_id = call_id = self._last_call_id + 1
+                    self._last_call_id = call.call_id = call_id = self._last_call_id + 1
                     call.submitted_ns = now = clock_ns()
                     outstanding[call_id] = call  # before the frame is seen: the answer may be there in the same moment
                     if lane.submit(template, call_id, call.deadline_ns, now, offsets, generations):
-                        self._last_call_id = call_id
                         return
                     del outstanding[call_id]
             finally:

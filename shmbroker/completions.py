@@ -4,6 +4,7 @@ C1  One thread at a time, the leader, takes completions and blocks on the doorbe
 C2  A leader whose own call is done hands the lead to one that still waits.
 C3  Nobody waits for longer than ``RECHECK_SECONDS`` at once, and after each such wait the peers' lives and the deadlines are looked at.
 C4  Whoever must read alone for a moment (to close, to count the dead) is made way for after at most one such wait.
+C5  A future's callbacks run when the lead is given up, so they may make calls and wait for them.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
@@ -28,6 +30,13 @@ class Waitable(Protocol):
 
     def expire(self) -> None:
         """Its deadline has passed."""
+
+
+class Settling(Protocol):
+    """A future of a call that is done."""
+
+    def settle(self) -> None:
+        """Take over the outcome; a second time does nothing."""
 
 
 class Source(Protocol):
@@ -58,6 +67,8 @@ class CompletionLoop:
         self._set_sources([])
         self._leader = threading.Lock()
         self._followers: list[Waitable] = []
+        self._unsettled: deque[Settling] = deque()
+        """Futures whose calls are done, to be settled when the lead is given up: their callbacks may call, and wait, themselves (C5)."""
         self._wanted = 0
         """Threads that want the lead for a moment (C4). Counted, like the sources are changed, under a lock."""
         self._wanted_lock = threading.Lock()
@@ -85,8 +96,7 @@ class CompletionLoop:
             try:
                 self._check_peers()
             finally:
-                self._leader.release()
-                self._hand_over()
+                self._give_up_lead()
 
     def alone(self, action: Callable[[], None]) -> None:
         """Do ``action`` while no other thread takes completions; a leader makes way within ``RECHECK_SECONDS``."""
@@ -99,6 +109,7 @@ class CompletionLoop:
             with self._wanted_lock:
                 self._wanted -= 1
             self._hand_over()
+            self._settle()
 
     def wait(self, call: Waitable, deadline_ns: int) -> bool:
         """Wait until ``call`` is done, at most until ``deadline_ns`` (CLOCK_MONOTONIC; 0 for ever); returns whether it is."""
@@ -111,6 +122,8 @@ class CompletionLoop:
                     leader.release()
                     if self._followers:
                         self._hand_over()
+                    if self._unsettled:
+                        self._settle()
                 if not patient:
                     return call.done
             elif not self._follow(call, deadline_ns):
@@ -126,8 +139,7 @@ class CompletionLoop:
                 else:
                     self._check_peers()
             finally:
-                self._leader.release()
-                self._hand_over()
+                self._give_up_lead()
 
     def _lead(self, call: Waitable, deadline_ns: int) -> bool:
         """Read for all until ``call`` is done; False when its deadline came first."""
@@ -168,6 +180,23 @@ class CompletionLoop:
             self._followers.remove(call)
             call.wake = None
         return left > 0
+
+    def settle_later(self, future: Settling) -> None:
+        """Have a future settled as soon as whoever leads has given up the lead."""
+        self._unsettled.append(future)
+
+    def _settle(self) -> None:
+        while self._unsettled:
+            try:
+                future = self._unsettled.popleft()
+            except IndexError:  # another thread was faster
+                return
+            future.settle()
+
+    def _give_up_lead(self) -> None:
+        self._leader.release()
+        self._hand_over()
+        self._settle()
 
     def _hand_over(self) -> None:
         for call in self._followers:

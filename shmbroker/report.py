@@ -54,15 +54,19 @@ class Report(msgspec.Struct, frozen=True):
     """Bytes of frames that went over a socket: none on the shm lane. Tensors never do."""
     total: Line
     ops: tuple[Line, ...]
+    failovers: int = 0
+    """How often another worker took over."""
 
     @classmethod
-    def of(cls, statistics: Sequence[OpStatistics], lane: str, doorbell: str, control: str, socket_bytes: int) -> Report:
+    def of(
+        cls, statistics: Sequence[OpStatistics], lane: str, doorbell: str, control: str, socket_bytes: int, failovers: int = 0
+    ) -> Report:
         """From the counters of all ops bound on a channel; ops of one name are added up."""
         by_name: dict[str, list[OpStatistics]] = {}
         for one in statistics:
             by_name.setdefault(one.name, []).append(one)
         lines = tuple(_line(name, group) for name, group in by_name.items() if any(one.calls or one.errors for one in group))
-        return cls(lane, doorbell, control, socket_bytes, _line("all", statistics), lines)
+        return cls(lane, doorbell, control, socket_bytes, _line("all", statistics), lines, failovers)
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -91,6 +95,8 @@ class Report(msgspec.Struct, frozen=True):
         )
         if self.total.errors:
             foot += f"; {self.total.errors} calls failed"
+        if self.failovers:
+            foot += f"; another worker took over {self.failovers} time{'s' if self.failovers > 1 else ''}"
         return Group(table, foot)
 
 

@@ -46,6 +46,13 @@ def _model_options(command: Command) -> Command:
 @click.option("--lane", default="auto", show_default=True, help="What carries the frames: auto, shm or zmq.")
 @click.option("--doorbell", default="auto", show_default=True, help="What wakes a waiting process, on lane shm: auto, sem or poll.")
 @click.option("--arena", metavar="SIZE", help="Shared memory for tensors, e.g. 512M. Default: what the run needs.")
+@click.option(
+    "--failover",
+    type=float,
+    default=30.0,
+    show_default=True,
+    help="Seconds to wait for a GPU worker that takes over from one that died; 0: fail.",
+)
 @click.option("--timeout", type=float, default=60.0, show_default=True, help="Seconds that one call may take.")
 @click.option("--spin", type=float, default=50.0, show_default=True, help="Microseconds to look for an answer before sleeping.")
 def generate(spin: float, as_json: bool, until_exit: int, **options: Any) -> None:

@@ -10,9 +10,11 @@ import msgspec
 import torch
 from torch import nn
 
+from shmbroker.channel import Channel
 from shmbroker.checkpoint import Checkpoint, model_dtype
 from shmbroker.client import connect
 from shmbroker.errors import ArenaTooSmall, BadInput
+from shmbroker.failover import FailoverChannel
 from shmbroker.memory.layout import PAGE, round_up
 from shmbroker.report import Report
 from shmbroker.sizes import MIB, mib, parse_bytes
@@ -49,6 +51,7 @@ class Options(msgspec.Struct, frozen=True):
     arena: str | None = None
     timeout: float = 60.0
     spin: float = 50e-6
+    failover: float = 30.0
     threads: int | None = None
 
 
@@ -102,7 +105,11 @@ def generate(options: Options, on_text: OnText | None = None, on_note: OnText = 
         timeout=options.timeout,
         spin=options.spin,
     ) as client:
-        channel = client.channel(options.service, lane=options.lane, doorbell=options.doorbell)
+        channel: Channel | FailoverChannel
+        if options.failover > 0:
+            channel = client.failover_channel(options.service, lane=options.lane, doorbell=options.doorbell, patience=options.failover)
+        else:
+            channel = client.channel(options.service, lane=options.lane, doorbell=options.doorbell)
         offload(model, channel, split, structure=structure)
         begun = time.perf_counter()
         tokens = run(model, tokenizer, ids, options.max_new_tokens, on_text)

@@ -9,6 +9,7 @@ from torch import nn
 
 from shmbroker import model_ops
 from shmbroker.channel import Channel
+from shmbroker.failover import FailoverChannel
 from shmbroker.memory.spec import NAME_OF
 from tee_worker import attention
 from tee_worker.remote_modules import FusedCall, FusedLinear, RemoteEmbedding, RemoteLinear, SplitAttention
@@ -28,7 +29,9 @@ class Offloaded:
     split: Split
 
 
-def offload(model: PreTrainedModel, channel: Channel, split: Split | str = Split.FUSED, *, structure: Structure | None = None) -> Offloaded:
+def offload(
+    model: PreTrainedModel, channel: Channel | FailoverChannel, split: Split | str = Split.FUSED, *, structure: Structure | None = None
+) -> Offloaded:
     """Replace modules of ``model`` by calls on ``channel``; their weights, if it has any, are let go.
 
     ``model.generate()``, caches and sampling stay Hugging Face's. The worker must hold the same model in the same dtype. Raises
@@ -63,12 +66,12 @@ def offload(model: PreTrainedModel, channel: Channel, split: Split | str = Split
     return Offloaded(model, structure, split)
 
 
-def _linear(channel: Channel, op: str, name: str, in_features: int, out_features: int) -> RemoteLinear:
+def _linear(channel: Channel | FailoverChannel, op: str, name: str, in_features: int, out_features: int) -> RemoteLinear:
     bound = channel.bind(op, out_spec=model_ops.linear, module=name, in_features=in_features, out_features=out_features)
     return RemoteLinear(bound, in_features, out_features)
 
 
-def _fuse(model: PreTrainedModel, channel: Channel, projection: Projection) -> None:
+def _fuse(model: PreTrainedModel, channel: Channel | FailoverChannel, projection: Projection) -> None:
     bound = channel.bind(
         model_ops.BATCH_LINEAR,
         out_spec=model_ops.batch_linear,

@@ -8,13 +8,14 @@ import torch
 from torch import nn
 
 from shmbroker.client import Client
+from shmbroker.failover import FailoverOp
 from shmbroker.remote_op import RemoteOp
 
 
 class RemoteEmbedding(nn.Module):
     """``[batch, tokens]`` ids, int64, to ``[batch, tokens, width]``."""
 
-    def __init__(self, op: RemoteOp, width: int) -> None:
+    def __init__(self, op: RemoteOp | FailoverOp, width: int) -> None:
         super().__init__()
         self.embedding_dim = width
         self._op = op
@@ -28,7 +29,7 @@ class RemoteEmbedding(nn.Module):
 class RemoteLinear(nn.Module):
     """``[..., in_features]`` to ``[..., out_features]``, one call."""
 
-    def __init__(self, op: RemoteOp, in_features: int, out_features: int) -> None:
+    def __init__(self, op: RemoteOp | FailoverOp, in_features: int, out_features: int) -> None:
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
@@ -46,7 +47,7 @@ class FusedCall:
     A layer that is given something else than the tensor that was asked for (or that tensor changed since) is asked for anew, with all.
     """
 
-    def __init__(self, op: RemoteOp, count: int) -> None:
+    def __init__(self, op: RemoteOp | FailoverOp, count: int) -> None:
         self._op = op
         self._waiting: list[torch.Tensor | None] = [None] * count
         self._input: torch.Tensor | None = None
@@ -90,7 +91,7 @@ class SplitAttention:
     block that the scores came in, which then is the next call's input.
     """
 
-    def __init__(self, client: Client, matmul: RemoteOp) -> None:
+    def __init__(self, client: Client, matmul: RemoteOp | FailoverOp) -> None:
         self._client = client
         self._matmul = matmul
 

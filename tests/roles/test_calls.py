@@ -402,3 +402,23 @@ def test_a_future_that_nobody_holds_lets_its_tensors_go_at_once(channel: Channel
         wait_until(lambda: channel.client.arena.occupancy().blocks == before, 10.0)  # the background thread has to see it too
     finally:
         gc.enable()
+
+
+def test_a_callback_may_make_calls_and_wait_for_them(channel: Channel) -> None:
+    """C5: whoever takes completions is not held up by what is done with them."""
+    double = channel.bind("double")
+    outcomes: list[float] = []
+    done = threading.Event()
+
+    def call_again(future: concurrent.futures.Future[torch.Tensor]) -> None:
+        outcomes.append(double(future.result()).sum().item())
+        outcomes.append(double.submit(future.result()).result(10).sum().item())
+        done.set()
+
+    for ask in (lambda future: done.wait(10), lambda future: future.result(10)):
+        done.clear()
+        future = double.submit(torch.ones(4))
+        future.add_done_callback(call_again)
+        ask(future)
+        assert done.wait(10)
+    assert outcomes == [16.0] * 4
