@@ -18,7 +18,9 @@ def cli(log_level: str) -> None:
 
 
 @cli.command()
-@click.option("--model", "model", required=True, metavar="DIR", help="Folder of a Hugging Face checkpoint (safetensors), or a GGUF file.")
+@click.option("--model", "model", metavar="DIR", help="Folder of a Hugging Face checkpoint (safetensors), or a GGUF file.")
+@click.option("--shape", metavar="NAME", help="Random weights of a known shape instead, e.g. llama-3.2-1b: for measuring.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of --shape's random weights.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
 @click.option("--dtype", default="float32", show_default=True, help="float32, bfloat16 or float16.")
 @click.option("--service", default="gpu", show_default=True, help="What TEE workers ask for.")

@@ -10,7 +10,8 @@ import torch
 from gpu_worker.device import open_device
 from gpu_worker.ops import register
 from gpu_worker.weights import Weights
-from shmbroker.checkpoint import Checkpoint, model_dtype
+from shmbroker.checkpoint import model_dtype
+from shmbroker.model_source import model_source
 from shmbroker.sizes import mib
 from shmbroker.status import ask
 from shmbroker.worker import Worker
@@ -20,7 +21,9 @@ log = logging.getLogger(__name__)
 
 def serve(
     *,
-    model: str,
+    model: str | None,
+    shape: str | None,
+    seed: int,
     device: str,
     dtype: str,
     service: str,
@@ -30,10 +33,10 @@ def serve(
     spin: float,
     until_exit: int,
 ) -> None:
-    """Load ``model`` and serve until told to stop. Raises :class:`ShmBrokerError` for whatever is wrong with the arguments."""
+    """Load ``model``, or make random weights of ``shape``, and serve until told to stop. Raises :class:`ShmBrokerError` for whatever is wrong with the arguments."""
     target = open_device(device)
     wanted = model_dtype(dtype)
-    checkpoint = Checkpoint.at(model)
+    checkpoint = model_source(model, shape, seed)
     ask(instance)  # before the weights are read: a missing broker is told at once
     if threads:
         torch.set_num_threads(threads)

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 
 from gpu_worker.device import Device
-from shmbroker.checkpoint import Checkpoint
 from shmbroker.errors import BadInput
+from shmbroker.model_source import ModelSource
 
 _SAMPLES = 4096
 """Elements of a tensor that go into the digest: any other training of the same model differs in nearly all of them."""
@@ -24,9 +24,9 @@ class Weights:
     embeddings: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, checkpoint: Checkpoint, dtype: torch.dtype, device: Device) -> Weights:
-        """Read from ``checkpoint`` what the ops need, and nothing else."""
-        model = checkpoint.model(dtype, keep=lambda name, module: isinstance(module, (torch.nn.Linear, torch.nn.Embedding)))
+    def load(cls, source: ModelSource, dtype: torch.dtype, device: Device) -> Weights:
+        """Take from ``source`` what the ops need, and nothing else."""
+        model = source.model(dtype, keep=lambda name, module: isinstance(module, (torch.nn.Linear, torch.nn.Embedding)))
         weights = cls(dtype)
         held: dict[int, torch.Tensor] = {}
 

@@ -6,6 +6,7 @@ It is not on the path of a call: nothing here is waited for once a channel is op
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -23,9 +24,11 @@ import zmq
 from shmbroker import __version__
 from shmbroker.control import endpoint as endpoints
 from shmbroker.control import messages as m
+from shmbroker.control.access import Access
 from shmbroker.control.liveness import Watch, age_of
 from shmbroker.control.sockets import Responder
-from shmbroker.errors import InstanceInUse, ProtocolMismatch
+from shmbroker.errors import BadInput, InstanceInUse, ProtocolMismatch, SharedMemoryFull, ShmBrokerError
+from shmbroker.limits import Limits
 from shmbroker.memory import names
 from shmbroker.memory.geometry import Geometry
 from shmbroker.memory.hold import Hold
@@ -56,6 +59,7 @@ class Peer:
 
     hello: m.Hello
     sender: bytes
+    """The connection that it said Hello on: no other speaks for it."""
     watch: Watch
     heard: float
     stats: m.PeerStats = field(default_factory=m.PeerStats)
@@ -71,10 +75,23 @@ class _Handover:
 
 
 class Broker:
-    """One broker of one instance. ``group``: id of the group that may share memory and sockets; -1 for the user alone."""
+    """One broker of one instance. ``group``: id of the group that may share memory and sockets; -1 for the user alone.
 
-    def __init__(self, instance: str, group: int = -1, until_exit: int = 0) -> None:
+    ``control`` and ``keys``: as of :meth:`Access.of`.
+    """
+
+    def __init__(
+        self,
+        instance: str,
+        group: int = -1,
+        until_exit: int = 0,
+        *,
+        control: str | None = None,
+        keys: str | None = None,
+        limits: Limits | None = None,
+    ) -> None:
         self.instance = names.check_instance(instance)
+        self._limits = limits or Limits()
         self._gid = group
         self._mode = 0o660 if group >= 0 else 0o600
         self._epoch = secrets.token_hex(8)
@@ -93,13 +110,22 @@ class Broker:
             m.FindService: self._on_find_service,
             m.GetStatus: self._on_get_status,
         }
+        self._owners: dict[str, m.ProcessId] = {}
+        """By peer, the processes that segments were made for."""
+        access = Access.of(self.instance, control, keys)
         path = endpoints.socket_path(self.instance)
         endpoints.make_private_dir(path.parent, group)
         self._lock = _take_instance(path.with_suffix(".lock"), self.instance)
         self._socket_path = path
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        with endpoints.private_sockets(path.parent):
-            self._responder = Responder(self._context, endpoints.ipc_endpoint(path))
+        self._context = access.context()
+        try:
+            with endpoints.private_sockets(path.parent):
+                self._responder = Responder(self._context, access.endpoint)
+        except zmq.ZMQError as error:
+            self._context.term()
+            os.close(self._lock)
+            why = os.strerror(error.errno or 0)
+            raise BadInput(f"the broker cannot listen on {access.endpoint}: {why}; choose another --control") from None
         self._poller = zmq.Poller()
         self._poller.register(self._responder.socket, zmq.POLLIN)
 
@@ -183,13 +209,20 @@ class Broker:
     def _on_hello(self, sender: bytes, hello: m.AnyMessage) -> m.Message:
         assert isinstance(hello, m.Hello)
         _checked_id(hello.peer)
-        if not (hello.name.isprintable() and all(service.isprintable() for service in hello.services)):
+        if not all(text.isprintable() for text in (hello.role, hello.name, hello.version, hello.endpoint, hello.device, *hello.services)):
             raise ValueError("names are of printable characters")
-        known = self._peers.pop(hello.peer, None)
+        if hello.segment not in ("", names.segment_name(self.instance, hello.peer)):
+            raise ValueError(f"{hello.segment!r} is not the segment that this broker makes for {hello.peer}")
+        known = self._peers.get(hello.peer)
         if known is not None:
+            if known.sender != sender and known.watch.alive():
+                raise ValueError(f"{hello.peer} is somebody else, who lives")
+            del self._peers[hello.peer]
             self._unwatch(known)
         now = time.monotonic()
         watch = Watch(hello.process)
+        if hello.segment:
+            self._owners[hello.peer] = hello.process  # after a restart the broker learns it only so
         self._peers[hello.peer] = Peer(hello, sender, watch, now)
         if watch.fd >= 0:
             self._poller.register(watch.fd, zmq.POLLIN)
@@ -210,31 +243,42 @@ class Broker:
     def _on_heartbeat(self, sender: bytes, beat: m.AnyMessage) -> m.Message:
         assert isinstance(beat, m.Heartbeat)
         peer = self._peers.get(beat.peer)
-        if peer is not None:
-            peer.heard = time.monotonic()
-            peer.stats = beat.stats
-            peer.sender = sender
-        return m.HeartbeatSeen(self._epoch, peer is not None)
+        if peer is None or peer.sender != sender:
+            return m.HeartbeatSeen(self._epoch, False)
+        peer.heard = time.monotonic()
+        peer.stats = beat.stats
+        return m.HeartbeatSeen(self._epoch, True)
 
     def _on_goodbye(self, sender: bytes, goodbye: m.AnyMessage) -> None:
         assert isinstance(goodbye, m.Goodbye)
-        if goodbye.peer in self._peers:
+        peer = self._peers.get(goodbye.peer)
+        if peer is not None and peer.sender == sender:
             self._remove(goodbye.peer, "left")
 
     def _on_make_segment(self, sender: bytes, request: m.AnyMessage) -> m.Message:
         assert isinstance(request, m.MakeSegment)
         name = names.segment_name(self.instance, _checked_id(request.peer))
         geometry = Geometry(request.arena_bytes, request.channel_count, request.depth)
+        self._check_limits(request.process, geometry.total_bytes)
         pid = request.process.pid
         hold = make_segment(name, geometry, instance=self.instance, owner=request.peer, owner_pid=pid, mode=self._mode, gid=self._gid)
+        self._owners[request.peer] = request.process
         self._hold_until_hello(request.peer, request.process, hold)
         return m.Made(name)
 
     def _on_make_bell(self, sender: bytes, request: m.AnyMessage) -> m.Message:
         assert isinstance(request, m.MakeBell)
         name = names.bell_name(self.instance, _checked_id(request.peer))
-        semaphore = posix_ipc.Semaphore(name, posix_ipc.O_CREX, mode=self._mode, initial_value=0)
-        semaphore.close()
+        try:
+            posix_ipc.Semaphore(name, posix_ipc.O_CREX, mode=self._mode, initial_value=0).close()
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.ENOMEM):
+                raise
+            space = os.statvfs(names.SHM_DIR)
+            raise SharedMemoryFull(
+                f"{names.SHM_DIR} is full: a page for a doorbell was asked for, {space.f_bavail * space.f_frsize} of "
+                f"{space.f_blocks * space.f_frsize} bytes are free; run 'shmbroker gc', remove what fills it, or enlarge it (docker: --shm-size)"
+            ) from None
         path = names.bell_path(name)
         os.chmod(path, self._mode)
         if self._gid >= 0:
@@ -281,6 +325,19 @@ class Broker:
         )
 
     # --- objects and processes ----------------------------------------------------------------------------------------------------
+
+    def _check_limits(self, process: m.ProcessId, asked: int) -> None:
+        try:
+            self._limits.check(process.pid, asked, *self._granted(process))
+        except ShmBrokerError:
+            self._reap("held by nobody")  # what the dead left a moment ago counts no more
+            self._limits.check(process.pid, asked, *self._granted(process))
+
+    def _granted(self, process: m.ProcessId) -> tuple[int, int]:
+        """Bytes of the segments of ``process``, and how many segments there are in all."""
+        segments = [name for name in objects(self.instance) if name.kind == names.SEGMENT]
+        self._owners = {name.owner: self._owners[name.owner] for name in segments if name.owner in self._owners}
+        return sum(_file_bytes(name.file) for name in segments if self._owners.get(name.owner) == process), len(segments)
 
     def _hold_until_hello(self, owner: str, process: m.ProcessId, hold: Hold) -> None:
         handover = self._handovers.get(owner)

@@ -252,6 +252,11 @@ class Channel:
         """Calls, times and bytes of this channel so far, per op and in all."""
         return Report.of(self._statistics, self.lane, self.doorbell, self.control, self._lane.socket_bytes)
 
+    def forget_statistics(self) -> None:
+        """Let the report begin anew from here. Not while calls are outstanding."""
+        for one in self._statistics:
+            one.reset()
+
     def info(self) -> m.ChannelInfo:
         """For ``shmbroker status``."""
         return m.ChannelInfo(

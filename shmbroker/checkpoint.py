@@ -97,14 +97,7 @@ class Checkpoint:
 
     def model(self, dtype: torch.dtype, keep: Keep | None = None) -> PreTrainedModel:
         """The causal language model with the parameters that ``keep`` names (all of them without it); the others are None."""
-        from transformers import AutoModelForCausalLM
-
-        config = self.config()
-        try:
-            kind: type[PreTrainedModel] = AutoModelForCausalLM._model_mapping[type(config)]  # type: ignore[assignment]
-        except KeyError:
-            raise BadInput(f"{type(config).__name__} in {str(self.folder)!r} is not a causal language model") from None
-        partial = kind if keep is None else _partial(kind, keep)
+        partial = partial_model(self.config(), keep)
         with self._readable():
             loaded: Any = partial.from_pretrained(self.folder, dtype=dtype, output_loading_info=True, **self._where)
         model, found = loaded
@@ -124,6 +117,20 @@ class Checkpoint:
             words = " ".join(str(error).split())
             short = words if len(words) <= LONGEST_REASON else words[:LONGEST_REASON] + " ..."
             raise BadInput(f"model {self.name!r} cannot be read: {type(error).__name__}: {short}") from error
+
+
+def partial_model(config: PretrainedConfig, keep: Keep | None) -> type[PreTrainedModel]:
+    """The class of the causal language model of ``config``, whose instances have the parameters that ``keep`` names.
+
+    Raises :class:`BadInput` when there is none.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        kind: type[PreTrainedModel] = AutoModelForCausalLM._model_mapping[type(config)]  # type: ignore[assignment]
+    except KeyError:
+        raise BadInput(f"{type(config).__name__} is not the configuration of a causal language model") from None
+    return kind if keep is None else _partial(kind, keep)
 
 
 def _partial(kind: type[PreTrainedModel], keep: Keep) -> type[PreTrainedModel]:

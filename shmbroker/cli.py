@@ -7,11 +7,16 @@ import json
 import os
 import signal
 import sys
+from pathlib import Path
 
 import click
 
 from shmbroker import __version__, console
 from shmbroker.errors import BadInput
+from shmbroker.limits import DEFAULT_MAX_CLIENTS, Limits
+
+MAX_GROUP_ID = (1 << 32) - 2
+"""All ones means "leave it as it is" to chown(2)."""
 
 _instance_option = click.option(
     "--instance", metavar="NAME", help="Which broker; one machine may run several. Default: $SHMBROKER_INSTANCE, else 'default'."
@@ -28,18 +33,37 @@ def cli(log_level: str) -> None:
 
 @cli.command()
 @_instance_option
-@click.option("--group", metavar="NAME", help="Let members of this group share memory and sockets (modes 0660). Default: this user alone.")
+@click.option(
+    "--group", metavar="NAME", help="Let this group, by name or number, share memory and sockets (0660). Default: this user alone."
+)
+@click.option("--control", metavar="ADDRESS", help="tcp://127.0.0.1:PORT instead of unix sockets. Default: $SHMBROKER_CONTROL.")
+@click.option("--keys", metavar="DIR", help="Of 'shmbroker keys --make', for control over TCP. Default: $SHMBROKER_KEYS.")
+@click.option("--max-bytes", metavar="SIZE", help="Shared memory that one process may have made, e.g. 2G. Default: no quota.")
+@click.option(
+    "--max-clients", type=click.IntRange(1), default=DEFAULT_MAX_CLIENTS, show_default=True, help="Clients that have a segment at a time."
+)
 @click.option("--until-exit", type=int, default=0, metavar="PID", help="End when this process does.")
-def serve(instance: str | None, group: str | None, until_exit: int) -> None:
+def serve(
+    instance: str | None,
+    group: str | None,
+    control: str | None,
+    keys: str | None,
+    max_bytes: str | None,
+    max_clients: int,
+    until_exit: int,
+) -> None:
     """Run the broker: make segments, introduce peers, watch processes, reap what the dead leave behind."""
     from shmbroker.broker import Broker
     from shmbroker.local import READY_LINE
     from shmbroker.process import resolve_instance
+    from shmbroker.sizes import parse_bytes
 
     def ready() -> None:
         print(READY_LINE, flush=True)
 
-    Broker(resolve_instance(instance), group=_group_id(group), until_exit=until_exit).serve(ready)
+    limits = Limits(parse_bytes(max_bytes) if max_bytes is not None else 0, max_clients)
+    broker = Broker(resolve_instance(instance), _group_id(group), until_exit, control=control, keys=keys, limits=limits)
+    broker.serve(ready)
 
 
 def _group_id(group: str | None) -> int:
@@ -48,7 +72,22 @@ def _group_id(group: str | None) -> int:
     try:
         return grp.getgrnam(group).gr_gid
     except KeyError:
+        if group.isdecimal() and int(group) <= MAX_GROUP_ID:
+            return int(group)
         raise BadInput(f"there is no group {group!r}: make it with 'groupadd {group}'") from None
+
+
+@cli.command()
+@click.option("--make", "folder", required=True, metavar="DIR", type=click.Path(path_type=Path), help="A folder to make, or an empty one.")
+def keys(folder: Path) -> None:
+    """Make the keys for control over TCP. Who has the folder, or a copy, is a member."""
+    from shmbroker.control.access import KEYS_VARIABLE
+    from shmbroker.control.keys import make_keys
+
+    make_keys(folder)
+    click.echo(
+        f"made {folder}: give it to 'shmbroker serve --control tcp://127.0.0.1:PORT --keys {folder}', and to all who take part as {KEYS_VARIABLE}"
+    )
 
 
 @cli.command()

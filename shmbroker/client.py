@@ -12,17 +12,17 @@ import weakref
 from types import TracebackType
 
 import torch
-import zmq
 
 from shmbroker import __version__
 from shmbroker.broker_link import BrokerLink
 from shmbroker.channel import Channel
 from shmbroker.completions import CompletionLoop
-from shmbroker.control import endpoint as endpoints
 from shmbroker.control import messages as m
+from shmbroker.control.access import Access
 from shmbroker.control.liveness import Watch, this_process
 from shmbroker.control.sockets import Requester
 from shmbroker.errors import BadInput, ChannelError, NoSuchService, ShmBrokerError, WorkerLost
+from shmbroker.failover import DEFAULT_PATIENCE_SECONDS, FailoverChannel
 from shmbroker.lane.doorbell import PollingBell, SemaphoreBell, shm_lane_supported
 from shmbroker.lane.kinds import Doorbell, Lane
 from shmbroker.lane.shm_lane import CLIENT_SLEEPING, ShmClientLane, clear_channel
@@ -70,7 +70,9 @@ def connect(
     seconds to wait for room in a full arena. ``spin``: seconds to look for a completion before sleeping; 0 to sleep at once. ``channels``: how
     many may be open. ``depth``: calls in flight on each, a power of two.
 
-    Raises :class:`BrokerUnreachable`, :class:`SharedMemoryFull`, :class:`BadInput`.
+    The broker is found by unix socket, or by $SHMBROKER_CONTROL and $SHMBROKER_KEYS (``shmbroker serve --control``).
+
+    Raises :class:`BrokerUnreachable`, :class:`SharedMemoryFull`, :class:`QuotaExceeded`, :class:`TooManyClients`, :class:`BadInput`.
     """
     return Client(
         resolve_instance(instance),
@@ -116,12 +118,12 @@ class Client:
         self._channels: list[Channel] = []
         self._free_areas = list(range(geometry.channel_count))
         self._lock = threading.Lock()
-        self._endpoint = endpoints.broker_endpoint(instance)
+        access = Access.of(instance)
         self._undo = contextlib.ExitStack()
         with contextlib.ExitStack() as stack:
-            self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+            self._context = access.context()
             stack.callback(self._context.term)
-            self._requester = Requester(self._context, self._endpoint)
+            self._requester = Requester(self._context, access.endpoint)
             stack.callback(self._requester.close)
             self._link: BrokerLink | None = None
             # Undone after the holds are released, so that the broker, on our Goodbye, finds nothing held.
@@ -144,7 +146,7 @@ class Client:
             stack.callback(self.arena.close)
             self._spin = spin
             self._loops: dict[Doorbell, CompletionLoop] = {}
-            self._link = BrokerLink(self._context, self._endpoint, self._hello, self._stats, self._peer_gone)
+            self._link = BrokerLink(self._context, access.endpoint, self._hello, self._stats, self._peer_gone)
             self._link.start()
             self._undo = stack.pop_all()
         _open.add(self)
@@ -197,11 +199,37 @@ class Client:
         ``lane``: ``shm`` (queues in shared memory) or ``zmq`` (a socket); ``doorbell`` of lane shm: ``sem`` or ``poll``. ``auto`` takes the fastest
         that works at both ends. Raises :class:`NoSuchService`, :class:`ChannelError`, :class:`BadInput`.
         """
+        return self._channel(service, lane, doorbell, wait, frozenset())
+
+    def failover_channel(
+        self,
+        service: str = "gpu",
+        *,
+        lane: str = "auto",
+        doorbell: str = "auto",
+        wait: float = DEFAULT_SERVICE_SECONDS,
+        patience: float = DEFAULT_PATIENCE_SECONDS,
+    ) -> FailoverChannel:
+        """:meth:`channel`, and when its worker dies or drains, another of the same service and identity takes over: calls go on.
+
+        ``patience``: seconds to wait for one that can; then :class:`WorkerLost` is raised. Only for ops that may be run twice: functions of
+        their inputs.
+        """
+        if not patience >= 0:
+            raise BadInput(f"patience {patience!r} must be a number of seconds, 0 or more")
+        return FailoverChannel(
+            self,
+            service,
+            lambda passed_over: self._channel(service, lane, doorbell, 0.0 if passed_over else wait, passed_over),
+            patience,
+        )
+
+    def _channel(self, service: str, lane: str, doorbell: str, wait: float, passed_over: frozenset[str]) -> Channel:
         self._check_open()
         if not isinstance(service, str) or not service:
             raise BadInput(f"a service is named by a string, not by {service!r}")
         wanted_lane, wanted_doorbell = _choose(lane, doorbell)
-        worker = self._find(service, wait)
+        worker = self._find(service, wait, passed_over)
         with self._lock:
             if not self._free_areas:
                 raise ChannelError(f"all {len(self._channels)} channels of this client are open: close one, or connect(channels=...)")
@@ -224,13 +252,14 @@ class Client:
         )
         return channel
 
-    def _find(self, service: str, wait: float) -> m.WorkerInfo:
+    def _find(self, service: str, wait: float, passed_over: frozenset[str]) -> m.WorkerInfo:
         until = time.monotonic() + wait
         while True:
             with self._lock:
                 found = ask_broker(self._requester, m.FindService(service), m.Found, self.instance)
-            if found.workers:
-                return found.workers[0]
+            for worker in found.workers:
+                if worker.peer not in passed_over:
+                    return worker
             if time.monotonic() >= until:
                 there = ", ".join(map(repr, found.services)) or "none at all"
                 raise NoSuchService(
@@ -273,6 +302,10 @@ class Client:
                 if not watch.alive():
                     raise WorkerLost(f"{who} died while a channel to it was opened") from None
                 raise ChannelError(f"{who} does not answer: {error}") from None
+            except ValueError as error:
+                if isinstance(error, ShmBrokerError):
+                    raise
+                raise ChannelError(f"worker {worker.name!r} (pid {worker.process.pid}) answered what cannot be used: {error}") from None
             finally:
                 watch.close()
             stack.pop_all()

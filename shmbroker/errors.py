@@ -30,6 +30,14 @@ class SharedMemoryFull(ShmBrokerError, OSError):
     """The shared-memory file system has less room than a segment needs."""
 
 
+class QuotaExceeded(SharedMemoryFull):
+    """A process asked for more shared memory than the broker grants to one (``shmbroker serve --max-bytes``)."""
+
+
+class TooManyClients(ShmBrokerError):
+    """As many clients as the broker takes have a segment (``shmbroker serve --max-clients``)."""
+
+
 class SegmentError(ShmBrokerError):
     """A segment cannot be used: gone, still being made, of another layout version, or not one of ours."""
 

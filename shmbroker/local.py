@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from shmbroker.control.access import CONTROL_VARIABLE, UNIX
 from shmbroker.errors import BrokerUnreachable
 from shmbroker.memory import names
 from shmbroker.memory.reaper import reap
@@ -58,7 +59,7 @@ def local_broker(*, log_level: str = "warning") -> Iterator[LocalBroker]:
     # A unix socket's path must be short, which a temporary folder's need not be.
     folder = tempfile.gettempdir()
     runtime = tempfile.mkdtemp(prefix="shmbroker-", dir=folder if len(folder) <= LONGEST_FOLDER else "/tmp")
-    environment = {INSTANCE_VARIABLE: instance, _RUNTIME_VARIABLE: runtime}
+    environment = {INSTANCE_VARIABLE: instance, _RUNTIME_VARIABLE: runtime, CONTROL_VARIABLE: UNIX}
     before = {variable: os.environ.get(variable) for variable in environment}
     command = [sys.executable, "-m", "shmbroker", "--log-level", log_level, "serve", "--instance", instance]
     command += ["--until-exit", str(os.getpid())]

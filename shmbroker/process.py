@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 from typing import TypeVar
 
-from shmbroker.control.endpoint import may_listen
+from shmbroker.control.access import KEYS_VARIABLE
+from shmbroker.control.endpoint import may_listen, transport_of
 from shmbroker.control.messages import Message
 from shmbroker.control.sockets import Requester
 from shmbroker.errors import BadInput, BrokerUnreachable
@@ -37,13 +38,22 @@ def peer_name(told: str | None = None) -> str:
 
 
 def ask_broker(requester: Requester, message: Message, answer: type[Answer], instance: str, timeout: float = ASK_SECONDS) -> Answer:
-    """Ask the broker. Raises :class:`BrokerUnreachable` that says how to start one when nobody answers."""
+    """Ask the broker. Raises :class:`BrokerUnreachable` that says how to start one, or that keys differ, when nobody answers."""
     try:
         if not may_listen(requester.endpoint):
             raise TimeoutError  # no need to wait for nobody
         return requester.ask(message, answer, timeout, lambda: may_listen(requester.endpoint))
     except TimeoutError:
-        raise BrokerUnreachable(
-            f"no broker answers for instance {instance!r} at {requester.endpoint}: start one with 'shmbroker serve"
-            f"{'' if instance == DEFAULT_INSTANCE else f' --instance {instance}'}'"
-        ) from None
+        raise BrokerUnreachable(_why_nobody_answers(requester.endpoint, instance)) from None
+
+
+def _why_nobody_answers(endpoint: str, instance: str) -> str:
+    command = "shmbroker serve" if instance == DEFAULT_INSTANCE else f"shmbroker serve --instance {instance}"
+    if transport_of(endpoint) == "tcp":
+        if may_listen(endpoint):
+            return (
+                f"whoever listens at {endpoint} does not answer: most likely its keys are others than those of this process; {KEYS_VARIABLE} must "
+                "name the folder that the broker was started with (--keys), or a copy of it"
+            )
+        command += f" --control {endpoint} --keys DIR"
+    return f"no broker answers for instance {instance!r} at {endpoint}: start one with '{command}'"

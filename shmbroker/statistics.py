@@ -29,6 +29,10 @@ class OpStatistics:
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.reset()
+
+    def reset(self) -> None:
+        """Count from 0."""
         self.calls = 0
         self.errors = 0
         self.rpc_ns = 0

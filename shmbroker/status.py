@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
-import zmq
 
 from shmbroker.console import terminal
 from shmbroker.control import messages as m
-from shmbroker.control.endpoint import broker_endpoint
+from shmbroker.control.access import Access
 from shmbroker.control.sockets import Requester
 from shmbroker.process import ask_broker, resolve_instance
 from shmbroker.sizes import mib
@@ -18,8 +17,9 @@ from shmbroker.sizes import mib
 def ask(instance: str | None) -> m.StatusReport:
     """Ask the broker of ``instance``. Raises :class:`BrokerUnreachable`."""
     name = resolve_instance(instance)
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    requester = Requester(context, broker_endpoint(name))
+    access = Access.of(name)
+    context = access.context()
+    requester = Requester(context, access.endpoint)
     try:
         return ask_broker(requester, m.GetStatus(), m.StatusReport, name)
     finally:

@@ -8,9 +8,11 @@ its shapes, on tensors without values, by the thread that answers control reques
 from __future__ import annotations
 
 import contextlib
-import itertools
+import functools
 import logging
+import os
 import queue
+import secrets
 import signal
 import threading
 import time
@@ -19,12 +21,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar, overload
 
-import zmq
+import msgspec
 
 from shmbroker import __version__
 from shmbroker.broker_link import BrokerLink
 from shmbroker.control import endpoint as endpoints
 from shmbroker.control import messages as m
+from shmbroker.control.access import Access
+from shmbroker.control.curve import ANY_PORT
 from shmbroker.control.liveness import Watch, process_of, this_process
 from shmbroker.control.sockets import Requester, Responder
 from shmbroker.errors import BadInput, ChannelError, ProtocolMismatch
@@ -34,10 +38,10 @@ from shmbroker.lane.kinds import Doorbell, Lane
 from shmbroker.lane.shm_lane import ShmWorkerLane
 from shmbroker.lane.waiter import DEFAULT_SPIN_SECONDS, Waiter
 from shmbroker.lane.zmq_lane import ZmqWorkerSocket, new_token
-from shmbroker.memory import names
+from shmbroker.memory import layout, names
 from shmbroker.memory.hold import Hold, unlink_own
 from shmbroker.memory.segment import Segment
-from shmbroker.memory.spec import DTYPE_NAMED, NAME_OF, TensorSpec
+from shmbroker.memory.spec import NAME_OF, TensorSpec, dtype_named
 from shmbroker.ops import BoundOp, OpDefinition, OutSpec
 from shmbroker.process import ask_broker, peer_name, resolve_instance
 from shmbroker.worker_channel import ChannelCounters, MappedSegment, WorkerChannel, describe
@@ -46,8 +50,14 @@ log = logging.getLogger(__name__)
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
+DRAIN_SECONDS = 10.0
+"""How long what runs may take to finish after SIGTERM or SIGINT; systemd would send SIGKILL after 90 s."""
+
 CONTROL_TICK_SECONDS = 0.5
 """How often the control thread looks whether clients live; the broker tells of their deaths earlier."""
+
+_MESSAGES_AT_ONCE = 256
+"""Frames taken from the zmq lane before anything else is looked at: a client that never stops sending must not keep the worker from stopping."""
 
 
 class Worker:
@@ -64,7 +74,8 @@ class Worker:
         worker.serve()
 
     ``spin``: seconds to look for the next frame before sleeping; 0 to sleep at once. ``device``: a word for ``shmbroker status``.
-    ``until_exit``: stop when the process with this pid ends.
+    ``until_exit``: stop when the process with this pid ends. ``identity``: a word for what the answers depend on beside the inputs (weights,
+    say); only a worker of the same identity takes over from another.
     """
 
     def __init__(
@@ -76,6 +87,7 @@ class Worker:
         spin: float = DEFAULT_SPIN_SECONDS,
         device: str = "cpu",
         until_exit: int = 0,
+        identity: str = "",
     ) -> None:
         self.service = service
         self.instance = resolve_instance(instance)
@@ -86,14 +98,19 @@ class Worker:
             raise BadInput(f"spin {spin!r} must be a number of seconds, 0 or more")
         self.id = names.new_id()
         self.device = device
+        self.identity = identity
         self._spin = spin
         self._parent = process_of(until_exit) if until_exit else None
         self._ops: dict[str, OpDefinition] = {}
         self._channels: dict[int, WorkerChannel] = {}
-        self._channel_numbers = itertools.count(1)
+        """By number, which is random and told only to the client: whoever knows it may bind on the channel and close it."""
         self._mapped: dict[str, MappedSegment] = {}
+        """Like the channels, changed by the thread that answers control requests alone."""
         self._changes: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._gone: queue.SimpleQueue[str] = queue.SimpleQueue()
+        """Clients that the broker says are gone."""
+        self._broken: queue.SimpleQueue[WorkerChannel] = queue.SimpleQueue()
+        """Channels whose client does not keep the rules."""
         self._shm_lanes: list[tuple[WorkerChannel, ShmWorkerLane]] = []
         """Served by the thread in :meth:`serve`, and changed by it alone."""
         self._done = ChannelCounters()
@@ -143,7 +160,9 @@ class Worker:
     # --- running --------------------------------------------------------------------------------------------------------------------
 
     def serve(self, ready: Callable[[], None] = lambda: None) -> None:
-        """Join the broker and serve until SIGTERM, SIGINT or :meth:`stop`; what is running then is finished first.
+        """Join the broker and serve until SIGTERM, SIGINT or :meth:`stop`; what is running then is finished first, calls that wait are refused.
+
+        After a signal an op has :data:`DRAIN_SECONDS` to finish; then the process ends without it, status 0.
 
         Raises :class:`BrokerUnreachable` when there is no broker. ``ready`` is called once clients can come.
         """
@@ -164,21 +183,43 @@ class Worker:
         def on_signal(number: int, frame: FrameType | None) -> None:
             self.stop()
 
+        # Python runs a handler between two lines of Python only: an op that computes for a minute is to be seen by another thread meanwhile.
+        told_fd, tell_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        os.set_blocking(told_fd, True)
+        ended = threading.Event()
+        watcher = threading.Thread(target=self._end_in_time, args=(told_fd, ended), name="shmbroker-drain", daemon=True)
+        previous_fd = signal.set_wakeup_fd(tell_fd, warn_on_full_buffer=False)
         previous = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        watcher.start()
         try:
             yield
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+            signal.set_wakeup_fd(previous_fd)
+            ended.set()
+            os.close(tell_fd)
+            watcher.join()
+            os.close(told_fd)
+
+    def _end_in_time(self, told_fd: int, ended: threading.Event) -> None:
+        """After a signal, an op that takes longer than :data:`DRAIN_SECONDS` is not waited for: the process's end tells its client."""
+        while number := os.read(told_fd, 1):
+            if number[0] in (signal.SIGTERM, signal.SIGINT):
+                self.stop()
+                if not ended.wait(DRAIN_SECONDS):
+                    log.warning("%s: an op still runs %g s after the signal to stop: ending without it", self.name, DRAIN_SECONDS)
+                    logging.shutdown()
+                    os._exit(0)
 
     @contextlib.contextmanager
     def _joined(self) -> Iterator[None]:
         """Everything that a serving worker needs, given back in reverse order."""
         with contextlib.ExitStack() as stack:
-            self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+            access = Access.of(self.instance)
+            self._context = access.context()
             stack.callback(self._context.term)
-            endpoint = endpoints.broker_endpoint(self.instance)
-            requester = Requester(self._context, endpoint)
+            requester = Requester(self._context, access.endpoint)
             stack.callback(requester.close)
             made = ask_broker(requester, m.MakeBell(self.id, this_process()), m.Made, self.instance)
             self._bell_name = made.name
@@ -189,15 +230,15 @@ class Worker:
             stack.callback(bell_hold.release)
             self._bell = SemaphoreBell(made.name)
             stack.callback(self._bell.close)
-            folder = endpoints.socket_path(self.instance).parent
-            with endpoints.private_sockets(folder):
+            folder = None if access.tcp else endpoints.socket_path(self.instance).parent
+            with endpoints.private_sockets(folder) if folder else contextlib.nullcontext():
                 self._responder = Responder(self._context, self._own_socket(folder, "worker", stack))
                 stack.callback(self._responder.close)
                 self._zmq = ZmqWorkerSocket(self._context, self._own_socket(folder, "lane", stack))
                 stack.callback(self._zmq.close)
             self._zmq_thread: threading.Thread | None = None
             control = threading.Thread(target=self._serve_control, name="shmbroker-control", daemon=True)
-            link = BrokerLink(self._context, endpoint, self._hello, self._stats, self._gone.put)
+            link = BrokerLink(self._context, access.endpoint, self._hello, self._stats, self._gone.put)
             stack.callback(self._close_channels)
             link.start()
             # Last in, first out: the broker is told before clients find nobody at home.
@@ -208,7 +249,9 @@ class Worker:
             log.info("%s (%s): service %r on %s, ops %s", self.name, self.id, self.service, self._responder.endpoint, ", ".join(self._ops))
             yield
 
-    def _own_socket(self, folder: Path, kind: str, stack: contextlib.ExitStack) -> str:
+    def _own_socket(self, folder: Path | None, kind: str, stack: contextlib.ExitStack) -> str:
+        if folder is None:
+            return ANY_PORT
         path = endpoints.worker_socket(folder, self.instance, kind, self.id)
         stack.callback(path.unlink, missing_ok=True)
         return endpoints.ipc_endpoint(path)
@@ -256,18 +299,19 @@ class Worker:
 
         waiter = bell_waiter
         receivers: tuple[Receiver, ...] = ()
-        while True:
+        while not self._stopping:
             if not changes.empty():
                 while not changes.empty():
                     changes.get()()
                 receivers = tuple([lane.receiver for _, lane in lanes])
                 waiter = poll_waiter if any(lane.doorbell is Doorbell.POLL for _, lane in lanes) else bell_waiter
                 waiter.sleeping = [lane.sleeping for _, lane in lanes]
-            stopping = self._stopping
-            if not self._run_one_each(lanes, stopping):
-                if stopping:
-                    return
+            if not self._run_one_each(lanes, False):
                 waiter.wait(something, receivers, 1.0)
+        # What had come, not what comes meanwhile: a client that never stops sending must not keep the worker from stopping.
+        for _ in range(max([channel.mapped.segment.geometry.depth for channel, _ in lanes], default=0)):
+            if not self._run_one_each(lanes, True):
+                return
 
     def _run_one_each(self, lanes: list[tuple[WorkerChannel, ShmWorkerLane]], stopping: bool) -> bool:
         """Run one frame of each lane that has one; returns whether any had.
@@ -283,15 +327,25 @@ class Worker:
                     completion = channel.run(taken, stopping)
                 if not lane.complete(completion):
                     log.warning("client %s left its completion queue full: its channel is closed", channel.opened.client_name)
-                    self._gone.put(channel.opened.client)
+                    self._broken.put(channel)
+                    self._changes.put(functools.partial(self._stop_serving, channel))
         return busy
+
+    def _stop_serving(self, channel: WorkerChannel) -> None:
+        """Look at its queues no more. In the thread that serves them."""
+        for pair in [pair for pair in self._shm_lanes if pair[0] is channel]:
+            self._shm_lanes.remove(pair)
+            pair[1].close()
 
     def _serve_zmq(self) -> None:
         """The same for the zmq lane, in a thread of its own."""
         while True:
             stopping = self._stopping
             self._zmq.wait(0.1)
-            while (taken := self._zmq.take()) is not None:
+            for _ in range(_MESSAGES_AT_ONCE):
+                taken = self._zmq.take()
+                if taken is None:
+                    break
                 self._run_message(*taken, stopping)
                 taken = None
             if stopping:
@@ -329,13 +383,15 @@ class Worker:
             self._responder.answer_waiting(handle)
             while not self._gone.empty():
                 self._forget_client(self._gone.get())
+            while not self._broken.empty():
+                self._drop(self._broken.get())
             if time.monotonic() >= next_look:
                 next_look = time.monotonic() + CONTROL_TICK_SECONDS
                 if parent is not None and not parent.alive():
                     self.stop()
                 for channel in list(self._channels.values()):
                     if not channel.watch.alive():
-                        self._forget_client(channel.opened.client)
+                        self._drop(channel)
 
     def _change(self, change: Callable[[], None]) -> None:
         """Have the thread that serves frames do ``change`` between two calls."""
@@ -347,30 +403,28 @@ class Worker:
             raise ChannelError(f"this worker offers {self.service!r}, not {opening.service!r}")
         # fault: before channel opened
         lane, doorbell = _agree(opening.lane, opening.doorbell)
-        mapped = self._mapped.get(opening.segment)
-        if mapped is None:
-            mapped = MappedSegment(Segment.attach(opening.segment, hold=False))
-        if mapped.segment.owner != opening.client:
-            mapped.close()
-            raise ChannelError(f"segment {opening.segment} belongs to {mapped.segment.owner}, not to {opening.client}")
-        if not 0 <= opening.index < mapped.segment.geometry.channel_count:
-            raise ChannelError(f"channel area {opening.index} of {mapped.segment.geometry.channel_count} does not exist")
-        self._mapped[opening.segment] = mapped
-        channel = WorkerChannel(next(self._channel_numbers), opening, mapped, Watch(opening.process))
-        mapped.users += 1
+        mapped = self._segment_of(opening)
+        end: ShmWorkerLane | None = None
         if lane is Lane.SHM:
             client_bell = SemaphoreBell(opening.bell) if doorbell is Doorbell.SEM else PollingBell()
             end = ShmWorkerLane(mapped.segment, opening.index, client_bell)
-            self._change(lambda: self._shm_lanes.append((channel, end)))
+        # Nothing fails from here on: what is counted now is counted back when the channel is dropped.
+        mapped.users += 1
+        self._end_of(opening)
+        self._mapped[opening.segment] = mapped
+        channel = WorkerChannel(secrets.randbits(63), opening, mapped, Watch(opening.process))
+        self._channels[channel.number] = channel
+        if end is not None:
+            served = channel, end
+            self._change(lambda: self._shm_lanes.append(served))
         else:
             channel.token = new_token()
             if self._zmq_thread is None:
                 self._zmq_thread = threading.Thread(target=self._serve_zmq, name="shmbroker-zmq-lane", daemon=True)
                 self._zmq_thread.start()
-        self._channels[channel.number] = channel
         log.info(
-            "channel %d opened by %s (pid %d): lane %s, doorbell %s, control %s",
-            channel.number,
+            "channel area %d opened by %s (pid %d): lane %s, doorbell %s, control %s",
+            opening.index,
             opening.client_name,
             opening.process.pid,
             lane.value,
@@ -386,7 +440,35 @@ class Worker:
             endpoint=self._zmq.endpoint,
             token=channel.token,
             ops=tuple(self._ops),
+            identity=self.identity,
         )
+
+    def _segment_of(self, opening: m.OpenChannel) -> MappedSegment:
+        """The client's segment, mapped. Names follow from the client's id: nobody may have anything else opened here."""
+        client = opening.client
+        named = names.segment_name(self.instance, client), names.bell_name(self.instance, client)
+        if names.parse(named[0][1:]) is None or (opening.segment, opening.bell) != named:
+            raise ChannelError(f"segment {opening.segment!r} and doorbell {opening.bell!r} are not those of client {client!r}")
+        mapped = self._mapped.get(opening.segment) or MappedSegment(Segment.attach(opening.segment, hold=False))
+        if mapped.segment.owner != client:
+            raise ChannelError(f"segment {opening.segment} belongs to {mapped.segment.owner!r}, not to {client!r}")
+        if not 0 <= opening.index < mapped.segment.geometry.channel_count:
+            raise ChannelError(f"channel area {opening.index} of {mapped.segment.geometry.channel_count} does not exist")
+        open_before = self._open_on(opening)
+        if open_before is not None and open_before.opened.process != opening.process:
+            raise ChannelError(f"channel area {opening.index} of {opening.segment} is open for process {open_before.opened.process.pid}")
+        return mapped
+
+    def _open_on(self, opening: m.OpenChannel) -> WorkerChannel | None:
+        """The channel that is open on the same area."""
+        area = opening.segment, opening.index
+        return next((c for c in self._channels.values() if (c.opened.segment, c.opened.index) == area), None)
+
+    def _end_of(self, opening: m.OpenChannel) -> None:
+        """A client opens an area again when it gave up closing the channel there: that one is over, and an area never has two."""
+        open_before = self._open_on(opening)
+        if open_before is not None:
+            self._drop(open_before)
 
     def _channel(self, number: int) -> WorkerChannel:
         channel = self._channels.get(number)
@@ -409,7 +491,11 @@ class Worker:
         op = self._channel(request.channel).ops.get(request.op_id)
         if op is None:
             raise ChannelError(f"op id {request.op_id} is not bound on channel {request.channel}")
-        inputs = [TensorSpec(spec.shape, DTYPE_NAMED[spec.dtype]) for spec in request.inputs]
+        arguments_bytes = len(msgspec.msgpack.encode(request.arguments))
+        if len(request.inputs) > layout.MAX_TENSORS or arguments_bytes > layout.METADATA_BYTES:
+            # Answers are remembered: what no call can ask for must not fill the memory.
+            raise BadInput(f"{len(request.inputs)} inputs and {arguments_bytes} bytes of arguments are more than a frame carries")
+        inputs = [TensorSpec(spec.shape, dtype_named(spec.dtype)) for spec in request.inputs]
         try:
             outputs = op.outputs(inputs, request.arguments)
         except BadInput:
@@ -429,19 +515,20 @@ class Worker:
     def _drop(self, channel: WorkerChannel) -> None:
         if self._channels.pop(channel.number, None) is None:
             return
-        log.info("channel %d of %s closed after %d calls", channel.number, channel.opened.client_name, channel.counters.calls)
+        opened = channel.opened
+        log.info("channel area %d of %s closed after %d calls", opened.index, opened.client_name, channel.counters.calls)
         self._done.calls += channel.counters.calls
         self._done.errors += channel.counters.errors
+        mapped = channel.mapped
+        mapped.users -= 1
+        unused = mapped.users == 0
+        if unused:
+            del self._mapped[opened.segment]  # now, not in a moment: who opens a channel meanwhile must not get what is being closed
 
         def drop() -> None:
-            for pair in [pair for pair in self._shm_lanes if pair[0] is channel]:
-                self._shm_lanes.remove(pair)
-                pair[1].close()
+            self._stop_serving(channel)
             channel.close()
-            mapped = channel.mapped
-            mapped.users -= 1
-            if mapped.users == 0:
-                self._mapped.pop(channel.opened.segment, None)
+            if unused:
                 mapped.close()
 
         self._change(drop)

@@ -92,6 +92,75 @@ def reference(as_json: bool, until_exit: int, **options: Any) -> None:
     click.echo(json.dumps({"tokens": tokens}) if as_json else " ".join(map(str, tokens)))
 
 
+_source_options = (
+    click.option("--model", metavar="DIR", help="Folder of a Hugging Face checkpoint, or a GGUF file."),
+    click.option("--shape", metavar="NAME", help="A known shape instead, e.g. llama-3.2-1b, with random weights."),
+    click.option("--tokens", type=click.IntRange(1), default=1024, show_default=True, help="Tokens of the prompt."),
+    click.option("--dtype", default="float32", show_default=True, help="float32, bfloat16 or float16."),
+    click.option("--json", "as_json", is_flag=True, help="For programs."),
+)
+
+
+def _with_source(command: Command) -> Command:
+    for option in reversed(_source_options):
+        command = option(command)
+    return command
+
+
+@cli.command()
+@_with_source
+@click.option("--new-tokens", type=click.IntRange(1), default=1, show_default=True, help="Tokens to generate; 1 is the prefill alone.")
+@click.option("--split", help="Tell module by module where it runs at this split.")
+def plan(model: str | None, shape: str | None, tokens: int, dtype: str, as_json: bool, new_tokens: int, split: str | None) -> None:
+    """Tell calls, bytes each way and the largest block of every split, without running anything."""
+    import msgspec
+
+    from shmbroker.checkpoint import model_dtype
+    from shmbroker.model_source import model_source
+    from tee_worker import plan as planning
+    from tee_worker.splits import Split
+
+    _quiet_transformers()
+    wanted = None if split is None else Split.named(split)
+    made = planning.plan(model_source(model, shape, 0), model_dtype(dtype), prompt_tokens=tokens, new_tokens=new_tokens, split=wanted)
+    if as_json:
+        click.echo(json.dumps(msgspec.to_builtins(made)))
+        return
+    terminal = console.terminal()
+    terminal.print(
+        f"{made.model}, {made.dtype}, {tokens} tokens and {new_tokens} new: what the TEE worker sends and receives", highlight=False
+    )
+    terminal.print(made.render())
+
+
+@cli.command()
+@_with_source
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the random weights, and of the prompt.")
+@click.option("--split", default="op", show_default=True, help="What is one call: linear, fused or op.")
+@click.option("--compare", is_flag=True, help="Also in this process alone, with the largest difference of the logits.")
+@click.option(
+    "--instance", metavar="NAME", help="Which broker. Default: $SHMBROKER_INSTANCE, else 'default'; if none runs, one is started."
+)
+@click.option("--service", default="gpu", show_default=True, help="As the GPU worker's.")
+@click.option("--lane", default="auto", show_default=True, help="What carries the frames: auto, shm or zmq.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads to compute with. Default: torch's own choice.")
+@click.option("--timeout", type=float, default=120.0, show_default=True, help="Seconds that one call may take.")
+def prefill(as_json: bool, **options: Any) -> None:
+    """Measure one prefill, and tell it beside the prototype's figures."""
+    console.share_cpus()
+    import msgspec
+
+    from tee_worker import prefill as measuring
+
+    _quiet_transformers()
+    outcome = measuring.prefill(measuring.Options(**options), lambda note: click.echo(note, err=True))
+    if as_json:
+        click.echo(json.dumps(msgspec.to_builtins(outcome)))
+        return
+    terminal = console.terminal()
+    terminal.print(outcome.render(), highlight=False)
+
+
 def _quiet_transformers() -> None:
     """Its advice on flags and its progress bars are not for the user of this command."""
     from transformers.utils import logging

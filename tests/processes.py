@@ -44,6 +44,16 @@ def worker_process(service: str = "test", **environment: str) -> Iterator[subpro
         stop_process(process)
 
 
+@contextlib.contextmanager
+def broker_process(instance: str, *options: str, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+    """``shmbroker serve`` with options of its own, ready."""
+    command = (sys.executable, "-m", "shmbroker", "--log-level", "warning", "serve", "--instance", instance, *options)
+    with running(*command, **environment) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n", process.stderr and process.stderr.read().decode()
+        yield process
+
+
 def wait_until(condition: Callable[[], bool], seconds: float = START_SECONDS) -> None:
     """Wait for something that another process does and does not announce."""
     until = time.monotonic() + seconds

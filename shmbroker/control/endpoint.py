@@ -9,10 +9,13 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from shmbroker.errors import BadInput
+from shmbroker.errors import BadInput, BrokerUnreachable
 
 SYSTEM_DIR = Path("/run/shmbroker")
 """Made by systemd (``RuntimeDirectory=``) or by a broker that runs as root."""
+
+KNOCK_SECONDS = 0.1
+"""For a connection on this machine, which is made or refused at once unless too many wait."""
 
 MAX_PATH_BYTES = 100
 """Of a unix socket: the kernel takes 108 with the final zero, and ZeroMQ wants some."""
@@ -47,7 +50,10 @@ def make_private_dir(path: Path, gid: int = -1) -> None:
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
         raise BadInput(f"{path} belongs to user {found.st_uid}, not to {os.geteuid()}: set SHMBROKER_RUNTIME_DIR to a folder of your own")
     if gid >= 0:
-        os.chown(path, -1, gid)
+        try:
+            os.chown(path, -1, gid)
+        except PermissionError:
+            raise BadInput(f"user {os.geteuid()} is not in group {gid} and cannot share with it: join the group first") from None
     os.chmod(path, mode)
 
 
@@ -95,16 +101,24 @@ def transport_of(endpoint: str) -> str:
 
 
 def may_listen(endpoint: str) -> bool:
-    """False when surely nobody listens there: the unix socket does not exist, or is one that a process left behind when it died."""
-    transport, _, path = endpoint.partition("://")
-    if transport != "ipc":
-        return True
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
+    """False when surely nobody listens there: no such port or unix socket, or one that a process left behind when it died.
+
+    Raises :class:`BrokerUnreachable` when this user may not even knock.
+    """
+    transport, _, where = endpoint.partition("://")
+    host, _, port = where.rpartition(":")
+    family = socket.AF_UNIX if transport == "ipc" else socket.AF_INET6 if host.startswith("[") else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.settimeout(KNOCK_SECONDS)
         try:
-            probe.connect(path)
+            probe.connect(where if transport == "ipc" else (host.strip("[]"), int(port)))
         except (FileNotFoundError, ConnectionRefusedError):
             return False
+        except PermissionError:
+            raise BrokerUnreachable(
+                f"user {os.geteuid()} may not connect to {endpoint}: run as the user it belongs to, or start the broker with --group and a "
+                "group that both are in"
+            ) from None
         except OSError:
-            pass  # no permission, or too many at once: somebody is there
+            pass  # too many at once: somebody is there
     return True

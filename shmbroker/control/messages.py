@@ -11,7 +11,7 @@ Every request is answered once, by its answer or by ``Refused``; heartbeats and 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -23,6 +23,13 @@ MAX_MESSAGE_BYTES = 1 << 20
 """No control message comes near this; a longer one is refused before it is read."""
 
 
+Text = Annotated[str, msgspec.Meta(max_length=256)]
+"""What a peer tells of itself and the broker passes on: so short that no peer can make the answers to others too long."""
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+"""Of anything."""
+
+
 class Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
     """Base of all messages; the tag on the wire is the class's name."""
 
@@ -30,61 +37,61 @@ class Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True)
 class ProcessId(msgspec.Struct, frozen=True):
     """A process for good: a pid alone may be given again."""
 
-    pid: int
-    start_time: int
+    pid: Annotated[int, msgspec.Meta(ge=1, le=(1 << 31) - 1)]
+    start_time: Count
     """Clock ticks after boot (``/proc/PID/stat``)."""
-    namespace: int
+    namespace: Count
     """Inode of the pid namespace: in another one, pids mean other processes."""
 
 
 class ChannelInfo(msgspec.Struct, frozen=True):
     """An open channel, as its client sees it."""
 
-    service: str
-    worker: str
-    lane: str
-    doorbell: str
-    control: str
+    service: Text
+    worker: Text
+    lane: Text
+    doorbell: Text
+    control: Text
     """Transport of the control channel: ipc or tcp."""
-    calls: int = 0
-    bytes_out: int = 0
-    bytes_in: int = 0
-    socket_bytes: int = 0
+    calls: Count = 0
+    bytes_out: Count = 0
+    bytes_in: Count = 0
+    socket_bytes: Count = 0
 
 
 class ArenaInfo(msgspec.Struct, frozen=True):
     """Occupancy of an arena, bytes."""
 
-    total_bytes: int
-    held_bytes: int
-    largest_free_bytes: int
-    blocks: int
+    total_bytes: Count
+    held_bytes: Count
+    largest_free_bytes: Count
+    blocks: Count
 
 
 class PeerStats(msgspec.Struct, frozen=True):
     """What a process tells of itself with every heartbeat."""
 
-    calls: int = 0
-    errors: int = 0
-    channels: tuple[ChannelInfo, ...] = ()
+    calls: Count = 0
+    errors: Count = 0
+    channels: Annotated[tuple[ChannelInfo, ...], msgspec.Meta(max_length=1024)] = ()
     arena: ArenaInfo | None = None
 
 
 class Hello(Message, frozen=True):
     """I am here. Sent at start and whenever the broker is a new one; lists all that the broker must know to adopt the sender."""
 
-    role: str
+    role: Text
     """client or worker."""
     peer: str
     """The sender's id."""
     process: ProcessId
-    name: str
-    version: str
-    services: tuple[str, ...] = ()
-    endpoint: str = ""
+    name: Text
+    version: Text
+    services: Annotated[tuple[Text, ...], msgspec.Meta(max_length=64)] = ()
+    endpoint: Text = ""
     """Where a worker takes control requests of clients."""
-    device: str = ""
-    segment: str = ""
+    device: Text = ""
+    segment: Text = ""
 
 
 class Welcome(Message, frozen=True):
@@ -204,15 +211,15 @@ class PeerGone(Message, frozen=True):
 class OpenChannel(Message, frozen=True):
     """Map my segment and serve channel area ``index`` of it."""
 
-    client: str
-    client_name: str
+    client: Text
+    client_name: Text
     process: ProcessId
-    segment: str
+    segment: Text
     index: int
-    service: str
+    service: Text
     lane: str
-    doorbell: str
-    bell: str
+    doorbell: Text
+    bell: Text
 
 
 class ChannelOpened(Message, frozen=True):
@@ -225,6 +232,8 @@ class ChannelOpened(Message, frozen=True):
     endpoint: str
     token: bytes
     ops: tuple[str, ...]
+    identity: str = ""
+    """Workers of one identity answer alike: one may take the other's place."""
 
 
 class CloseChannel(Message, frozen=True):
@@ -248,7 +257,7 @@ class Bind(Message, frozen=True):
 class Bound(Message, frozen=True):
     """Answer to Bind. Without an ``out_spec`` of its own, the client asks for the outputs' shapes."""
 
-    op_id: int
+    op_id: Annotated[int, msgspec.Meta(ge=0, le=(1 << 32) - 1)]
     has_out_spec: bool
 
 
@@ -333,7 +342,7 @@ def open_envelope(data: bytes) -> Envelope:
         raise ValueError(f"a control message of {len(data)} bytes; at most {MAX_MESSAGE_BYTES}")
     try:
         return _envelope_decoder.decode(data)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise ValueError(f"not a control message: {error}") from None
 
 
@@ -346,5 +355,5 @@ def read_body(envelope: Envelope) -> AnyMessage:
         )
     try:
         return _body_decoder.decode(envelope.body)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise ValueError(f"a control message that cannot be read: {error}") from None

@@ -11,8 +11,8 @@ from typing import TypeVar
 import zmq
 
 from shmbroker import errors
-from shmbroker.control.messages import AnyMessage, Message, Refused, encode, open_envelope, read_body
-from shmbroker.errors import PeerRefused, ProtocolMismatch, ShmBrokerError
+from shmbroker.control.messages import MAX_MESSAGE_BYTES, AnyMessage, Message, Refused, encode, open_envelope, read_body
+from shmbroker.errors import ChannelError, PeerRefused, ProtocolMismatch, ShmBrokerError
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +24,12 @@ DEFAULT_REQUEST_SECONDS = 10.0
 
 ALIVE_SECONDS = 0.1
 """How often whoever waits for an answer looks whether the peer lives."""
+
+_MESSAGES_AT_ONCE = 256
+"""Answered before whoever answers looks after anything else: a peer that never stops asking must not keep it from that."""
+
+_ERROR_CHARACTERS = 4096
+"""Of an error's text in an answer, which may quote the request."""
 
 
 class Requester:
@@ -38,7 +44,12 @@ class Requester:
     def _connect(self) -> zmq.Socket[bytes]:
         socket = self._context.socket(zmq.DEALER)
         socket.setsockopt(zmq.LINGER, 0)
-        socket.connect(self.endpoint)
+        socket.setsockopt(zmq.MAXMSGSIZE, 2 * MAX_MESSAGE_BYTES)
+        try:
+            socket.connect(self.endpoint)
+        except zmq.ZMQError as error:
+            socket.close()
+            raise ChannelError(f"{self.endpoint!r} is no endpoint that can be connected to: {error}") from None
         return socket
 
     def ask(
@@ -92,19 +103,29 @@ def _error_named(refused: Refused) -> ShmBrokerError:
     return PeerRefused(f"{refused.type_name}: {refused.text}")
 
 
+def _refusal(error: BaseException) -> Refused:
+    """The error as an answer, also one that cannot tell its text, tells too much, or tells what UTF-8 has no bytes for."""
+    try:
+        text = str(error)
+    except Exception:
+        text = "(its text cannot be told)"
+    return Refused(type(error).__name__, text[:_ERROR_CHARACTERS].encode("utf-8", "replace").decode())
+
+
 class Responder:
     """Answers whoever asks. Used by one thread."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> None:
         self.socket = context.socket(zmq.ROUTER)
         self.socket.setsockopt(zmq.LINGER, 100)  # milliseconds: the last answer of a process that ends still goes out
-        self.socket.setsockopt(zmq.MAXMSGSIZE, 2 << 20)
+        self.socket.setsockopt(zmq.MAXMSGSIZE, 2 * MAX_MESSAGE_BYTES)
         self.socket.bind(endpoint)
-        self.endpoint = endpoint
+        self.endpoint = self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        """As others are told it: with the port that the kernel chose."""
 
     def answer_waiting(self, handle: Callable[[bytes, AnyMessage], Message | None]) -> None:
-        """Hand every message that has come to ``handle(sender, message)`` and send back what it returns, or its error as Refused."""
-        while True:
+        """Hand messages that have come to ``handle(sender, message)`` and send back what it returns, or its error as Refused."""
+        for _ in range(_MESSAGES_AT_ONCE):
             try:
                 parts = self.socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
@@ -118,10 +139,10 @@ class Responder:
                 request = envelope.request
                 reply = handle(sender, read_body(envelope))
             except (ShmBrokerError, ValueError) as error:
-                reply = Refused(type(error).__name__, str(error))
+                reply = _refusal(error)
             except BaseException as error:  # a peer's odd request must not end the thread that serves the others, nor an op's SystemExit
                 log.exception("control request failed")
-                reply = Refused(type(error).__name__, str(error))
+                reply = _refusal(error)
             if reply is not None:
                 self.send(sender, reply, request)
 

@@ -8,22 +8,24 @@ Every process sleeps on one bell, whatever it waits for; whoever writes it a fra
 D1  Between its word and its look (or its frame and its look at the word) each side has a full fence, so at least one sees the other.
 D2  A ring is a hint: after every wake-up all state is read again.
 D3  No wait lasts longer than ``RECHECK_SECONDS`` before the state and the peer's liveness are looked at again.
-D4  Who rings takes the word down, so a sleeper is rung for once; it puts the word up again before it blocks again. So a writer may ring a moment
-    before it publishes (``nudge``): waking takes longer than writing the frame, and a sleeper that was faster looks, and sleeps again.
+D4  Who rings takes the word down, and then rings (which is a full fence), so a sleeper is rung for once; it puts the word up again before it
+    blocks again. So a writer may ring a moment before it publishes (``nudge``): waking takes longer than writing the frame, and a sleeper that
+    was faster looks, and sleeps again.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import platform
 import threading
 import time
-from collections.abc import Callable
 
 import posix_ipc
 
 from shmbroker.errors import ChannelError
 from shmbroker.lane.kinds import Doorbell
+from shmbroker.memory import names
 
 RECHECK_SECONDS = 0.1
 """D3. Bounds what a lost ring or a dead peer can cost."""
@@ -49,16 +51,30 @@ def shm_lane_supported() -> bool:
 class SemaphoreBell:
     """A named POSIX semaphore, made by the broker."""
 
-    __slots__ = ("_semaphore", "ring")
+    __slots__ = ("_semaphore",)
 
     kind = Doorbell.SEM
 
     def __init__(self, name: str) -> None:
+        # A peer may tell any name, and posix_ipc crashes on one with a zero in it.
+        if names.parse(names.bell_path(name).removeprefix(f"{names.SHM_DIR}/")) is None:
+            raise ChannelError(f"{name!r} is not the name of a doorbell")
         try:
             self._semaphore = posix_ipc.Semaphore(name)
         except posix_ipc.ExistentialError:
             raise ChannelError(f"doorbell {name} does not exist: the process that slept on it is gone") from None
-        self.ring: Callable[[], None] = self._semaphore.release
+        except posix_ipc.PermissionsError:
+            raise ChannelError(
+                f"doorbell {name} may not be opened by user {os.geteuid()}: run as the user it belongs to, start the broker with --group and "
+                "a group that both are in, or use doorbell poll"
+            ) from None
+
+    def ring(self) -> None:
+        """Wake who sleeps on it."""
+        try:
+            self._semaphore.release()
+        except OSError:
+            pass  # rung more often than it can count, by somebody who means no good: whoever sleeps on it is awake
 
     def wait(self, seconds: float) -> None:
         """Block until rung, for ``seconds`` at most."""

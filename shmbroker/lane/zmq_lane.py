@@ -16,6 +16,7 @@ import secrets
 
 import zmq
 
+from shmbroker.errors import ChannelError
 from shmbroker.lane.ends import Receiver
 from shmbroker.lane.frames import CompletionFields, FrameTemplate, private_slot, read_completion, write_completion
 from shmbroker.lane.kinds import Doorbell, Lane
@@ -28,6 +29,9 @@ READY = b"ready"
 
 CONNECT_SECONDS = 5.0
 """How long the first exchange on a new channel may take; on one machine it takes a millisecond."""
+
+_PASSED_OVER = 256
+"""Messages other than frames that are taken at once: whoever sends such without end must not keep the worker from all else."""
 
 
 def new_token() -> bytes:
@@ -60,9 +64,14 @@ class ZmqClientLane:
     @staticmethod
     def _connect(context: zmq.Context[zmq.Socket[bytes]], endpoint: str, identity: bytes) -> zmq.Socket[bytes]:
         socket = context.socket(zmq.DEALER)
-        socket.setsockopt(zmq.IDENTITY, identity)
-        socket.setsockopt(zmq.LINGER, 0)
-        socket.connect(endpoint)
+        try:
+            socket.setsockopt(zmq.IDENTITY, identity)
+            socket.setsockopt(zmq.LINGER, 0)
+            socket.setsockopt(zmq.MAXMSGSIZE, layout.COMPLETION_SLOT_BYTES)
+            socket.connect(endpoint)
+        except zmq.ZMQError as error:
+            socket.close()
+            raise ChannelError(f"{endpoint!r}, with a token of {len(identity) - 1} bytes, cannot be connected to: {error}") from None
         return socket
 
     def nudge(self) -> None:
@@ -86,8 +95,8 @@ class ZmqClientLane:
         return bool(self._complete.poll(max(1, int(seconds * 1000))))
 
     def take(self) -> CompletionFields | None:
-        """The next completion, or None. One that cannot be one is passed over."""
-        while True:
+        """The next completion, or None. Those that cannot be one are passed over, so many at most: a peer could go on for ever."""
+        for _ in range(self.depth):
             try:
                 frame = self._complete.recv(zmq.NOBLOCK)
             except zmq.Again:
@@ -96,6 +105,7 @@ class ZmqClientLane:
             completion = read_completion(frame)
             if completion is not None:
                 return completion
+        return None
 
     def close(self) -> None:
         """Close both sockets."""
@@ -110,8 +120,9 @@ class ZmqWorkerSocket:
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> None:
         self.socket = context.socket(zmq.ROUTER)
         self.socket.setsockopt(zmq.LINGER, 0)
+        self.socket.setsockopt(zmq.MAXMSGSIZE, layout.SUBMISSION_SLOT_BYTES)  # whoever sends more is disconnected
         self.socket.bind(endpoint)
-        self.endpoint = endpoint
+        self.endpoint = self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self._slot = private_slot(layout.COMPLETION_SLOT_BYTES)
 
     def wait(self, seconds: float) -> bool:
@@ -120,7 +131,7 @@ class ZmqWorkerSocket:
 
     def take(self) -> tuple[bytes, bytes] | None:
         """The next submission as token and frame, or None; first messages of new channels are answered on the way."""
-        while True:
+        for _ in range(_PASSED_OVER):
             try:
                 parts = self.socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
@@ -132,6 +143,7 @@ class ZmqWorkerSocket:
                 self._send(identity, READY)
             elif identity.startswith(SUBMIT):
                 return identity[1:], frame
+        return None
 
     def complete(self, token: bytes, completion: CompletionFields) -> None:
         """Send a completion to the channel of ``token``; to nobody if it is gone."""

@@ -11,6 +11,9 @@ from shmbroker.errors import BadInput
 SHM_DIR = "/dev/shm"
 """Where glibc and musl keep POSIX shared memory and named semaphores on Linux; only the reaper needs to list it."""
 
+SEGMENT, BELL = "segment", "bell"
+"""Kinds of objects."""
+
 _SEMAPHORE_PREFIX = "sem."
 _INSTANCE = re.compile(r"[a-z0-9][a-z0-9-]{0,30}")
 _FILE = re.compile(r"(sem\.)?shmbroker\.(?P<instance>[a-z0-9][a-z0-9-]{0,30})\.(?P<kind>segment|bell)\.(?P<id>[0-9a-f]{16})")

@@ -122,9 +122,9 @@ def run_worker(instance: str, seed: int) -> None:
     @worker.op(out_spec=lambda x: shmbroker.TensorSpec(x.shape, x.dtype))
     def affine(x: torch.Tensor, *, out: torch.Tensor) -> None:
         half = len(out) // 2
-        torch.mul(x[:half], 3, out=out[:half])
+        out[:half].copy_(x[:half]).mul_(3)
         points._reach("amid result written")
-        torch.mul(x[half:], 3, out=out[half:])
+        out[half:].copy_(x[half:]).mul_(3)
         out.add_(7)
 
     worker.serve()
@@ -183,6 +183,9 @@ def _call_for_a_while(
             time.sleep(choose.random() * 0.001)  # so that the others fall asleep, and bells are rung
 
 
+ClientProgram = Callable[[str, int, Board, str, str], None]
+
+
 @dataclass
 class World:
     """All processes of one case, and nothing left of them afterwards."""
@@ -190,6 +193,7 @@ class World:
     instance: str
     processes: list[Process] = field(default_factory=list)
     seed: int = 0
+    programs: dict[str, ClientProgram] = field(default_factory=lambda: {"client": run_client})
 
     def start(self, role: str, lane: str = "shm", doorbell: str = "sem", fault: str = "", passes: int = 0) -> Process:
         """Fork a process; it dies at ``fault``."""
@@ -207,7 +211,7 @@ class World:
                 elif role == "worker":
                     run_worker(self.instance, seed)
                 else:
-                    run_client(self.instance, seed, board, lane, doorbell)
+                    self.programs[role](self.instance, seed, board, lane, doorbell)
             except BaseException:
                 board.add("unexpected")
                 board.note(traceback.format_exc())
@@ -226,7 +230,7 @@ class World:
         return "; ".join(
             f"client {one.pid}: " + ", ".join(f"{one.board.get(word)} {word}" for word in WORDS[:5]) + f" {one.board.text}"
             for one in self.processes
-            if one.role == "client"
+            if one.role in self.programs
         )
 
     def clients(self) -> list[Process]:
@@ -235,7 +239,7 @@ class World:
 
     def close(self) -> None:
         for process in self.processes:
-            process.kill(signal.SIGKILL if process.role == "client" else signal.SIGTERM)
+            process.kill(signal.SIGKILL if process.role in self.programs else signal.SIGTERM)
         for process in self.processes:
             if not process.wait(5.0):
                 process.kill()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 import time
@@ -10,6 +11,11 @@ import torch
 
 import shmbroker
 from shmbroker import TensorSpec
+
+if "DRAIN_SECONDS" in os.environ:
+    import shmbroker.worker
+
+    shmbroker.worker.DRAIN_SECONDS = float(os.environ["DRAIN_SECONDS"])
 
 worker = shmbroker.Worker(sys.argv[1] if len(sys.argv) > 1 else "test", name="test-worker")
 
@@ -54,6 +60,12 @@ def total(x: torch.Tensor, *, out: torch.Tensor) -> None:
 def sleep(x: torch.Tensor, *, out: torch.Tensor, seconds: float) -> None:
     time.sleep(seconds)
     out.copy_(x)
+
+
+@worker.op(out_spec=lambda x, seconds: TensorSpec(x.shape, x.dtype))
+def compute(x: torch.Tensor, *, out: torch.Tensor, seconds: float) -> None:
+    """Without a line of Python in between: one call that lets the interpreter lock go."""
+    hashlib.pbkdf2_hmac("sha256", b"", b"salt", min(int(seconds * 1e6), (1 << 31) - 1))
 
 
 @worker.op(out_spec=lambda x: TensorSpec(x.shape, x.dtype))

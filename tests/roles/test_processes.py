@@ -115,6 +115,21 @@ def test_a_worker_finishes_what_runs_when_it_is_told_to_stop(broker: shmbroker.L
         assert process.wait(10) == 0
 
 
+@pytest.mark.parametrize("op", ["sleep", "compute"])
+def test_a_worker_that_is_told_to_stop_does_not_wait_for_an_op_without_end(broker: shmbroker.LocalBroker, op: str) -> None:
+    """Whatever the op does: it sleeps, or computes without a line of Python; exit status 0 within the limit, and nothing left behind."""
+    with worker_process(DRAIN_SECONDS="0.3") as process, shmbroker.connect(arena="1M") as client:
+        channel = client.channel("test")
+        futures = [channel.bind(op, seconds=3600.0).submit(torch.ones(2)), channel.bind("double").submit(torch.ones(2))]
+        wait_until(lambda: submissions_taken(channel) >= 1, 5.0)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0
+        for future in futures:
+            with pytest.raises((shmbroker.WorkerLost, shmbroker.WorkerDraining)):
+                future.result(timeout=10)
+    wait_until(lambda: not list(objects(broker.instance)), 10.0)
+
+
 def test_status_lists_workers_services_segments_and_channels(broker: shmbroker.LocalBroker) -> None:
     with worker_process() as process, shmbroker.connect(arena="1M", name="someone") as client:
         held = client.empty((1000,), torch.uint8)
