@@ -9,6 +9,7 @@ import torch
 
 from gpu_worker.device import Device
 from shmbroker.errors import BadInput
+from shmbroker.model_parts import gpu_part, is_linear, weight_and_bias
 from shmbroker.model_source import ModelSource
 
 _SAMPLES = 4096
@@ -26,7 +27,7 @@ class Weights:
     @classmethod
     def load(cls, source: ModelSource, dtype: torch.dtype, device: Device) -> Weights:
         """Take from ``source`` what the ops need, and nothing else."""
-        model = source.model(dtype, keep=lambda name, module: isinstance(module, (torch.nn.Linear, torch.nn.Embedding)))
+        model = source.model(dtype, keep=gpu_part)
         weights = cls(dtype)
         held: dict[int, torch.Tensor] = {}
 
@@ -35,11 +36,11 @@ class Weights:
             return held.setdefault(id(parameter), device.hold(parameter.detach()))
 
         for name, module in model.named_modules():
-            if isinstance(module, torch.nn.Linear):
-                bias = None if module.bias is None else hold(module.bias)
-                weights.linears[name] = (hold(module.weight).t(), bias)
-            elif isinstance(module, torch.nn.Embedding):
-                weights.embeddings[name] = hold(module.weight)
+            if is_linear(module):
+                weight, bias, transposed = weight_and_bias(module)
+                weights.linears[name] = (hold(weight) if transposed else hold(weight).t(), None if bias is None else hold(bias))
+            elif module is model.get_input_embeddings():
+                weights.embeddings[name] = hold(module.weight)  # type: ignore[arg-type]
         return weights
 
     @property

@@ -22,7 +22,7 @@ from shmbroker.lane.frames import FrameTemplate
 from shmbroker.lane.shm_lane import ShmClientLane
 from shmbroker.lane.zmq_lane import ZmqClientLane
 from shmbroker.memory.room import Room
-from shmbroker.memory.spec import DTYPE_NAMED, NAME_OF, TensorSpec
+from shmbroker.memory.spec import NAME_OF, TensorSpec, dtype_named
 from shmbroker.ops import Outputs, OutSpec
 from shmbroker.remote_op import OutputsOf, RemoteOp
 from shmbroker.report import Report
@@ -70,6 +70,7 @@ class Channel:
         self._submit_lock = threading.Lock()
         self._outstanding: dict[int, Call] = {}
         self._last_call_id = 0
+        self._unknown_completions = 0
         self.has_frames = lane.ready
         """Whether a completion waits to be taken."""
         self.receivers = lane.receivers
@@ -114,7 +115,7 @@ class Channel:
         def ask(inputs: Sequence[TensorSpec], arguments: dict[str, Any]) -> Outputs:
             infos = tuple(m.SpecInfo(spec.shape, NAME_OF[spec.dtype]) for spec in inputs)
             answer = self._ask(m.AskOutSpec(self._opened.channel, op_id, infos, arguments), m.OutSpecs)
-            return Outputs(tuple(TensorSpec(spec.shape, DTYPE_NAMED[spec.dtype]) for spec in answer.outputs), answer.single)
+            return Outputs(tuple(TensorSpec(spec.shape, dtype_named(spec.dtype)) for spec in answer.outputs), answer.single)
 
         return ask
 
@@ -181,11 +182,16 @@ class Channel:
         """Take all completions there are and finish their calls. Called by the leader of the waiters only."""
         take = self._lane.take
         outstanding = self._outstanding
-        while (completion := take()) is not None:
+        for _ in range(self._lane.depth):  # as many as there can be: who sends more must not hold up a caller's deadline
+            completion = take()
+            if completion is None:
+                return
             taken_ns = clock_ns()
             call = outstanding.pop(completion[0], None)
             if call is None:
-                log.warning("%s completed call %d, which is not outstanding: ignored", self.peer_text(), completion[0])
+                self._unknown_completions += 1
+                if self._unknown_completions in (1, 1000):  # a peer must not fill the log
+                    log.warning("%s completed call %d, which is not outstanding: ignored, as all such", self.peer_text(), completion[0])
             else:
                 call.finish(completion, taken_ns)
             if not outstanding:

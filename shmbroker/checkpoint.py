@@ -21,8 +21,8 @@ from shmbroker.memory.spec import NAME_OF, dtype_named
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-Keep = Callable[[str, torch.nn.Module], bool]
-"""Whether the parameters that belong directly to a module (by name in the model) are to be loaded."""
+Keep = Callable[["PreTrainedModel", torch.nn.Module], bool]
+"""Whether the parameters that belong directly to a module of a model are to be loaded."""
 
 GGUF_SUFFIX = ".gguf"
 
@@ -107,6 +107,8 @@ class Checkpoint:
                 f"model {self.name!r} does not have the weights that its config.json asks for: {len(missing)} are missing or of another size, "
                 f"first {missing[0]!r}; config and weights are not of one model"
             )
+        if keep is not None:
+            restore_buffers(model, keep)
         return cast("PreTrainedModel", model)
 
     @contextlib.contextmanager
@@ -141,16 +143,26 @@ def _partial(kind: type[PreTrainedModel], keep: Keep) -> type[PreTrainedModel]:
 
         def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
             super().__init__(config, *args, **kwargs)
-            if not all([keep(name, module) for name, module in self.named_modules() if isinstance(module, torch.nn.Embedding)]):
+            if not keep(self, self.get_input_embeddings()):
                 config.tie_word_embeddings = False  # nothing is left here to tie
                 self._tied_weights_keys: dict[str, str] = {}
                 self.all_tied_weights_keys: dict[str, str] = {}
-            for name, module in self.named_modules():
-                if not keep(name, module):
-                    hollow(module)
+            for module in [module for module in self.modules() if not keep(self, module)]:
+                hollow(module)
 
     Partial.__name__ = Partial.__qualname__ = kind.__name__
     return Partial
+
+
+def restore_buffers(model: PreTrainedModel, keep: Keep) -> None:
+    """Give modules without parameters the buffers back that no checkpoint holds: they are made anew with the weights, which these lack."""
+    for module in model.modules():
+        if not keep(model, module) and list(module.buffers(recurse=False)):
+            rows = max(getattr(module, "padding_idx", None) or 0, 0) + 1
+            module.register_parameter("weight", torch.nn.Parameter(torch.empty(rows, 1, dtype=model.dtype), requires_grad=False))
+            module._is_hf_initialized = False  # type: ignore[assignment]
+            model._init_weights(module)  # type: ignore[no-untyped-call]
+            hollow(module)
 
 
 def hollow(module: torch.nn.Module) -> None:

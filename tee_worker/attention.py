@@ -26,14 +26,15 @@ def split_attention_forward(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """As Hugging Face calls it: query ``[batch, heads, tokens, head_dim]``, an additive mask or None."""
     attention: SplitAttention = getattr(module, ATTRIBUTE)
-    refused = [name for name in ("softcap", "position_bias", "s_aux") if kwargs.get(name) is not None]
+    refused = [name for name in ("position_bias", "s_aux") if kwargs.get(name) is not None]
     if refused or dropout:
         raise BadInput(f"split 'op' does not know how to apply {', '.join(refused) or 'dropout'}: use split 'fused' for this model")
-    return attention(query, key, value, attention_mask, query.shape[-1] ** -0.5 if scaling is None else scaling), None
+    return attention(query, key, value, attention_mask, query.shape[-1] ** -0.5 if scaling is None else scaling, softcap), None
 
 
 def register() -> None:

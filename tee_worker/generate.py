@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import torch
-from torch import nn
 
 from shmbroker.channel import Channel
 from shmbroker.checkpoint import Checkpoint, model_dtype
@@ -16,6 +15,7 @@ from shmbroker.client import connect
 from shmbroker.errors import ArenaTooSmall, BadInput
 from shmbroker.failover import FailoverChannel
 from shmbroker.memory.layout import PAGE, round_up
+from shmbroker.model_parts import tee_part
 from shmbroker.report import Report
 from shmbroker.sizes import MIB, mib, parse_bytes
 from shmbroker.status import ask
@@ -94,7 +94,7 @@ def generate(options: Options, on_text: OnText | None = None, on_note: OnText = 
     ids = encode(tokenizer, options.prompt, options.chat)
     check_context(checkpoint.config(), ids.shape[1], options.max_new_tokens)
     on_note("loading the model's own part ...")
-    model = checkpoint.model(dtype, keep=lambda name, module: not isinstance(module, (nn.Linear, nn.Embedding)))
+    model = checkpoint.model(dtype, keep=tee_part)
     structure = structure_of(model)
     prompt_tokens = ids.shape[1]
     planned = generation_traffic(structure, split, prompt_tokens=prompt_tokens, new_tokens=options.max_new_tokens)

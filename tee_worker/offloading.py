@@ -12,7 +12,7 @@ from shmbroker.channel import Channel
 from shmbroker.failover import FailoverChannel
 from shmbroker.memory.spec import NAME_OF
 from tee_worker import attention
-from tee_worker.remote_modules import FusedCall, FusedLinear, RemoteEmbedding, RemoteLinear, SplitAttention
+from tee_worker.remote_modules import FusedCall, FusedLinear, RemoteEmbedding, RemoteLinear, SplitAttention, remote_embedding
 from tee_worker.splits import Split
 from tee_worker.structure import Projection, Structure, structure_of
 
@@ -47,7 +47,10 @@ def offload(
         width=structure.width,
         dtype=NAME_OF[structure.dtype],
     )
-    _replace(model, structure.embedding, RemoteEmbedding(embed, structure.width))
+    embedding = model.get_submodule(structure.embedding)
+    assert isinstance(embedding, nn.Embedding)
+    rows = RemoteEmbedding(embed, structure.width)
+    _replace(model, structure.embedding, remote_embedding(embedding, rows, structure.dtype))
     for projection in structure.projections:
         if split is Split.LINEAR or len(projection.names) == 1:
             for name, width in zip(projection.names, projection.out_features, strict=True):

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 import torch
-from torch import nn
 
+from shmbroker.model_parts import tee_part
 from shmbroker.model_source import ModelSource
 from shmbroker.sizes import mib
 from tee_worker.splits import Split
@@ -75,7 +75,7 @@ class Plan(msgspec.Struct, frozen=True):
 
 def own_part(source: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
     """The model with the parameters that stay in the TEE."""
-    return source.model(dtype, keep=lambda name, module: not isinstance(module, (nn.Linear, nn.Embedding)))
+    return source.model(dtype, keep=tee_part)
 
 
 def plan(source: ModelSource, dtype: torch.dtype, *, prompt_tokens: int, new_tokens: int, split: Split | None) -> Plan:

@@ -26,6 +26,28 @@ class RemoteEmbedding(nn.Module):
         return rows
 
 
+class RemoteRows(nn.Embedding):
+    """An embedding whose rows are asked for. Mixed in under the model's own class, which may do something with them (Gemma scales them)."""
+
+    rows: RemoteEmbedding
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """One call."""
+        rows: torch.Tensor = self.rows(ids)
+        return rows
+
+
+def remote_embedding(module: nn.Embedding, rows: RemoteEmbedding, dtype: torch.dtype) -> nn.Module:
+    """``module`` with its rows computed elsewhere: what its class makes of them, it goes on making of them here."""
+    kind = type(module)
+    if kind is nn.Embedding:
+        return rows
+    module.__class__ = type(kind.__name__, (kind, RemoteRows), {})  # the class's super().forward() is RemoteRows.forward now
+    module.rows = rows
+    module.weight = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)  # its dtype is looked at
+    return module
+
+
 class RemoteLinear(nn.Module):
     """``[..., in_features]`` to ``[..., out_features]``, one call."""
 
@@ -96,7 +118,13 @@ class SplitAttention:
         self._matmul = matmul
 
     def __call__(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        scaling: float,
+        softcap: float | None = None,
     ) -> torch.Tensor:
         """Attend; the result lies in shared memory.
 
@@ -107,6 +135,8 @@ class SplitAttention:
         scores: torch.Tensor = self._matmul(query, keys.transpose(2, 3))
         del keys  # its block is free for what comes next
         scores.mul_(scaling)
+        if softcap is not None:
+            scores.div_(softcap).tanh_().mul_(softcap)
         if mask is not None:
             scores.add_(mask)
         if scores.dtype is torch.float32:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from shmbroker.errors import BadInput
+from shmbroker.model_parts import features, is_linear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,6 +39,8 @@ class Attention:
     key_value_heads: int
     head_dim: int
     value_dim: int
+    window: int | None = None
+    """Earlier tokens that its cache keeps, and one; None for all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +59,7 @@ class Structure:
 class _Notes:
     """What the modules were given. The tensors are kept, so that no two of them can have the same id."""
 
-    linears: list[tuple[str, nn.Linear, torch.Tensor]]
+    linears: list[tuple[str, nn.Module, torch.Tensor]]
     attentions: list[Attention]
 
 
@@ -70,7 +73,7 @@ def structure_of(model: PreTrainedModel) -> Structure:
     """
     names = {module: name for name, module in model.named_modules()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    if type(embedding) is not nn.Embedding or embedding not in names:
+    if not isinstance(embedding, nn.Embedding) or embedding not in names:
         raise BadInput(f"{type(model).__name__} embeds tokens with a {type(embedding).__name__}, which is not known here")
     if not isinstance(head, nn.Linear):
         raise BadInput(f"{type(model).__name__} has no linear language-model head")
@@ -101,15 +104,17 @@ def _noting(model: PreTrainedModel, notes: _Notes, dtype: torch.dtype) -> Iterat
         module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, **kwargs: object
     ) -> tuple[torch.Tensor, None]:
         name = next(name for name, candidate in model.named_modules() if candidate is module)
-        notes.attentions.append(Attention(name, query.shape[1], key.shape[1], query.shape[-1], value.shape[-1]))
+        window = kwargs.get("sliding_window")
+        assert window is None or isinstance(window, int)
+        notes.attentions.append(Attention(name, query.shape[1], key.shape[1], query.shape[-1], value.shape[-1], window))
         return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
 
     patched: list[nn.Module] = []
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            module.forward = _noting_linear(name, module, notes)  # type: ignore[assignment, method-assign]
-        elif isinstance(module, nn.Embedding):
-            module.forward = _zero_embedding(module, dtype)  # type: ignore[assignment, method-assign]
+        if is_linear(module):
+            module.forward = _noting_linear(name, module, notes)
+        elif module is model.get_input_embeddings():
+            module.forward = _zero_embedding(module, dtype)
         else:
             continue
         patched.append(module)
@@ -129,27 +134,30 @@ def _no_mask(*args: object, **kwargs: object) -> None:
     return None
 
 
-def _noting_linear(name: str, module: nn.Linear, notes: _Notes) -> Callable[[torch.Tensor], torch.Tensor]:
+def _noting_linear(name: str, module: nn.Module, notes: _Notes) -> Callable[[torch.Tensor], torch.Tensor]:
+    _, out_features = features(module)
+
     def forward(x: torch.Tensor) -> torch.Tensor:
         notes.linears.append((name, module, x))
-        return x.new_zeros(*x.shape[:-1], module.out_features)
+        return x.new_zeros(*x.shape[:-1], out_features)
 
     return forward
 
 
-def _zero_embedding(module: nn.Embedding, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
+def _zero_embedding(module: nn.Module, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
     def forward(ids: torch.Tensor) -> torch.Tensor:
-        return torch.zeros(*ids.shape, module.embedding_dim, dtype=dtype)
+        return torch.zeros(*ids.shape, int(module.embedding_dim), dtype=dtype)  # type: ignore[arg-type]
 
     return forward
 
 
-def _group(linears: list[tuple[str, nn.Linear, torch.Tensor]]) -> Iterator[Projection]:
+def _group(linears: list[tuple[str, nn.Module, torch.Tensor]]) -> Iterator[Projection]:
     """Runs of layers that were given the same tensor one after the other."""
-    run: list[tuple[str, nn.Linear, torch.Tensor]] = []
+    run: list[tuple[str, nn.Module, torch.Tensor]] = []
     for note in [*linears, None]:
         if run and (note is None or note[2] is not run[0][2]):
-            yield Projection(tuple(name for name, _, _ in run), run[0][1].in_features, tuple(module.out_features for _, module, _ in run))
+            sizes = [features(module) for _, module, _ in run]
+            yield Projection(tuple(name for name, _, _ in run), sizes[0][0], tuple(width for _, width in sizes))
             run = []
         if note is not None:
             run.append(note)

@@ -62,8 +62,9 @@ def forward_calls(structure: Structure, split: Split, *, batch: int, tokens: int
     if split is Split.OP:
         for attention in structure.attentions:
             queries = TensorSpec((batch, attention.heads, tokens, attention.head_dim), dtype)
-            keys = TensorSpec((batch, attention.heads, attention.head_dim, cached + tokens), dtype)
-            values = TensorSpec((batch, attention.heads, cached + tokens, attention.value_dim), dtype)
+            length = tokens + (cached if attention.window is None else min(cached, attention.window - 1))
+            keys = TensorSpec((batch, attention.heads, attention.head_dim, length), dtype)
+            values = TensorSpec((batch, attention.heads, length, attention.value_dim), dtype)
             scores = model_ops.matmul(queries, keys)
             yield PlannedCall(model_ops.MATMUL, (queries, keys), (scores,))
             yield PlannedCall(model_ops.MATMUL, (scores, values), (model_ops.matmul(scores, values),))

@@ -381,10 +381,11 @@ static int completion_receiver_init(End *self, PyObject *arguments, PyObject *ke
     return init_receiver(self, arguments, keywords, sizeof(Completion));
 }
 
-/* take() -> (call_id, status, queued_ns, compute_ns, body) | None; one that cannot be a completion is passed over */
+/* take() -> (call_id, status, queued_ns, compute_ns, body) | None; those that cannot be a completion are passed over, a queue full of them at
+ * most: a peer could go on for ever */
 static PyObject *completion_receiver_take(End *self, PyObject *Py_UNUSED(ignored))
 {
-    while (is_ready(self)) {
+    for (uint64_t passed = 0; passed <= self->mask && is_ready(self); passed++) {
         const Completion *slot = (const Completion *)slot_of(self, self->position);
         Completion frame;
         memcpy(&frame, slot, offsetof(Completion, body));

@@ -136,16 +136,20 @@ class CompletionSender(_Sender):
 class CompletionReceiver:
     """The client's end of the completion queue."""
 
-    __slots__ = ("_queue", "ready")
+    __slots__ = ("_depth", "_queue", "ready")
 
     def __init__(self, segment: Segment, offset: int, taken_offset: int) -> None:
-        self._queue = QueueReader(segment, offset, segment.geometry.depth, layout.COMPLETION_SLOT_BYTES, taken_offset)
+        self._depth = segment.geometry.depth
+        self._queue = QueueReader(segment, offset, self._depth, layout.COMPLETION_SLOT_BYTES, taken_offset)
         self.ready = self._queue.ready
 
     def take(self) -> CompletionFields | None:
-        """The next completion, or None. One that cannot be one is passed over."""
+        """The next completion, or None. Those that cannot be one are passed over, a queue full of them at most: a peer could go on for ever."""
         queue = self._queue
-        while (slot := queue.peek()) is not None:
+        for _ in range(self._depth):
+            slot = queue.peek()
+            if slot is None:
+                return None
             completion = read_plain_completion(slot)
             if completion is None:
                 completion = read_completion(bytes(slot.bytes))

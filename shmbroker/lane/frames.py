@@ -258,6 +258,8 @@ class SubmissionReader:
         if math.prod(max(size, 1) for size in shape) * dtype.itemsize > _INT64_MAX:
             raise BadFrame(f"tensor {index} ({dtype}, {list(shape)}) has a shape whose elements cannot be counted in 63 bits")
         spec = TensorSpec(shape, dtype)
+        if spec.nbytes > self._end - self._first:  # strides of 0 reach nowhere, and an op would still be at it in a hundred years
+            raise BadFrame(f"tensor {index} ({spec}) has {spec.nbytes} bytes of elements, more than the arena")
         extent = extent_elements(shape, strides) * dtype.itemsize
         if extent > self._end - self._first:
             raise BadFrame(f"tensor {index} ({spec}, strides {list(strides)}) reaches over {extent} bytes, more than the arena")

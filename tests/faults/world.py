@@ -127,7 +127,11 @@ def run_worker(instance: str, seed: int) -> None:
         out[half:].copy_(x[half:]).mul_(3)
         out.add_(7)
 
-    worker.serve()
+    while True:
+        try:
+            return worker.serve()
+        except BrokerUnreachable:
+            time.sleep(0.05)  # as systemd does: started again until there is a broker
 
 
 def run_client(instance: str, seed: int, board: Board, lane: str, doorbell: str) -> None:

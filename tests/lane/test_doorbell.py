@@ -52,9 +52,8 @@ class RecordingBell(SemaphoreBell):
         self.waits: list[float] = []
         self.rung = 0
         self.on_wait = on_wait
-        self.ring = self._count
 
-    def _count(self) -> None:
+    def ring(self) -> None:
         self.rung += 1
 
     def wait(self, seconds: float) -> None:

@@ -548,13 +548,23 @@ def _expanded(code: int, shape: list[int]) -> bytes:
 
 
 @pytest.mark.parametrize("code", DTYPE_OF, ids=lambda code: layout.DTypeCode(code).name)
+def test_a_tensor_has_no_more_elements_than_the_arena_has_room_for(code: int) -> None:
+    """However few of them lie apart: an op works through all, and one client must not keep a worker busy for ever with one element."""
+    dtype = DTYPE_OF[code]
+    most = (END - FIRST) // dtype.itemsize
+    form = _reader().read(_expanded(code, [most])).inputs[1].form
+    assert form.nbytes == most * dtype.itemsize
+    assert torch.empty(1, dtype=dtype).as_strided(form.spec.shape, form.strides).nbytes == form.nbytes
+    for shape in ([most + 1], [most, 2], [2, most], [INT64_MAX // dtype.itemsize]):
+        with pytest.raises(BadFrame, match=r"tensor 1 .* bytes of elements, more than the arena"):
+            _reader().read(_expanded(code, shape))
+
+
+@pytest.mark.parametrize("code", DTYPE_OF, ids=lambda code: layout.DTypeCode(code).name)
 def test_no_more_bytes_are_believed_than_63_bits_can_tell(code: int) -> None:
     """torch counts bytes in signed 64 bits: beyond, it would count wrong."""
     dtype = DTYPE_OF[code]
     most = INT64_MAX // dtype.itemsize
-    form = _reader().read(_expanded(code, [most])).inputs[1].form
-    assert form.nbytes == most * dtype.itemsize
-    assert torch.empty(1, dtype=dtype).as_strided(form.spec.shape, form.strides).nbytes == form.nbytes
     for shape in ([most // 2 + 1, 2], [most, 2], [1 << 32, (1 << 31) // dtype.itemsize], [most, most], [INT64_MAX, 1, INT64_MAX]):
         with pytest.raises(BadFrame, match=r"tensor 1 .* 63 bits"):
             _reader().read(_expanded(code, shape))

@@ -15,6 +15,7 @@ import shmbroker
 from gpu_worker.device import CpuDevice
 from gpu_worker.weights import Weights
 from shmbroker.checkpoint import Checkpoint
+from shmbroker.model_parts import tee_part
 from tee_worker import Split, offload
 from tee_worker.structure import structure_of
 from tee_worker.traffic import generation_traffic
@@ -82,9 +83,7 @@ def test_calls_and_bytes_equal_the_analytic_model_exactly(client: shmbroker.Clie
 
 
 def test_a_model_that_was_loaded_without_the_heavy_weights_gives_the_same(client: shmbroker.Client, tiny: Path, tiny_worker: str) -> None:
-    parts = Checkpoint.at(tiny).model(
-        torch.float32, keep=lambda name, module: not isinstance(module, (torch.nn.Linear, torch.nn.Embedding))
-    )
+    parts = Checkpoint.at(tiny).model(torch.float32, keep=tee_part)
     assert {name.rpartition(".")[2] for name, _ in parts.named_parameters()} == {"weight"}
     assert all("norm" in name for name, _ in parts.named_parameters())
     offload(parts, client.channel(tiny_worker), "op")
@@ -105,9 +104,7 @@ def test_a_batch_with_padding_and_sampling_caches_stay_hugging_faces(client: shm
 def test_tied_embeddings_are_one_weight_on_the_worker(broker: shmbroker.LocalBroker, client: shmbroker.Client, tmp_path: Path) -> None:
     folder = save_random(tiny_llama(tie_word_embeddings=True), tmp_path)
     with gpu_worker(folder, "tied"):
-        parts = Checkpoint.at(folder).model(
-            torch.float32, keep=lambda name, module: not isinstance(module, (torch.nn.Linear, torch.nn.Embedding))
-        )
+        parts = Checkpoint.at(folder).model(torch.float32, keep=tee_part)
         offload(parts, client.channel("tied"), "fused")
         assert torch.equal(generate(parts), generate(AutoModelForCausalLM.from_pretrained(folder)))
 

@@ -1,0 +1,47 @@
+"""Which modules of a decoder are the GPU worker's: its linear layers and its token embedding. Both programs must agree on it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer: ``nn.Linear``, or GPT-2's ``Conv1D``, which is one with its weight the other way round."""
+    return isinstance(module, nn.Linear) or _is_conv1d(module)
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Conv1D)
+
+
+def features(module: nn.Module) -> tuple[int, int]:
+    """Input and output features of a linear layer, also of one without weights."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    return int(module.nx), int(module.nf)  # type: ignore[arg-type]
+
+
+def weight_and_bias(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None, bool]:
+    """Weight and bias of a linear layer, and whether the weight is ``[in, out]`` (else ``[out, in]``)."""
+    weight, bias = module.weight, module.bias
+    assert isinstance(weight, torch.Tensor)
+    assert bias is None or isinstance(bias, torch.Tensor)
+    return weight, bias, not isinstance(module, nn.Linear)
+
+
+def gpu_part(model: PreTrainedModel, module: nn.Module) -> bool:
+    """Whether the GPU worker loads the parameters of ``module``."""
+    return is_linear(module) or module is model.get_input_embeddings()
+
+
+def tee_part(model: PreTrainedModel, module: nn.Module) -> bool:
+    """Whether the TEE worker does."""
+    return not gpu_part(model, module)

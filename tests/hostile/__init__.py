@@ -1,0 +1,1 @@
+"""Peers that keep no rule: whatever they send, nobody else is disturbed."""
