@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -112,6 +114,51 @@ def test_a_gguf_file_serves_as_well_as_a_folder(worker: None, embedded: Path) ->
     with gpu_worker(file, "gguf"):
         options = Options(model=str(file), prompt="Why is the sky blue?", chat=True, max_new_tokens=4, service="gguf")
         assert generate(options).text == "The answer to this", "what the folder gives, as the other tests of this file see"
+
+
+def test_the_plan_tells_the_prototypes_traffic_at_split_op() -> None:
+    """98 calls, 3328 MiB out (8 KiB of ids and 8 KiB of the last hidden state on top), 3656.5 MiB back."""
+    status, out, _ = tee_worker("plan", "--shape", "llama-3.2-1b", "--tokens", "1024", "--json")
+    assert status == 0
+    splits = {one["split"]: one for one in json.loads(out)["splits"]}
+    assert splits["op"]["calls"] == 98
+    assert splits["op"]["sent_bytes"] == (3328 << 20) + 2 * 8192
+    assert splits["op"]["received_bytes"] == 16 * (228 << 20) + (8 << 20) + 128256 * 4
+    assert splits["op"]["largest_bytes"] == 128 << 20
+    assert (splits["linear"]["calls"], splits["fused"]["calls"]) == (114, 66)
+
+
+def test_the_plan_tells_module_by_module_where_it_runs(embedded: Path) -> None:
+    status, out, _ = tee_worker("plan", "--model", str(embedded), "--tokens", "9", "--split", "op")
+    assert status == 0
+    for pattern in (
+        r"calls +212 +122 +182",
+        r"model\.layers\.29\.self_attn\.q_proj +GPU worker",
+        r"model\.layers\.0\.self_attn +TEE: mask, softmax; GPU worker: Q @ K\^T, attention @ V",
+        r"model\.norm +TEE",
+        r"lm_head +GPU worker",
+    ):
+        assert re.search(pattern, out), pattern
+
+
+def test_a_prefill_is_measured_with_a_broker_and_worker_of_its_own_and_equals_the_plan() -> None:
+    done = run(
+        sys.executable, "-m", "tee_worker", "prefill", "--shape", "smollm2-135m", "--tokens", "12", "--compare", "--json", "--dtype", "bfloat16",
+        SHMBROKER_RUNTIME_DIR=f"/tmp/no-broker-{os.getpid()}", SHMBROKER_INSTANCE="",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    outcome = json.loads(done.stdout)
+    assert outcome["analytic"]["equal"]
+    assert outcome["report"]["total"]["calls"] == outcome["analytic"]["calls"] == 182
+    assert outcome["largest_difference"] < 0.02 * outcome["logits_range"]
+
+
+@pytest.mark.parametrize("options", [[], ["--shape", "llama-3.2-1b", "--model", "somewhere"], ["--shape", "llama-9"]])
+def test_a_model_that_is_not_told_or_told_twice_is_refused_in_one_line(options: list[str]) -> None:
+    status, _, error = tee_worker("plan", *options)
+    assert status == 1
+    assert "give --model DIR" in error or "there are: llama-3.2-1b" in error
+    assert len(error.strip().splitlines()) == 1
 
 
 def test_nothing_is_left_in_shared_memory(broker: shmbroker.LocalBroker) -> None:
