@@ -10,7 +10,7 @@ from typing import Any
 import click
 import torch
 
-from benchmarks import alloc, copies, replay, rtt, steps, throughput, waiting
+from benchmarks import alloc, copies, model, replay, rtt, steps, throughput, waiting
 from benchmarks.measure import PEER_CPU, machine, pin
 
 FULL: dict[str, Callable[[], dict[str, Any]]] = {
@@ -21,6 +21,7 @@ FULL: dict[str, Callable[[], dict[str, Any]]] = {
     "waiting": waiting.run,
     "throughput": throughput.run,
     "alloc": alloc.run,
+    "model": model.run,
 }
 QUICK: dict[str, Callable[[], dict[str, Any]]] = {
     "rtt": lambda: rtt.run(0.1, [64, 1 << 20]),
@@ -30,6 +31,7 @@ QUICK: dict[str, Callable[[], dict[str, Any]]] = {
     "waiting": lambda: waiting.run(0.1),
     "throughput": lambda: throughput.run(0.1),
     "alloc": lambda: alloc.run(0.1),
+    "model": lambda: model.run(1),
 }
 
 

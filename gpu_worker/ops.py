@@ -7,13 +7,15 @@ from collections.abc import Callable, Sequence
 import torch
 
 from gpu_worker.device import Device
+from gpu_worker.layers import Layers
 from gpu_worker.weights import Weights
 from shmbroker import model_ops
 from shmbroker.worker import Worker
 
 
 def register(worker: Worker, weights: Weights, device: Device) -> None:
-    """Register ``embed``, ``linear``, ``batch_linear``, ``matmul`` and ``lm_head``."""
+    """Register ``embed``, ``linear``, ``batch_linear``, ``matmul``, ``lm_head`` and ``full_layer``."""
+    layers = Layers(weights.model)
 
     @worker.bound_op(model_ops.EMBED, out_spec=model_ops.embed)
     def embed(*, module: str, width: int, dtype: str) -> Callable[..., None]:
@@ -47,3 +49,7 @@ def register(worker: Worker, weights: Weights, device: Device) -> None:
     @worker.op(model_ops.MATMUL, out_spec=model_ops.matmul)
     def matmul(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor) -> None:
         device.matmul(a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:]), out.view(-1, *out.shape[-2:]))
+
+    @worker.bound_op(model_ops.FULL_LAYER, out_spec=model_ops.full_layer)
+    def full_layer() -> Callable[..., None]:
+        return layers.sessions()

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
 from gpu_worker.device import Device
 from shmbroker.errors import BadInput
-from shmbroker.model_parts import gpu_part, is_linear, weight_and_bias
+from shmbroker.model_parts import is_linear, weight_and_bias
 from shmbroker.model_source import ModelSource
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _SAMPLES = 4096
 """Elements of a tensor that go into the digest: any other training of the same model differs in nearly all of them."""
@@ -21,14 +25,16 @@ class Weights:
     """Weights by module name. ``linear``: transposed weight ``[in, out]`` and bias; ``embedding``: ``[rows, width]``."""
 
     dtype: torch.dtype
+    model: PreTrainedModel
+    """Whose modules the weights are of."""
     linears: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = field(default_factory=dict)
     embeddings: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @classmethod
     def load(cls, source: ModelSource, dtype: torch.dtype, device: Device) -> Weights:
-        """Take from ``source`` what the ops need, and nothing else."""
-        model = source.model(dtype, keep=gpu_part)
-        weights = cls(dtype)
+        """Take everything from ``source``: whole layers need the small parameters too."""
+        model = source.model(dtype)
+        weights = cls(dtype, model)
         held: dict[int, torch.Tensor] = {}
 
         def hold(parameter: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ LINEAR = "linear"
 BATCH_LINEAR = "batch_linear"
 MATMUL = "matmul"
 LM_HEAD = "lm_head"
+FULL_LAYER = "full_layer"
 
 
 def embed(ids: TensorSpec, *, module: str, width: int, dtype: str) -> TensorSpec:
@@ -39,6 +40,18 @@ def matmul(a: TensorSpec, b: TensorSpec) -> TensorSpec:
     if len(a.shape) < 2 or len(a.shape) != len(b.shape) or a.shape[:-2] != b.shape[:-2] or a.shape[-1] != b.shape[-2] or a.dtype != b.dtype:
         raise BadInput(f"matmul takes [..., m, k] and [..., k, n] of one dtype, not {a} and {b}")
     return TensorSpec((*a.shape[:-1], b.shape[-1]), a.dtype)
+
+
+def full_layer(hidden_states: TensorSpec, position_ids: TensorSpec, *mask: TensorSpec) -> TensorSpec:
+    """A whole decoder layer: ``[batch, tokens, width]`` and position ids ``[1 or batch, tokens]``, int64, to ``[batch, tokens, width]``.
+
+    ``mask``: none, or one ``[batch, 1, tokens, length]`` as the model's attention takes it. The keys and values of earlier tokens are the worker's.
+    """
+    if len(hidden_states.shape) != 3 or position_ids.shape[-1:] != hidden_states.shape[1:2] or len(mask) > 1:
+        raise BadInput(
+            f"{FULL_LAYER} takes [batch, tokens, width], [1 or batch, tokens] and at most one mask, not {hidden_states}, {position_ids}"
+        )
+    return hidden_states
 
 
 def _check_width(x: TensorSpec, in_features: int, module: str) -> None:

@@ -37,6 +37,21 @@ def weight_and_bias(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | Non
     return weight, bias, not isinstance(module, nn.Linear)
 
 
+def decoder_layers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
+    """The decoder layers with their names: the one list of modules that has as many as the configuration says. Empty when there is none."""
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", 0)
+    lists = [(name, found) for name, found in model.named_modules() if isinstance(found, nn.ModuleList) and len(found) == count]
+    return [(f"{lists[0][0]}.{index}", layer) for index, layer in enumerate(lists[0][1])] if len(lists) == 1 else []
+
+
+def outside_layers(model: PreTrainedModel, module: nn.Module) -> bool:
+    """Whether the TEE worker loads the parameters of ``module`` when whole layers are the GPU worker's."""
+    inside: set[nn.Module] | None = model.__dict__.get("_shmbroker_inside")
+    if inside is None:
+        inside = model.__dict__["_shmbroker_inside"] = {part for _, layer in decoder_layers(model) for part in layer.modules()}
+    return module not in inside and tee_part(model, module)
+
+
 def gpu_part(model: PreTrainedModel, module: nn.Module) -> bool:
     """Whether the GPU worker loads the parameters of ``module``."""
     return is_linear(module) or module is model.get_input_embeddings()

@@ -40,7 +40,7 @@ def _model_options(command: Command) -> Command:
 
 @cli.command()
 @_model_options
-@click.option("--split", default="fused", show_default=True, help="What is one call: linear, fused or op (docs/threat-model.md).")
+@click.option("--split", default="fused", show_default=True, help="What is one call: linear, fused, op or layer (docs/threat-model.md).")
 @click.option("--instance", metavar="NAME", help="Which broker. Default: $SHMBROKER_INSTANCE, else 'default'.")
 @click.option("--service", default="gpu", show_default=True, help="As the GPU worker's.")
 @click.option("--lane", default="auto", show_default=True, help="What carries the frames: auto, shm or zmq.")
@@ -136,7 +136,7 @@ def plan(model: str | None, shape: str | None, tokens: int, dtype: str, as_json:
 @cli.command()
 @_with_source
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random weights, and of the prompt.")
-@click.option("--split", default="op", show_default=True, help="What is one call: linear, fused or op.")
+@click.option("--split", default="op", show_default=True, help="What is one call: linear, fused, op or layer.")
 @click.option("--compare", is_flag=True, help="Also in this process alone, with the largest difference of the logits.")
 @click.option(
     "--instance", metavar="NAME", help="Which broker. Default: $SHMBROKER_INSTANCE, else 'default'; if none runs, one is started."

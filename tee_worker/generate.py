@@ -15,11 +15,11 @@ from shmbroker.client import connect
 from shmbroker.errors import ArenaTooSmall, BadInput
 from shmbroker.failover import FailoverChannel
 from shmbroker.memory.layout import PAGE, round_up
-from shmbroker.model_parts import tee_part
 from shmbroker.report import Report
 from shmbroker.sizes import MIB, mib, parse_bytes
 from shmbroker.status import ask
 from tee_worker.offloading import offload
+from tee_worker.plan import own_part
 from tee_worker.splits import Split
 from tee_worker.structure import structure_of
 from tee_worker.traffic import Traffic, generation_traffic
@@ -94,7 +94,7 @@ def generate(options: Options, on_text: OnText | None = None, on_note: OnText = 
     ids = encode(tokenizer, options.prompt, options.chat)
     check_context(checkpoint.config(), ids.shape[1], options.max_new_tokens)
     on_note("loading the model's own part ...")
-    model = checkpoint.model(dtype, keep=tee_part)
+    model = own_part(checkpoint, dtype, split)
     structure = structure_of(model)
     prompt_tokens = ids.shape[1]
     planned = generation_traffic(structure, split, prompt_tokens=prompt_tokens, new_tokens=options.max_new_tokens)

@@ -9,6 +9,7 @@ from torch import nn
 
 from shmbroker import model_ops
 from shmbroker.channel import Channel
+from shmbroker.errors import BadInput
 from shmbroker.failover import FailoverChannel
 from shmbroker.memory.spec import NAME_OF
 from tee_worker import attention
@@ -51,7 +52,9 @@ def offload(
     assert isinstance(embedding, nn.Embedding)
     rows = RemoteEmbedding(embed, structure.width)
     _replace(model, structure.embedding, remote_embedding(embedding, rows, structure.dtype))
-    for projection in structure.projections:
+    if split is Split.LAYER:
+        _move_layers(model, channel, structure)
+    for projection in () if split is Split.LAYER else structure.projections:
         if split is Split.LINEAR or len(projection.names) == 1:
             for name, width in zip(projection.names, projection.out_features, strict=True):
                 _replace(model, name, _linear(channel, model_ops.LINEAR, name, projection.in_features, width))
@@ -67,6 +70,18 @@ def offload(
     head = structure.head
     _replace(model, head.names[0], _linear(channel, model_ops.LM_HEAD, head.names[0], head.in_features, head.out_features[0]))
     return Offloaded(model, structure, split)
+
+
+def _move_layers(model: PreTrainedModel, channel: Channel | FailoverChannel, structure: Structure) -> None:
+    from tee_worker.remote_layers import Sessions, make_remote
+
+    if not structure.layers:
+        raise BadInput(
+            f"split 'layer': the decoder layers of {type(model).__name__} could not be told from its other modules; use split 'op'"
+        )
+    sessions = Sessions(channel.client, channel.bind(model_ops.FULL_LAYER, out_spec=model_ops.full_layer), len(structure.layers))
+    for index, name in enumerate(structure.layers):
+        make_remote(model.get_submodule(name), index, sessions)
 
 
 def _linear(channel: Channel | FailoverChannel, op: str, name: str, in_features: int, out_features: int) -> RemoteLinear:

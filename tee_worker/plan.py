@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import torch
 
-from shmbroker.model_parts import tee_part
+from shmbroker.model_parts import outside_layers, tee_part
 from shmbroker.model_source import ModelSource
 from shmbroker.sizes import mib
 from tee_worker.splits import Split
@@ -73,9 +73,9 @@ class Plan(msgspec.Struct, frozen=True):
         return Group(table, "", places)
 
 
-def own_part(source: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
-    """The model with the parameters that stay in the TEE."""
-    return source.model(dtype, keep=tee_part)
+def own_part(source: ModelSource, dtype: torch.dtype, split: Split | None = None) -> PreTrainedModel:
+    """The model with the parameters that stay in the TEE at ``split``."""
+    return source.model(dtype, keep=outside_layers if split is Split.LAYER else tee_part)
 
 
 def plan(source: ModelSource, dtype: torch.dtype, *, prompt_tokens: int, new_tokens: int, split: Split | None) -> Plan:
@@ -109,14 +109,19 @@ def plan(source: ModelSource, dtype: torch.dtype, *, prompt_tokens: int, new_tok
 
 
 def _places(model: PreTrainedModel, structure: Structure, split: Split) -> Iterator[tuple[str, str]]:
+    if split is Split.LAYER:
+        yield from ((name, "GPU worker, with its keys and values") for name in structure.layers)
+    inside = tuple(f"{name}." for name in structure.layers) if split is Split.LAYER else ()
     moved = {structure.embedding, *structure.head.names}
     moved.update(name for projection in structure.projections for name in projection.names)
     attentions = {attention.name for attention in structure.attentions}
     for name, module in model.named_modules():
+        if name.startswith(inside) and inside:
+            continue
         if name in moved:
             yield name, "GPU worker"
         elif name in attentions:
             products = "GPU worker" if split is Split.OP else "TEE"
             yield name, f"TEE: mask, softmax; {products}: Q @ K^T, attention @ V"
-        elif not any(module.children()):
+        elif not any(module.children()) and name not in structure.layers:
             yield name, "TEE"

@@ -124,7 +124,7 @@ def prefill(options: Options, on_note: Callable[[str], None] = lambda note: None
         raise BadInput(f"--tokens {options.tokens} must be 1 or more")
     if options.threads:
         torch.set_num_threads(options.threads)
-    model = own_part(source, dtype)
+    model = own_part(source, dtype, split)
     structure = structure_of(model)
     planned = generation_traffic(structure, split, prompt_tokens=options.tokens, new_tokens=1)
     assert planned.largest_tensor is not None

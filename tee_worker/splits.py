@@ -17,6 +17,9 @@ class Split(str, enum.Enum):
     OP = "op"
     """As ``fused``, and the two matrix products of attention; softmax stays in the TEE."""
 
+    LAYER = "layer"
+    """A whole decoder layer, its keys and values kept on the worker: one call each."""
+
     @classmethod
     def named(cls, name: str) -> Split:
         """``"op"`` to ``Split.OP``. Raises :class:`BadInput` with the names there are."""

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from shmbroker.errors import BadInput
-from shmbroker.model_parts import features, is_linear
+from shmbroker.model_parts import decoder_layers, features, is_linear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,6 +53,12 @@ class Structure:
     attentions: tuple[Attention, ...]
     head: Projection
     dtype: torch.dtype
+    layers: tuple[str, ...] = ()
+    """The decoder layers; empty where they could not be told."""
+    windows: tuple[int | None, ...] = ()
+    """Of each layer: earlier tokens that its cache keeps, and one; None for all."""
+    additive_masks: bool = False
+    """Whether attention is given a mask of numbers every time (``eager``), rather than of booleans where it cannot do without (``sdpa``)."""
 
 
 @dataclass(slots=True)
@@ -69,7 +75,8 @@ _PROBE = "shmbroker_probe"
 def structure_of(model: PreTrainedModel) -> Structure:
     """Find the structure of ``model``, whose linear layers and embeddings need not have weights.
 
-    Raises :class:`BadInput` when an embedding or a head is missing, or the model does something with them that is not known.
+    Raises :class:`BadInput` when an embedding or a head is missing, or the model does something with them that is not known. Of a model that
+    was loaded without what is inside its layers (:func:`outside_layers`), projections and attentions are left out.
     """
     names = {module: name for name, module in model.named_modules()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[no-untyped-call]
@@ -79,11 +86,14 @@ def structure_of(model: PreTrainedModel) -> Structure:
         raise BadInput(f"{type(model).__name__} has no linear language-model head")
     notes = _Notes([], [])
     dtype = model.dtype
-    with _noting(model, notes, dtype), torch.inference_mode():
-        # Two tokens: one alone takes short cuts in some models.
-        model(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=False)
+    layers = tuple(name for name, _ in decoder_layers(model))
+    whole = not layers or any(True for name in layers for _ in model.get_submodule(name).parameters())
+    if whole:
+        with _noting(model, notes, dtype), torch.inference_mode():
+            # Two tokens: one alone takes short cuts in some models.
+            model(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=False)
     projections = tuple(_group([note for note in notes.linears if note[1] is not head]))
-    if not projections:
+    if whole and not projections:
         raise BadInput(f"{type(model).__name__} has no linear layers to compute elsewhere")
     return Structure(
         embedding=names[embedding],
@@ -92,7 +102,17 @@ def structure_of(model: PreTrainedModel) -> Structure:
         attentions=tuple(notes.attentions),
         head=Projection((names[head],), head.in_features, (head.out_features,)),
         dtype=dtype,
+        layers=layers,
+        windows=_windows(model, len(layers)),
+        additive_masks=model.config._attn_implementation == "eager",
     )
+
+
+def _windows(model: PreTrainedModel, layers: int) -> tuple[int | None, ...]:
+    from transformers.cache_utils import DynamicCache
+
+    kept = DynamicCache(config=model.config).layers
+    return tuple(getattr(layer, "sliding_window", None) for layer in kept) if len(kept) == layers else (None,) * layers
 
 
 @contextlib.contextmanager

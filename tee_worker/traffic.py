@@ -52,7 +52,12 @@ def forward_calls(structure: Structure, split: Split, *, batch: int, tokens: int
         return TensorSpec((batch, count, width), dtype)
 
     yield PlannedCall(model_ops.EMBED, (TensorSpec((batch, tokens), torch.int64),), (rows(structure.width),))
-    for projection in structure.projections:
+    if split is Split.LAYER:
+        hidden, positions = rows(structure.width), TensorSpec((1, tokens), torch.int64)
+        for window in structure.windows:
+            mask = _mask(structure, window, batch=batch, tokens=tokens, cached=cached)
+            yield PlannedCall(model_ops.FULL_LAYER, (hidden, positions, *mask), (hidden,))
+    for projection in () if split is Split.LAYER else structure.projections:
         inputs = (rows(projection.in_features),)
         outputs = tuple(rows(width) for width in projection.out_features)
         if split is Split.LINEAR or len(outputs) == 1:
@@ -70,6 +75,15 @@ def forward_calls(structure: Structure, split: Split, *, batch: int, tokens: int
             yield PlannedCall(model_ops.MATMUL, (scores, values), (model_ops.matmul(scores, values),))
     head = structure.head
     yield PlannedCall(model_ops.LM_HEAD, (rows(head.in_features, head_tokens),), (rows(head.out_features[0], head_tokens),))
+
+
+def _mask(structure: Structure, window: int | None, *, batch: int, tokens: int, cached: int) -> tuple[TensorSpec, ...]:
+    """The mask that a layer's attention is given, when nothing is padded (``transformers.masking_utils``)."""
+    length = tokens + (cached if window is None else min(cached, window - 1))
+    if structure.additive_masks:
+        return (TensorSpec((batch, 1, tokens, length), structure.dtype),)
+    causal_alone = (tokens == 1 or length == tokens) and (window is None or length < window)
+    return () if causal_alone else (TensorSpec((batch, 1, tokens, length), torch.bool),)
 
 
 def generation_traffic(structure: Structure, split: Split, *, prompt_tokens: int, new_tokens: int, batch: int = 1) -> Traffic:

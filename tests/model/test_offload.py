@@ -61,7 +61,7 @@ def test_a_split_model_generates_the_tokens_of_the_whole_one(
     expected = generation_traffic(structure, split, prompt_tokens=PROMPT.shape[1], new_tokens=NEW_TOKENS)
     passes = NEW_TOKENS + 1  # and one for the logits
     layers = 3
-    assert report.total.calls == passes * (layers * {Split.LINEAR: 7, Split.FUSED: 4, Split.OP: 6}[split] + 2)
+    assert report.total.calls == passes * (layers * {Split.LINEAR: 7, Split.FUSED: 4, Split.OP: 6, Split.LAYER: 1}[split] + 2)
     assert expected.calls == report.total.calls * NEW_TOKENS // passes
     assert (report.socket_bytes == 0) == (lane == "shm")
 
@@ -94,7 +94,7 @@ def test_a_batch_with_padding_and_sampling_caches_stay_hugging_faces(client: shm
     ids = torch.tensor([[0, 0, 5, 17, 3], [9, 8, 7, 6, 5]])
     mask = (ids != 0).long()
     whole = AutoModelForCausalLM.from_pretrained(tiny)
-    for split in Split:
+    for split in (Split.LINEAR, Split.FUSED, Split.OP):  # at split layer the caches are the worker's: see test_layers.py
         parts = AutoModelForCausalLM.from_pretrained(tiny)
         offload(parts, client.channel(tiny_worker), split)
         assert torch.equal(generate(parts, ids, attention_mask=mask), generate(whole, ids, attention_mask=mask)), split
