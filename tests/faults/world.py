@@ -7,6 +7,7 @@ function of its random input, element by element. What clients see is told throu
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
 import os
 import random
@@ -100,6 +101,12 @@ class Process:
 
     def wait(self, seconds: float) -> bool:
         return wait_for(self.ended, seconds)
+
+
+def _die_with_parent() -> None:
+    """Whatever becomes of the observer, no process of a case outlives it."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0)
 
 
 def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
@@ -207,6 +214,7 @@ class World:
         pid = os.fork()
         if pid == 0:
             try:
+                _die_with_parent()
                 torch.set_num_threads(1)
                 if fault:
                     points.arm(fault, passes)
