@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -74,3 +75,14 @@ def submissions_taken(channel: Channel) -> int:
     segment = channel.client._segment
     area = segment.geometry.channel_offset(channel.index)
     return int(segment.words[(area + layout.offset_of(layout.ChannelHeader, "submissions_taken")) // 8])
+
+
+def freeze(pid: int) -> None:
+    """SIGSTOP, and wait until no thread of the process runs any more: the signal alone only asks for it."""
+    os.kill(pid, signal.SIGSTOP)
+
+    def stopped() -> bool:
+        states = [(task / "stat").read_text().rpartition(")")[2].split()[0] for task in Path(f"/proc/{pid}/task").iterdir()]
+        return all(state == "T" for state in states)
+
+    wait_until(stopped)

@@ -23,7 +23,7 @@ from shmbroker.memory.reaper import objects
 from shmbroker.status import ask
 from tests.conftest import InChild, StartChild
 from tests.namespaces import enter_small_shm, possible
-from tests.processes import broker_process, run, submissions_taken, wait_until
+from tests.processes import broker_process, freeze, run, submissions_taken, wait_until
 from tests.roles.conftest import LANES
 
 MIB = 1 << 20
@@ -235,7 +235,7 @@ def test_a_full_queue_of_a_worker_that_does_not_run_times_out_and_nothing_submit
     with small_client() as client:
         op = client.channel("test", lane=lane, doorbell=doorbell).bind("contiguous", out_spec=same)
         op(torch.zeros(1))
-        os.kill(worker, signal.SIGSTOP)
+        freeze(worker)
         try:
             futures = [op.submit(torch.tensor([number])) for number in range(DEPTH)]
             with pytest.raises(shmbroker.CallTimeout, match=f"{DEPTH} calls are outstanding with worker 'test-worker'.*none was completed"):
@@ -259,7 +259,7 @@ def test_who_submits_to_a_full_queue_waits_and_goes_on_when_the_worker_does(brok
             futures = [op.submit(torch.tensor([number])) for number in range(10 * DEPTH)]
             results.extend(future.result().item() for future in futures)
 
-        os.kill(worker, signal.SIGSTOP)
+        freeze(worker)
         try:
             submitting = threading.Thread(target=submit)
             submitting.start()
