@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,23 +15,25 @@ import shmbroker
 from shmbroker import embedded_model
 from tests.processes import running, wait_until
 
+SIZES: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+"""Every size another, so that no two can be mixed up unnoticed."""
+
 
 def tiny_llama(**changes: object) -> LlamaConfig:
-    """Every size another, so that no two can be mixed up unnoticed."""
-    sizes: dict[str, object] = {
-        "vocab_size": 97,
-        "hidden_size": 48,
-        "intermediate_size": 80,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "max_position_embeddings": 256,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": None,
-    }
-    return LlamaConfig(**{**sizes, **changes})
+    """A llama of these sizes."""
+    return LlamaConfig(**{**SIZES, **changes})
 
 
 def save_random(config: LlamaConfig, folder: Path, seed: int = 0) -> Path:

@@ -19,23 +19,11 @@ from shmbroker.checkpoint import Checkpoint
 from shmbroker.model_parts import outside_layers, tee_part
 from tee_worker import Split, offload
 from tee_worker.traffic import generation_traffic
+from tests.model.conftest import SIZES
 
 PROMPT = torch.tensor([[5, 17, 3, 88, 41, 2, 60]])
 NEW_TOKENS = 8
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
 WINDOW = {"sliding_window": 4, "query_pre_attn_scalar": 16}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 FAMILIES: dict[str, dict[str, Any]] = {
