@@ -19,7 +19,7 @@ from shmbroker import embedded_model
 from shmbroker.checkpoint import Checkpoint
 from shmbroker.local import stop_process
 from tee_worker import Split, offload
-from tee_worker.plan import own_part
+from tee_worker.parts import own_part
 
 PREFILL_TOKENS = 512
 DECODE_TOKENS = 32

@@ -1,4 +1,4 @@
-"""Whole decoder layers, run by the model's own modules, with the keys and values of each session kept here.
+"""Whole decoder layers and their halves, run by the model's own modules, with the keys and values of each session kept here.
 
 A session belongs to the channel that it was begun on, and ends with it at the latest. A call tells how many tokens its session must have seen at its
 layer: a worker that does not have exactly these refuses, so an answer is never computed from another past.
@@ -14,11 +14,14 @@ import torch
 from torch import nn
 
 from shmbroker.errors import BadInput
-from shmbroker.model_parts import decoder_layers
+from shmbroker.model_parts import blocks_of, decoder_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.cache_utils import DynamicCache
+
+_CACHES = "caches"
+"""Where the sessions of a channel are in its state."""
 
 
 class Layers:
@@ -27,35 +30,87 @@ class Layers:
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
         self._layers = [layer for _, layer in decoder_layers(model)]
-        self._parameters = [set(inspect.signature(layer.forward).parameters) for layer in self._layers]
         self._rotary: nn.Module | None = getattr(model.get_decoder(), "rotary_emb", None)  # type: ignore[no-untyped-call]
         self._by_type = self._rotary is not None and "layer_type" in inspect.signature(self._rotary.forward).parameters
         self._types: Sequence[str] = getattr(model.config.get_text_config(), "layer_types", None) or ()
+        self._turned: dict[tuple[str, ...], tuple[torch.Tensor, Any]] = {}
+        """The last positions with their rotary embedding, by kind of layer: those of a pass are the same for each of its layers."""
 
-    def sessions(self) -> Callable[..., None]:
-        """The op ``full_layer`` for one channel: its sessions are its own, and go with it."""
-        caches: dict[int, DynamicCache] = {}
+    def full_layer(self, layer: int, channel_state: dict[str, Any]) -> Callable[..., None]:
+        """The op of a whole layer."""
+        return self._with_session(layer, self._layer(layer), channel_state)
+
+    def attention_block(self, layer: int, channel_state: dict[str, Any]) -> Callable[..., None]:
+        """The op of a layer's attention."""
+        return self._with_session(layer, self._half(layer, "attention"), channel_state)
+
+    def mlp_block(self, layer: int) -> Callable[..., None]:
+        """The op of a layer's feed-forward."""
+        module = self._half(layer, "feed_forward")
+        width = self._model.config.get_text_config().hidden_size
+        tried = module(torch.zeros(1, 1, width, dtype=self._model.dtype, device=self._model.device))
+        if not isinstance(tried, torch.Tensor) or tried.shape != (1, 1, width):
+            raise BadInput(
+                f"the feed-forward of {type(self._layer(layer)).__name__} is more than a function of its input: use split 'layer' or 'op'"
+            )
+
+        def run(hidden: torch.Tensor, *, out: torch.Tensor) -> None:
+            out.copy_(module(hidden))
+
+        return run
+
+    def _layer(self, layer: int) -> nn.Module:
+        if not 0 <= layer < len(self._layers):
+            raise BadInput(
+                f"this worker's model has {len(self._layers)} layers, no layer {layer}: are both workers started with the same --model?"
+            )
+        return self._layers[layer]
+
+    def _half(self, layer: int, which: str) -> nn.Module:
+        whole = self._layer(layer)
+        blocks = blocks_of(whole)
+        if blocks is None:
+            raise BadInput(
+                f"the layers of this worker's model, {type(whole).__name__}, have no attention and feed-forward that could be told apart"
+            )
+        return whole.get_submodule(getattr(blocks, which))
+
+    def _with_session(self, layer: int, module: nn.Module, channel_state: dict[str, Any]) -> Callable[..., None]:
+        caches: dict[int, DynamicCache] = channel_state.setdefault(_CACHES, {})
+        parameters = set(inspect.signature(module.forward).parameters)
+        kind = (self._types[layer],) if self._by_type else ()
 
         def run(
             hidden: torch.Tensor,
             position_ids: torch.Tensor,
+            session: torch.Tensor,
             *mask: torch.Tensor,
             out: torch.Tensor,
-            layer: int,
-            session: int = 0,
-            past: int = 0,
             ended: Sequence[int] = (),
         ) -> None:
             for one in ended:
                 caches.pop(one, None)
-            if not 0 <= layer < len(self._layers):
-                raise BadInput(
-                    f"this worker's model has {len(self._layers)} layers, no layer {layer}: are both workers started with the same --model?"
-                )
-            cache = self._cache(caches, session, layer, past) if session else None
-            out.copy_(self._run(layer, hidden, position_ids, mask[0] if mask else None, cache))
+            number, past = session.tolist()
+            cache = self._cache(caches, number, layer, past) if number else None
+            arguments: dict[str, Any] = {
+                "attention_mask": mask[0] if mask else None,
+                "position_ids": position_ids,
+                "past_key_values": cache,
+                "use_cache": cache is not None,
+            }
+            if "position_embeddings" in parameters:
+                arguments["position_embeddings"] = self._embedded(hidden, position_ids, kind)
+            result = module(hidden, **{name: value for name, value in arguments.items() if name in parameters})
+            out.copy_(result[0] if isinstance(result, tuple) else result)
 
         return run
+
+    def _embedded(self, hidden: torch.Tensor, position_ids: torch.Tensor, kind: tuple[str, ...]) -> Any:
+        assert self._rotary is not None
+        known = self._turned.get(kind)
+        if known is None or not torch.equal(known[0], position_ids):
+            known = self._turned[kind] = position_ids.clone(), self._rotary(hidden, position_ids, *kind)
+        return known[1]
 
     def _cache(self, caches: dict[int, DynamicCache], session: int, layer: int, past: int) -> DynamicCache:
         from transformers.cache_utils import DynamicCache
@@ -71,19 +126,3 @@ class Layers:
                 "is gone, or a call of it failed; start the generation anew"
             )
         return cache
-
-    def _run(
-        self, layer: int, hidden: torch.Tensor, position_ids: torch.Tensor, mask: torch.Tensor | None, cache: DynamicCache | None
-    ) -> torch.Tensor:
-        arguments: dict[str, Any] = {
-            "attention_mask": mask,
-            "position_ids": position_ids,
-            "past_key_values": cache,
-            "use_cache": cache is not None,
-        }
-        if self._rotary is not None and "position_embeddings" in self._parameters[layer]:
-            kind = (self._types[layer],) if self._by_type else ()
-            arguments["position_embeddings"] = self._rotary(hidden, position_ids, *kind)
-        result = self._layers[layer](hidden, **{name: value for name, value in arguments.items() if name in self._parameters[layer]})
-        output: torch.Tensor = result[0] if isinstance(result, tuple) else result
-        return output

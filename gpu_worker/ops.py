@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -14,7 +15,7 @@ from shmbroker.worker import Worker
 
 
 def register(worker: Worker, weights: Weights, device: Device) -> None:
-    """Register ``embed``, ``linear``, ``batch_linear``, ``matmul``, ``lm_head`` and ``full_layer``."""
+    """Register ``embed``, ``linear``, ``batch_linear``, ``matmul``, ``lm_head``, ``attention_block``, ``mlp_block`` and ``full_layer``."""
     layers = Layers(weights.model)
 
     @worker.bound_op(model_ops.EMBED, out_spec=model_ops.embed)
@@ -51,5 +52,13 @@ def register(worker: Worker, weights: Weights, device: Device) -> None:
         device.matmul(a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:]), out.view(-1, *out.shape[-2:]))
 
     @worker.bound_op(model_ops.FULL_LAYER, out_spec=model_ops.full_layer)
-    def full_layer() -> Callable[..., None]:
-        return layers.sessions()
+    def full_layer(*, layer: int, channel_state: dict[str, Any]) -> Callable[..., None]:
+        return layers.full_layer(layer, channel_state)
+
+    @worker.bound_op(model_ops.ATTENTION_BLOCK, out_spec=model_ops.attention_block)
+    def attention_block(*, layer: int, channel_state: dict[str, Any]) -> Callable[..., None]:
+        return layers.attention_block(layer, channel_state)
+
+    @worker.bound_op(model_ops.MLP_BLOCK, out_spec=model_ops.mlp_block)
+    def mlp_block(*, layer: int) -> Callable[..., None]:
+        return layers.mlp_block(layer)

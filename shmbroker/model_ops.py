@@ -15,7 +15,12 @@ LINEAR = "linear"
 BATCH_LINEAR = "batch_linear"
 MATMUL = "matmul"
 LM_HEAD = "lm_head"
+ATTENTION_BLOCK = "attention_block"
+MLP_BLOCK = "mlp_block"
 FULL_LAYER = "full_layer"
+
+SESSION_WORDS = 2
+"""A session's tensor, int64: its number (0 for none), and the tokens that it has seen at the layer."""
 
 
 def embed(ids: TensorSpec, *, module: str, width: int, dtype: str) -> TensorSpec:
@@ -42,15 +47,30 @@ def matmul(a: TensorSpec, b: TensorSpec) -> TensorSpec:
     return TensorSpec((*a.shape[:-1], b.shape[-1]), a.dtype)
 
 
-def full_layer(hidden_states: TensorSpec, position_ids: TensorSpec, *mask: TensorSpec) -> TensorSpec:
-    """A whole decoder layer: ``[batch, tokens, width]`` and position ids ``[1 or batch, tokens]``, int64, to ``[batch, tokens, width]``.
+def full_layer(hidden_states: TensorSpec, position_ids: TensorSpec, session: TensorSpec, *mask: TensorSpec, layer: int) -> TensorSpec:
+    """The decoder layer ``layer``: ``[batch, tokens, width]``, position ids ``[1 or batch, tokens]`` and the session ``[2]``, int64, to ``[batch, tokens, width]``.
 
     ``mask``: none, or one ``[batch, 1, tokens, length]`` as the model's attention takes it. The keys and values of earlier tokens are the worker's.
     """
-    if len(hidden_states.shape) != 3 or position_ids.shape[-1:] != hidden_states.shape[1:2] or len(mask) > 1:
+    if (
+        len(hidden_states.shape) != 3
+        or position_ids.shape[-1:] != hidden_states.shape[1:2]
+        or session.shape != (SESSION_WORDS,)
+        or len(mask) > 1
+    ):
         raise BadInput(
-            f"{FULL_LAYER} takes [batch, tokens, width], [1 or batch, tokens] and at most one mask, not {hidden_states}, {position_ids}"
+            f"{FULL_LAYER} and {ATTENTION_BLOCK} take [batch, tokens, width], [1 or batch, tokens], [{SESSION_WORDS}] and at most one mask, not "
+            f"{hidden_states}, {position_ids}, {session}"
         )
+    return hidden_states
+
+
+attention_block = full_layer
+"""The attention of the decoder layer ``layer``, with its projections: as :func:`full_layer`."""
+
+
+def mlp_block(hidden_states: TensorSpec, *, layer: int) -> TensorSpec:
+    """``[batch, tokens, width]`` through the feed-forward of the decoder layer ``layer``."""
     return hidden_states
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -44,12 +46,25 @@ def decoder_layers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
     return [(f"{lists[0][0]}.{index}", layer) for index, layer in enumerate(lists[0][1])] if len(lists) == 1 else []
 
 
-def outside_layers(model: PreTrainedModel, module: nn.Module) -> bool:
-    """Whether the TEE worker loads the parameters of ``module`` when whole layers are the GPU worker's."""
-    inside: set[nn.Module] | None = model.__dict__.get("_shmbroker_inside")
-    if inside is None:
-        inside = model.__dict__["_shmbroker_inside"] = {part for _, layer in decoder_layers(model) for part in layer.modules()}
-    return module not in inside and tee_part(model, module)
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """The two halves of a decoder layer, as names of its children: what attends (and keeps keys and values), and what follows."""
+
+    attention: str
+    feed_forward: str
+
+
+def blocks_of(layer: nn.Module) -> Blocks | None:
+    """Told by what they take: the attention is the child that is given the cache, the feed-forward the other one that has parts of its own.
+
+    None where a layer is made otherwise.
+    """
+    children = dict(layer.named_children())
+    attentions = [name for name, child in children.items() if "past_key_values" in inspect.signature(child.forward).parameters]
+    others = [name for name, child in children.items() if name not in attentions and (is_linear(child) or any(child.children()))]
+    if len(attentions) != 1 or len(others) != 1 or is_linear(children[others[0]]):
+        return None
+    return Blocks(attentions[0], others[0])
 
 
 def gpu_part(model: PreTrainedModel, module: nn.Module) -> bool:

@@ -47,7 +47,8 @@ class OpDefinition:
     """An op as a worker registers it.
 
     ``function``: with a parameter ``out`` it writes its results there (one tensor, or a tuple of them); without, what it returns is copied
-    into the client's block. ``per_bind``: it is called once for each bind, with the static arguments, and returns the function to run.
+    into the client's block. ``per_bind``: it is called once for each bind, with the static arguments, and returns the function to run; with
+    a parameter ``channel_state`` it is also given a dict of the channel's own, which ends with the channel.
     """
 
     name: str
@@ -62,9 +63,13 @@ class OpDefinition:
                 "outputs' (only an op that returns its results can be tried out for their shapes)"
             )
 
-    def bind(self, static: Static) -> BoundOp:
+    def bind(self, static: Static, channel_state: dict[str, Any]) -> BoundOp:
         """The op with its static arguments fixed. Errors are the op's own, for the client that binds."""
-        function = self.function(**static) if self.per_bind else self.function
+        function = self.function
+        if self.per_bind and "channel_state" in inspect.signature(function).parameters:
+            function = function(**static, channel_state=channel_state)
+        elif self.per_bind:
+            function = function(**static)
         return BoundOp(self, function, {} if self.per_bind else static, static)
 
 

@@ -141,7 +141,8 @@ class Worker:
     def bound_op(self, name: str | None = None, *, out_spec: OutSpec) -> Callable[[Function], Function]:
         """Register a function that is called once for each bind, with the static arguments, and returns the function to run.
 
-        For ops that look something up by their static arguments (weights, say) and must not do so in every call.
+        For ops that look something up by their static arguments (weights, say) and must not do so in every call. A parameter ``channel_state`` is
+        a dict that all ops of one channel share, for what they keep from call to call; it ends with the channel.
         """
         return self._decorator(name, out_spec, per_bind=True)
 
@@ -482,7 +483,7 @@ class Worker:
         if definition is None:
             raise BadInput(f"worker {self.name!r} has no op {request.op!r}; it has: {', '.join(self._ops) or 'none'}")
         try:
-            op: BoundOp = definition.bind(request.static)
+            op: BoundOp = definition.bind(request.static, channel.state)
         except TypeError as error:  # wrong names of static arguments, most often
             raise BadInput(f"op {request.op!r} cannot be bound with {sorted(request.static)}: {error}") from None
         return m.Bound(channel.bind(op), op.has_out_spec)

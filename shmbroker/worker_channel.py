@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 import torch
@@ -113,6 +114,8 @@ class WorkerChannel:
     watch: Watch
     token: bytes = b""
     ops: dict[int, BoundOp] = field(default_factory=dict)
+    state: dict[str, Any] = field(default_factory=dict)
+    """What ops keep for this channel."""
     counters: ChannelCounters = field(default_factory=ChannelCounters)
     _op_ids: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
     _prepared: dict[bytes, PreparedCall] = field(default_factory=dict)

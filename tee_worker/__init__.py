@@ -7,12 +7,17 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tee_worker.offloading import Offloaded, offload
-    from tee_worker.splits import Split
+    from tee_worker.splits import Split, Splits
 
-__all__ = ["Offloaded", "Split", "offload"]
+__all__ = ["Offloaded", "Split", "Splits", "offload"]
 
 # The command line sets variables that torch reads when it is loaded, so nothing here may load it early.
-_HOME = {"Offloaded": "tee_worker.offloading", "offload": "tee_worker.offloading", "Split": "tee_worker.splits"}
+_HOME = {
+    "Offloaded": "tee_worker.offloading",
+    "offload": "tee_worker.offloading",
+    "Split": "tee_worker.splits",
+    "Splits": "tee_worker.splits",
+}
 
 
 def __getattr__(name: str) -> object:

@@ -5,13 +5,19 @@ Both are needed: a name that is registered as an attention but not as a mask get
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from shmbroker.errors import BadInput
 from tee_worker.remote_modules import SplitAttention
+from tee_worker.splits import Split, Splits
+from tee_worker.structure import Structure
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 NAME = "shmbroker_split"
 ATTRIBUTE = "shmbroker_attention"
@@ -37,10 +43,20 @@ def split_attention_forward(
     return attention(query, key, value, attention_mask, query.shape[-1] ** -0.5 if scaling is None else scaling, softcap), None
 
 
-def register() -> None:
-    """Make the split attention known to Hugging Face, with the additive mask of its plain attention."""
+def split(model: PreTrainedModel, products: SplitAttention, structure: Structure, splits: Splits) -> None:
+    """Have the attentions of the layers at split ``op`` computed by ``products``; the others go on as they were, with the same additive mask."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import eager_mask
 
     AttentionInterface.register(NAME, split_attention_forward)
     AttentionMaskInterface.register(NAME, eager_mask)
+    before = model.config._attn_implementation
+    modules = dict(model.named_modules())
+    model.set_attn_implementation(NAME)
+    for part in structure.attentions:
+        module = modules[part.name]
+        if structure.split_of(part.name, splits) is Split.OP:
+            setattr(module, ATTRIBUTE, products)
+        else:
+            module.config = copy.copy(module.config)
+            module.config._attn_implementation = before

@@ -21,6 +21,18 @@ def cli(log_level: str) -> None:
     console.set_up_logging(log_level)
 
 
+_SPLIT_HELP = "What is one call: linear, fused, op, block or layer; or by layer, e.g. fused:0-3,layer:4-29 (docs/threat-model.md)."
+
+_pipeline_option = click.option(
+    "--pipeline",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Parts of a pass on their way at once: chunks of a long prompt, micro-batches of several sequences.",
+)
+
+
 def _model_options(command: Command) -> Command:
     for option in reversed(
         [
@@ -40,7 +52,8 @@ def _model_options(command: Command) -> Command:
 
 @cli.command()
 @_model_options
-@click.option("--split", default="fused", show_default=True, help="What is one call: linear, fused, op or layer (docs/threat-model.md).")
+@click.option("--split", default="fused", show_default=True, help=_SPLIT_HELP)
+@_pipeline_option
 @click.option("--instance", metavar="NAME", help="Which broker. Default: $SHMBROKER_INSTANCE, else 'default'.")
 @click.option("--service", default="gpu", show_default=True, help="As the GPU worker's.")
 @click.option("--lane", default="auto", show_default=True, help="What carries the frames: auto, shm or zmq.")
@@ -118,10 +131,10 @@ def plan(model: str | None, shape: str | None, tokens: int, dtype: str, as_json:
     from shmbroker.checkpoint import model_dtype
     from shmbroker.model_source import model_source
     from tee_worker import plan as planning
-    from tee_worker.splits import Split
+    from tee_worker.splits import Splits
 
     _quiet_transformers()
-    wanted = None if split is None else Split.named(split)
+    wanted = None if split is None else Splits.named(split)
     made = planning.plan(model_source(model, shape, 0), model_dtype(dtype), prompt_tokens=tokens, new_tokens=new_tokens, split=wanted)
     if as_json:
         click.echo(json.dumps(msgspec.to_builtins(made)))
@@ -136,7 +149,8 @@ def plan(model: str | None, shape: str | None, tokens: int, dtype: str, as_json:
 @cli.command()
 @_with_source
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random weights, and of the prompt.")
-@click.option("--split", default="op", show_default=True, help="What is one call: linear, fused, op or layer.")
+@click.option("--split", default="op", show_default=True, help=_SPLIT_HELP)
+@_pipeline_option
 @click.option("--compare", is_flag=True, help="Also in this process alone, with the largest difference of the logits.")
 @click.option(
     "--instance", metavar="NAME", help="Which broker. Default: $SHMBROKER_INSTANCE, else 'default'; if none runs, one is started."

@@ -19,8 +19,8 @@ from shmbroker.report import Report
 from shmbroker.sizes import MIB, mib, parse_bytes
 from shmbroker.status import ask
 from tee_worker.offloading import offload
-from tee_worker.plan import own_part
-from tee_worker.splits import Split
+from tee_worker.parts import own_part
+from tee_worker.splits import Split, Splits
 from tee_worker.structure import structure_of
 from tee_worker.traffic import Traffic, generation_traffic
 
@@ -43,6 +43,7 @@ class Options(msgspec.Struct, frozen=True):
     chat: bool = False
     max_new_tokens: int = 64
     split: str = Split.FUSED.value
+    pipeline: int = 1
     dtype: str = "float32"
     instance: str | None = None
     service: str = "gpu"
@@ -84,7 +85,7 @@ class Outcome(msgspec.Struct, frozen=True):
 
 def generate(options: Options, on_text: OnText | None = None, on_note: OnText = lambda note: None) -> Outcome:
     """Run one greedy generation. ``on_text`` is given the text as it comes, ``on_note`` what goes on before. Raises :class:`ShmBrokerError`."""
-    split = Split.named(options.split)
+    split = Splits.named(options.split)
     dtype = model_dtype(options.dtype)
     checkpoint = Checkpoint.at(options.model)
     ask(options.instance)  # before anything is loaded: a missing broker is told at once
@@ -95,12 +96,14 @@ def generate(options: Options, on_text: OnText | None = None, on_note: OnText = 
     check_context(checkpoint.config(), ids.shape[1], options.max_new_tokens)
     on_note("loading the model's own part ...")
     model = own_part(checkpoint, dtype, split)
-    structure = structure_of(model)
+    structure = structure_of(model, split)
     prompt_tokens = ids.shape[1]
-    planned = generation_traffic(structure, split, prompt_tokens=prompt_tokens, new_tokens=options.max_new_tokens)
+    planned = generation_traffic(
+        structure, split, prompt_tokens=prompt_tokens, new_tokens=options.max_new_tokens, pipeline=options.pipeline
+    )
     with connect(
         options.instance,
-        arena=arena_bytes(options.arena, planned),
+        arena=arena_bytes(options.arena, planned, options.pipeline),
         name="tee-worker",
         timeout=options.timeout,
         spin=options.spin,
@@ -110,7 +113,7 @@ def generate(options: Options, on_text: OnText | None = None, on_note: OnText = 
             channel = client.failover_channel(options.service, lane=options.lane, doorbell=options.doorbell, patience=options.failover)
         else:
             channel = client.channel(options.service, lane=options.lane, doorbell=options.doorbell)
-        offload(model, channel, split, structure=structure)
+        offload(model, channel, split, pipeline=options.pipeline, structure=structure)
         begun = time.perf_counter()
         tokens = run(model, tokenizer, ids, options.max_new_tokens, on_text)
         seconds = time.perf_counter() - begun
@@ -120,7 +123,7 @@ def generate(options: Options, on_text: OnText | None = None, on_note: OnText = 
         text=str(tokenizer.decode(tokens, skip_special_tokens=True)),
         tokens=tuple(tokens),
         prompt_tokens=prompt_tokens,
-        split=split.value,
+        split=str(split),
         seconds=seconds,
         tokens_per_second=len(tokens) / seconds,
         private_bytes=private_bytes(),
@@ -164,13 +167,13 @@ def check_context(config: PretrainedConfig, prompt_tokens: int, new_tokens: int)
         )
 
 
-def arena_bytes(told: str | None, planned: Traffic) -> int:
+def arena_bytes(told: str | None, planned: Traffic, pipeline: int = 1) -> int:
     """Size of the arena: as told, if the run's largest tensor fits in it; else enough for the run. Raises :class:`ArenaTooSmall`."""
     assert planned.largest is not None
     assert planned.largest_tensor is not None
     largest = planned.largest_tensor.nbytes
     if told is None:
-        return round_up(ARENA_FLOOR + ARENA_LARGEST_TENSORS * largest, PAGE)
+        return round_up(ARENA_FLOOR + ARENA_LARGEST_TENSORS * pipeline * largest, PAGE)
     size = parse_bytes(told)
     if size < largest:
         raise ArenaTooSmall(

@@ -13,12 +13,15 @@ from shmbroker.errors import BadInput
 from shmbroker.failover import FailoverChannel
 from shmbroker.memory.spec import NAME_OF
 from tee_worker import attention
+from tee_worker.pipeline import Pipeline
 from tee_worker.remote_modules import FusedCall, FusedLinear, RemoteEmbedding, RemoteLinear, SplitAttention, remote_embedding
-from tee_worker.splits import Split
+from tee_worker.splits import Split, Splits
 from tee_worker.structure import Projection, Structure, structure_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from tee_worker.remote_layers import Sessions
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,20 +30,29 @@ class Offloaded:
 
     model: PreTrainedModel
     structure: Structure
-    split: Split
+    splits: Splits
 
 
 def offload(
-    model: PreTrainedModel, channel: Channel | FailoverChannel, split: Split | str = Split.FUSED, *, structure: Structure | None = None
+    model: PreTrainedModel,
+    channel: Channel | FailoverChannel,
+    split: Split | Splits | str = Split.FUSED,
+    *,
+    pipeline: int = 1,
+    structure: Structure | None = None,
 ) -> Offloaded:
     """Replace modules of ``model`` by calls on ``channel``; their weights, if it has any, are let go.
 
+    ``split``: of all layers, or of each range of them (``"fused:0-3,layer:4-29"``). ``pipeline``: how many parts of a forward pass (micro-batches of
+    several sequences, chunks of one long prompt) are on their way at once, so that both sides compute at the same time.
     ``model.generate()``, caches and sampling stay Hugging Face's. The worker must hold the same model in the same dtype. Raises
     :class:`BadInput` for a split that is not known, a model that cannot be split so, or a worker with another model. ``structure``: as found
-    by :func:`structure_of`, if it is at hand.
+    by :func:`structure_of` for this split, if it is at hand.
     """
-    split = Split.named(split)
-    structure = structure or structure_of(model)
+    splits = Splits.named(split)
+    if pipeline < 1:
+        raise BadInput(f"pipeline {pipeline} must be 1 or more parts on their way at once")
+    structure = structure or structure_of(model, splits)
     embed = channel.bind(
         model_ops.EMBED,
         out_spec=model_ops.embed,
@@ -52,36 +64,44 @@ def offload(
     assert isinstance(embedding, nn.Embedding)
     rows = RemoteEmbedding(embed, structure.width)
     _replace(model, structure.embedding, remote_embedding(embedding, rows, structure.dtype))
-    if split is Split.LAYER:
-        _move_layers(model, channel, structure)
-    for projection in () if split is Split.LAYER else structure.projections:
-        if split is Split.LINEAR or len(projection.names) == 1:
+    sessions = _move_layers(model, channel, structure, splits)
+    for projection in structure.projections:
+        if len(projection.names) == 1 or structure.split_of(projection.names[0], splits) is Split.LINEAR:
             for name, width in zip(projection.names, projection.out_features, strict=True):
                 _replace(model, name, _linear(channel, model_ops.LINEAR, name, projection.in_features, width))
         else:
             _fuse(model, channel, projection)
-    if split is Split.OP:
-        attention.register()
-        modules = dict(model.named_modules())
-        split_attention = SplitAttention(channel.client, channel.bind(model_ops.MATMUL, out_spec=model_ops.matmul))
-        for part in structure.attentions:
-            setattr(modules[part.name], attention.ATTRIBUTE, split_attention)
-        model.set_attn_implementation(attention.NAME)
+    if Split.OP in splits.used():
+        products = SplitAttention(channel.client, channel.bind(model_ops.MATMUL, out_spec=model_ops.matmul))
+        attention.split(model, products, structure, splits)
     head = structure.head
     _replace(model, head.names[0], _linear(channel, model_ops.LM_HEAD, head.names[0], head.in_features, head.out_features[0]))
-    return Offloaded(model, structure, split)
+    if pipeline > 1:
+        Pipeline(model, pipeline, sessions).install()
+    return Offloaded(model, structure, splits)
 
 
-def _move_layers(model: PreTrainedModel, channel: Channel | FailoverChannel, structure: Structure) -> None:
-    from tee_worker.remote_layers import Sessions, make_remote
+def _move_layers(model: PreTrainedModel, channel: Channel | FailoverChannel, structure: Structure, splits: Splits) -> Sessions | None:
+    """Move what moves as a whole; None where nothing does."""
+    of_layers = splits.of_layers(len(structure.layers))
+    remote = frozenset(index for index, split in enumerate(of_layers) if split.stateful)
+    if not remote:
+        return None
+    from tee_worker.remote_layers import RemoteAttention, RemoteFeedForward, RemoteLayer, Sessions, become, make_remote
 
-    if not structure.layers:
-        raise BadInput(
-            f"split 'layer': the decoder layers of {type(model).__name__} could not be told from its other modules; use split 'op'"
-        )
-    sessions = Sessions(channel.client, channel.bind(model_ops.FULL_LAYER, out_spec=model_ops.full_layer), len(structure.layers))
-    for index, name in enumerate(structure.layers):
-        make_remote(model.get_submodule(name), index, sessions)
+    sessions = Sessions(channel.client, model.config, remote)
+    for index in sorted(remote):
+        layer = model.get_submodule(structure.layers[index])
+        if of_layers[index] is Split.LAYER:
+            make_remote(layer, RemoteLayer, channel.bind(model_ops.FULL_LAYER, out_spec=model_ops.full_layer, layer=index), index, sessions)
+            continue
+        halves = structure.blocks[index]
+        assert halves is not None
+        attending = channel.bind(model_ops.ATTENTION_BLOCK, out_spec=model_ops.attention_block, layer=index)
+        make_remote(layer.get_submodule(halves.attention), RemoteAttention, attending, index, sessions)
+        feeding = channel.bind(model_ops.MLP_BLOCK, out_spec=model_ops.mlp_block, layer=index)
+        become(layer.get_submodule(halves.feed_forward), RemoteFeedForward, feeding)
+    return sessions
 
 
 def _linear(channel: Channel | FailoverChannel, op: str, name: str, in_features: int, out_features: int) -> RemoteLinear:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import msgspec
 import torch
 
-from shmbroker.model_parts import outside_layers, tee_part
 from shmbroker.model_source import ModelSource
 from shmbroker.sizes import mib
-from tee_worker.splits import Split
+from tee_worker.parts import own_part
+from tee_worker.splits import Split, Splits
 from tee_worker.structure import Structure, structure_of
 from tee_worker.traffic import generation_traffic
 
@@ -73,23 +73,18 @@ class Plan(msgspec.Struct, frozen=True):
         return Group(table, "", places)
 
 
-def own_part(source: ModelSource, dtype: torch.dtype, split: Split | None = None) -> PreTrainedModel:
-    """The model with the parameters that stay in the TEE at ``split``."""
-    return source.model(dtype, keep=outside_layers if split is Split.LAYER else tee_part)
-
-
-def plan(source: ModelSource, dtype: torch.dtype, *, prompt_tokens: int, new_tokens: int, split: Split | None) -> Plan:
-    """Plan a greedy generation of ``new_tokens`` after ``prompt_tokens`` at every split; places for ``split``."""
+def plan(source: ModelSource, dtype: torch.dtype, *, prompt_tokens: int, new_tokens: int, split: Splits | None) -> Plan:
+    """Plan a greedy generation of ``new_tokens`` after ``prompt_tokens`` at every split the model allows, and ``split``; places for ``split``."""
     model = own_part(source, dtype)
     structure = structure_of(model)
     rows = []
-    for one in Split:
+    for one in _allowed(structure, split):
         traffic = generation_traffic(structure, one, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
         assert traffic.largest is not None
         assert traffic.largest_tensor is not None
         rows.append(
             PlannedSplit(
-                split=one.value,
+                split=str(one),
                 calls=traffic.calls,
                 sent_bytes=traffic.sent_bytes,
                 received_bytes=traffic.received_bytes,
@@ -108,20 +103,41 @@ def plan(source: ModelSource, dtype: torch.dtype, *, prompt_tokens: int, new_tok
     )
 
 
-def _places(model: PreTrainedModel, structure: Structure, split: Split) -> Iterator[tuple[str, str]]:
-    if split is Split.LAYER:
-        yield from ((name, "GPU worker, with its keys and values") for name in structure.layers)
-    inside = tuple(f"{name}." for name in structure.layers) if split is Split.LAYER else ()
-    moved = {structure.embedding, *structure.head.names}
-    moved.update(name for projection in structure.projections for name in projection.names)
+def _allowed(structure: Structure, also: Splits | None) -> list[Splits]:
+    found = [Splits.named(split) for split in Split]
+    if not structure.layers:
+        found = [split for split in found if split.uniform is not Split.LAYER and split.uniform is not Split.BLOCK]
+    if None in structure.blocks:
+        found = [split for split in found if split.uniform is not Split.BLOCK]
+    return found if also is None or also in found else [*found, also]
+
+
+def _places(model: PreTrainedModel, structure: Structure, splits: Splits) -> Iterator[tuple[str, str]]:
+    projected = {name for projection in structure.projections for name in projection.names}
     attentions = {attention.name for attention in structure.attentions}
+    whole: list[str] = []
     for name, module in model.named_modules():
-        if name.startswith(inside) and inside:
+        if name.startswith(tuple(f"{one}." for one in whole)):
             continue
-        if name in moved:
+        split = structure.split_of(name, splits)
+        index = structure.layers.index(name) if name in structure.layers else None
+        if index is not None:
+            if splits.of_layers(len(structure.layers))[index] is Split.LAYER:
+                whole.append(name)
+                yield name, "GPU worker, with its keys and values"
+            continue
+        layer = structure.layer_of(name)
+        halves = structure.blocks[layer] if layer is not None else None
+        if split is Split.BLOCK and halves is not None and name == f"{structure.layers[layer or 0]}.{halves.attention}":
+            whole.append(name)
+            yield name, "GPU worker, with its keys and values"
+        elif split is Split.BLOCK and halves is not None and name == f"{structure.layers[layer or 0]}.{halves.feed_forward}":
+            whole.append(name)
+            yield name, "GPU worker"
+        elif name in projected or name in (structure.embedding, *structure.head.names):
             yield name, "GPU worker"
         elif name in attentions:
             products = "GPU worker" if split is Split.OP else "TEE"
             yield name, f"TEE: mask, softmax; {products}: Q @ K^T, attention @ V"
-        elif not any(module.children()) and name not in structure.layers:
+        elif not any(module.children()):
             yield name, "TEE"

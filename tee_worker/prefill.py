@@ -23,8 +23,8 @@ from shmbroker.sizes import MIB
 from shmbroker.status import ask
 from tee_worker.generate import ARENA_FLOOR, ARENA_LARGEST_TENSORS, Analytic, compare, private_bytes
 from tee_worker.offloading import offload
-from tee_worker.plan import own_part
-from tee_worker.splits import Split
+from tee_worker.parts import own_part
+from tee_worker.splits import Split, Splits
 from tee_worker.structure import structure_of
 from tee_worker.traffic import generation_traffic
 
@@ -47,6 +47,7 @@ class Options(msgspec.Struct, frozen=True):
     seed: int = 0
     tokens: int = 1024
     split: str = Split.OP.value
+    pipeline: int = 1
     dtype: str = "float32"
     compare: bool = False
     instance: str | None = None
@@ -117,7 +118,7 @@ def megabytes(nbytes: int) -> str:
 
 def prefill(options: Options, on_note: Callable[[str], None] = lambda note: None) -> Outcome:
     """Run one prefill. Where no broker answers, one is started for it, and a worker. Raises :class:`ShmBrokerError`."""
-    split = Split.named(options.split)
+    split = Splits.named(options.split)
     dtype = model_dtype(options.dtype)
     source = model_source(options.model, options.shape, options.seed)
     if options.tokens < 1:
@@ -125,14 +126,14 @@ def prefill(options: Options, on_note: Callable[[str], None] = lambda note: None
     if options.threads:
         torch.set_num_threads(options.threads)
     model = own_part(source, dtype, split)
-    structure = structure_of(model)
-    planned = generation_traffic(structure, split, prompt_tokens=options.tokens, new_tokens=1)
+    structure = structure_of(model, split)
+    planned = generation_traffic(structure, split, prompt_tokens=options.tokens, new_tokens=1, pipeline=options.pipeline)
     assert planned.largest_tensor is not None
-    arena = round_up(ARENA_FLOOR + (ARENA_LARGEST_TENSORS + 2) * planned.largest_tensor.nbytes, PAGE)
+    arena = round_up(ARENA_FLOOR + (ARENA_LARGEST_TENSORS + 2) * options.pipeline * planned.largest_tensor.nbytes, PAGE)
     ids = torch.randint(0, model.config.vocab_size, (1, options.tokens), generator=torch.Generator().manual_seed(options.seed))
     with _peers(options, on_note), connect(options.instance, arena=arena, name="tee-worker", timeout=options.timeout) as client:
         channel = client.channel(options.service, lane=options.lane, wait=WORKER_START_SECONDS)
-        offload(model, channel, split, structure=structure)
+        offload(model, channel, split, pipeline=options.pipeline, structure=structure)
         _run(model, ids[:, :1])  # whatever is done once is done now
         channel.forget_statistics()
         begun = time.perf_counter()
@@ -151,7 +152,7 @@ def prefill(options: Options, on_note: Callable[[str], None] = lambda note: None
         reach = float(expected.float().max() - expected.float().min())
     return Outcome(
         model=source.name,
-        split=split.value,
+        split=str(split),
         dtype=options.dtype,
         tokens=options.tokens,
         seconds=seconds,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -63,10 +64,11 @@ class RemoteLinear(nn.Module):
         return y
 
 
-class FusedCall:
+class FusedCall(threading.local):
     """Linear layers that are given the same tensor one after the other: the first asks for all, the others take what came.
 
-    A layer that is given something else than the tensor that was asked for (or that tensor changed since) is asked for anew, with all.
+    A layer that is given something else than the tensor that was asked for (or that tensor changed since) is asked for anew, with all. Each
+    thread that runs the model has its own.
     """
 
     def __init__(self, op: RemoteOp | FailoverOp, count: int) -> None:

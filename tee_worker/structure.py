@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from shmbroker.errors import BadInput
-from shmbroker.model_parts import decoder_layers, features, is_linear
+from shmbroker.model_parts import Blocks, blocks_of, decoder_layers, features, is_linear
+from tee_worker.splits import Split, Splits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,10 +56,21 @@ class Structure:
     dtype: torch.dtype
     layers: tuple[str, ...] = ()
     """The decoder layers; empty where they could not be told."""
+    blocks: tuple[Blocks | None, ...] = ()
+    """The two halves of each layer; None where they could not be told."""
     windows: tuple[int | None, ...] = ()
     """Of each layer: earlier tokens that its cache keeps, and one; None for all."""
     additive_masks: bool = False
     """Whether attention is given a mask of numbers every time (``eager``), rather than of booleans where it cannot do without (``sdpa``)."""
+
+    def split_of(self, module: str, splits: Splits) -> Split:
+        """The split at which ``module`` is computed: its layer's."""
+        index = self.layer_of(module)
+        return splits.uniform or splits.outside if index is None else splits.of_layers(len(self.layers))[index]
+
+    def layer_of(self, module: str) -> int | None:
+        """The index of the layer that ``module`` is in."""
+        return next((index for index, name in enumerate(self.layers) if module.startswith(f"{name}.")), None)
 
 
 @dataclass(slots=True)
@@ -72,12 +84,13 @@ class _Notes:
 _PROBE = "shmbroker_probe"
 
 
-def structure_of(model: PreTrainedModel) -> Structure:
+def structure_of(model: PreTrainedModel, split: Split | Splits | str = Split.FUSED) -> Structure:
     """Find the structure of ``model``, whose linear layers and embeddings need not have weights.
 
-    Raises :class:`BadInput` when an embedding or a head is missing, or the model does something with them that is not known. Of a model that
-    was loaded without what is inside its layers (:func:`outside_layers`), projections and attentions are left out.
+    Projections and attentions inside of what ``split`` moves as a whole are left out, and need not have weights either. Raises
+    :class:`BadInput` when an embedding or a head is missing, the model does something with them that is not known, or cannot be split so.
     """
+    splits = Splits.named(split)
     names = {module: name for name, module in model.named_modules()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if not isinstance(embedding, nn.Embedding) or embedding not in names:
@@ -86,14 +99,15 @@ def structure_of(model: PreTrainedModel) -> Structure:
         raise BadInput(f"{type(model).__name__} has no linear language-model head")
     notes = _Notes([], [])
     dtype = model.dtype
-    layers = tuple(name for name, _ in decoder_layers(model))
-    whole = not layers or any(True for name in layers for _ in model.get_submodule(name).parameters())
-    if whole:
-        with _noting(model, notes, dtype), torch.inference_mode():
-            # Two tokens: one alone takes short cuts in some models.
-            model(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=False)
+    layers = decoder_layers(model)
+    blocks = tuple(blocks_of(layer) for _, layer in layers)
+    of_layers = splits.of_layers(len(layers))
+    _check(model, splits, of_layers, blocks)
+    with _noting(model, notes, dtype), _passing_over(layers, of_layers, blocks), torch.inference_mode():
+        # Two tokens: one alone takes short cuts in some models.
+        model(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=False)
     projections = tuple(_group([note for note in notes.linears if note[1] is not head]))
-    if whole and not projections:
+    if not projections and not any(one.stateful for one in of_layers):
         raise BadInput(f"{type(model).__name__} has no linear layers to compute elsewhere")
     return Structure(
         embedding=names[embedding],
@@ -102,10 +116,43 @@ def structure_of(model: PreTrainedModel) -> Structure:
         attentions=tuple(notes.attentions),
         head=Projection((names[head],), head.in_features, (head.out_features,)),
         dtype=dtype,
-        layers=layers,
+        layers=tuple(name for name, _ in layers),
+        blocks=blocks,
         windows=_windows(model, len(layers)),
         additive_masks=model.config._attn_implementation == "eager",
     )
+
+
+def _check(model: PreTrainedModel, splits: Splits, of_layers: tuple[Split, ...], blocks: tuple[Blocks | None, ...]) -> None:
+    kind = type(model).__name__
+    if not of_layers and (splits.uniform is None or splits.uniform.stateful):
+        raise BadInput(f"split {str(splits)!r}: the decoder layers of {kind} could not be told from its other modules; use split 'op'")
+    for index, (split, halves) in enumerate(zip(of_layers, blocks, strict=True)):
+        if split is Split.BLOCK and halves is None:
+            raise BadInput(
+                f"split 'block': attention and feed-forward of layer {index} of {kind} could not be told apart; use split 'op' or 'layer'"
+            )
+
+
+@contextlib.contextmanager
+def _passing_over(layers: list[tuple[str, nn.Module]], of_layers: tuple[Split, ...], blocks: tuple[Blocks | None, ...]) -> Iterator[None]:
+    """For the duration, what moves as a whole returns its input."""
+    passed: list[nn.Module] = []
+    for (_, layer), split, halves in zip(layers, of_layers, blocks, strict=True):
+        if split is Split.LAYER:
+            layer.forward = lambda hidden_states, *args, **kwargs: hidden_states
+            passed.append(layer)
+        elif split is Split.BLOCK:
+            assert halves is not None
+            attention, feed_forward = layer.get_submodule(halves.attention), layer.get_submodule(halves.feed_forward)
+            attention.forward = lambda hidden_states, *args, **kwargs: (hidden_states, None)
+            feed_forward.forward = lambda hidden_states: hidden_states
+            passed += [attention, feed_forward]
+    try:
+        yield
+    finally:
+        for module in passed:
+            del module.forward
 
 
 def _windows(model: PreTrainedModel, layers: int) -> tuple[int | None, ...]:

@@ -9,7 +9,8 @@ import torch
 
 from shmbroker import model_ops
 from shmbroker.memory.spec import TensorSpec
-from tee_worker.splits import Split
+from tee_worker.pass_parts import parts_of
+from tee_worker.splits import Split, Splits
 from tee_worker.structure import Structure
 
 
@@ -44,53 +45,75 @@ class Traffic:
                 self.largest, self.largest_tensor = call, spec
 
 
-def forward_calls(structure: Structure, split: Split, *, batch: int, tokens: int, cached: int, head_tokens: int) -> Iterator[PlannedCall]:
+def forward_calls(
+    structure: Structure, split: Split | Splits | str, *, batch: int, tokens: int, cached: int, head_tokens: int
+) -> Iterator[PlannedCall]:
     """The calls of one forward pass over ``tokens`` new tokens after ``cached`` earlier ones; the head sees the last ``head_tokens``."""
+    splits = Splits.named(split)
     dtype = structure.dtype
 
     def rows(width: int, count: int = tokens) -> TensorSpec:
         return TensorSpec((batch, count, width), dtype)
 
-    yield PlannedCall(model_ops.EMBED, (TensorSpec((batch, tokens), torch.int64),), (rows(structure.width),))
-    if split is Split.LAYER:
-        hidden, positions = rows(structure.width), TensorSpec((1, tokens), torch.int64)
-        for window in structure.windows:
-            mask = _mask(structure, window, batch=batch, tokens=tokens, cached=cached)
-            yield PlannedCall(model_ops.FULL_LAYER, (hidden, positions, *mask), (hidden,))
-    for projection in () if split is Split.LAYER else structure.projections:
+    hidden = rows(structure.width)
+    yield PlannedCall(model_ops.EMBED, (TensorSpec((batch, tokens), torch.int64),), (hidden,))
+    positions, session = TensorSpec((batch, tokens), torch.int64), TensorSpec((model_ops.SESSION_WORDS,), torch.int64)
+    additive = structure.additive_masks or Split.OP in splits.used()
+    for one, window in zip(splits.of_layers(len(structure.layers)), structure.windows, strict=True):
+        if one.stateful:
+            mask = _mask(dtype, window, additive=additive, batch=batch, tokens=tokens, cached=cached)
+            op = model_ops.FULL_LAYER if one is Split.LAYER else model_ops.ATTENTION_BLOCK
+            yield PlannedCall(op, (hidden, positions, session, *mask), (hidden,))
+        if one is Split.BLOCK:
+            yield PlannedCall(model_ops.MLP_BLOCK, (hidden,), (hidden,))
+    for projection in structure.projections:
         inputs = (rows(projection.in_features),)
         outputs = tuple(rows(width) for width in projection.out_features)
-        if split is Split.LINEAR or len(outputs) == 1:
+        if len(outputs) == 1 or structure.split_of(projection.names[0], splits) is Split.LINEAR:
             yield from (PlannedCall(model_ops.LINEAR, inputs, (output,)) for output in outputs)
         else:
             yield PlannedCall(model_ops.BATCH_LINEAR, inputs, outputs)
-    if split is Split.OP:
-        for attention in structure.attentions:
-            queries = TensorSpec((batch, attention.heads, tokens, attention.head_dim), dtype)
-            length = tokens + (cached if attention.window is None else min(cached, attention.window - 1))
-            keys = TensorSpec((batch, attention.heads, attention.head_dim, length), dtype)
-            values = TensorSpec((batch, attention.heads, length, attention.value_dim), dtype)
-            scores = model_ops.matmul(queries, keys)
-            yield PlannedCall(model_ops.MATMUL, (queries, keys), (scores,))
-            yield PlannedCall(model_ops.MATMUL, (scores, values), (model_ops.matmul(scores, values),))
-    head = structure.head
-    yield PlannedCall(model_ops.LM_HEAD, (rows(head.in_features, head_tokens),), (rows(head.out_features[0], head_tokens),))
+    for attention in structure.attentions:
+        if structure.split_of(attention.name, splits) is not Split.OP:
+            continue
+        queries = TensorSpec((batch, attention.heads, tokens, attention.head_dim), dtype)
+        length = tokens + (cached if attention.window is None else min(cached, attention.window - 1))
+        keys = TensorSpec((batch, attention.heads, attention.head_dim, length), dtype)
+        values = TensorSpec((batch, attention.heads, length, attention.value_dim), dtype)
+        scores = model_ops.matmul(queries, keys)
+        yield PlannedCall(model_ops.MATMUL, (queries, keys), (scores,))
+        yield PlannedCall(model_ops.MATMUL, (scores, values), (model_ops.matmul(scores, values),))
+    if head_tokens:
+        head = structure.head
+        yield PlannedCall(model_ops.LM_HEAD, (rows(head.in_features, head_tokens),), (rows(head.out_features[0], head_tokens),))
 
 
-def _mask(structure: Structure, window: int | None, *, batch: int, tokens: int, cached: int) -> tuple[TensorSpec, ...]:
+def _mask(dtype: torch.dtype, window: int | None, *, additive: bool, batch: int, tokens: int, cached: int) -> tuple[TensorSpec, ...]:
     """The mask that a layer's attention is given, when nothing is padded (``transformers.masking_utils``)."""
     length = tokens + (cached if window is None else min(cached, window - 1))
-    if structure.additive_masks:
-        return (TensorSpec((batch, 1, tokens, length), structure.dtype),)
+    if additive:
+        return (TensorSpec((batch, 1, tokens, length), dtype),)
     causal_alone = (tokens == 1 or length == tokens) and (window is None or length < window)
     return () if causal_alone else (TensorSpec((batch, 1, tokens, length), torch.bool),)
 
 
-def generation_traffic(structure: Structure, split: Split, *, prompt_tokens: int, new_tokens: int, batch: int = 1) -> Traffic:
-    """Traffic of a greedy generation with a KV cache: one pass over the prompt, then one for each new token but the last."""
+def generation_traffic(
+    structure: Structure, split: Split | Splits | str, *, prompt_tokens: int, new_tokens: int, batch: int = 1, pipeline: int = 1
+) -> Traffic:
+    """Traffic of a greedy generation with a KV cache: one pass over the prompt, then one for each new token but the last.
+
+    ``pipeline``: how many parts of a pass are on their way at once (:mod:`tee_worker.pipeline`).
+    """
+    splits = Splits.named(split)
     traffic = Traffic()
     for step in range(new_tokens):
         tokens, cached = (prompt_tokens, 0) if step == 0 else (1, prompt_tokens + step - 1)
-        for call in forward_calls(structure, split, batch=batch, tokens=tokens, cached=cached, head_tokens=1):
-            traffic.add(call)
+        for part in parts_of(batch, tokens, pipeline):
+            for call in forward_calls(
+                structure, splits, batch=part.rows, tokens=part.tokens, cached=cached + part.first_token, head_tokens=0
+            ):
+                traffic.add(call)
+        head = structure.head
+        last, logits = (TensorSpec((batch, 1, width), structure.dtype) for width in (head.in_features, head.out_features[0]))
+        traffic.add(PlannedCall(model_ops.LM_HEAD, (last,), (logits,)))
     return traffic

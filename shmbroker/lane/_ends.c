@@ -10,6 +10,7 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <string.h>
@@ -25,6 +26,7 @@ enum {
     SEQUENCE_BYTES = 8,
     KEYS = 256,                /* frames recognised by their bytes alone, so that Python hashes each only once; a power of two */
     LOOKS_FOR_EACH_CLOCK = 32, /* a look costs a few ns, the clock some 25 */
+    IMPOLITE_NS = 50000,       /* a spin that takes longer makes way for whoever wants the core, each time it looks at the clock */
 };
 
 /* One end of one queue. Which fields are used depends on the end. */
@@ -489,15 +491,19 @@ static PyObject *spin(PyObject *module, PyObject *const *arguments, Py_ssize_t c
     bool found = false;
     Py_INCREF(arguments[0]);
     Py_BEGIN_ALLOW_THREADS
-    uint64_t until = clock_ns() + (seconds > 0 ? (uint64_t)(seconds < 1 ? seconds * 1e9 : 1e9) : 0);
+    uint64_t now = clock_ns(), impolite_until = now + IMPOLITE_NS;
+    uint64_t until = now + (seconds > 0 ? (uint64_t)(seconds < 1 ? seconds * 1e9 : 1e9) : 0);
     do {
+        if (now > impolite_until)
+            sched_yield();
         for (int look = 0; look < LOOKS_FOR_EACH_CLOCK && !found; look++) {
             for (Py_ssize_t i = 0; i < watched && !found; i++)
                 found = is_ready(ends[i]);
             if (!found)
                 relax();
         }
-    } while (!found && clock_ns() < until);
+        now = clock_ns();
+    } while (!found && now < until);
     Py_END_ALLOW_THREADS
     Py_DECREF(arguments[0]);
     return PyBool_FromLong(found);

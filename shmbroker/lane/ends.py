@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from typing import Protocol
@@ -161,20 +162,23 @@ class CompletionReceiver:
         return None
 
 
+IMPOLITE_SECONDS = 50e-6
+"""A spin that takes longer makes way for whoever wants the core, each time it looks at the clock."""
+
+
 def spin(receivers: tuple[Receiver, ...], seconds: float) -> bool:
     """Look for a frame at any of ``receivers`` for so long; whether there is one."""
     looks = [receiver.ready for receiver in receivers]
     clock = time.perf_counter
-    until = clock() + seconds
+    now = clock()
+    until, impolite_until = now + seconds, now + IMPOLITE_SECONDS
     if len(looks) == 1:
-        ready = looks[0]
-        while clock() < until:
-            # Four looks for each at the clock: what comes is seen that much sooner.
-            if ready() or ready() or ready() or ready():
-                return True
-        return False
-    while clock() < until:
+        looks *= 4  # for each look at the clock: what comes is seen that much sooner
+    while now < until:
+        if now > impolite_until:
+            os.sched_yield()
         for ready in looks:
             if ready():
                 return True
+        now = clock()
     return False

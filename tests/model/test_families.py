@@ -16,8 +16,8 @@ from gpu_worker.device import CpuDevice
 from gpu_worker.ops import register
 from gpu_worker.weights import Weights
 from shmbroker.checkpoint import Checkpoint
-from shmbroker.model_parts import outside_layers, tee_part
 from tee_worker import Split, offload
+from tee_worker.parts import own_part
 from tee_worker.traffic import generation_traffic
 from tests.model.conftest import SIZES
 
@@ -97,7 +97,7 @@ def test_every_split_gives_the_tokens_of_the_whole_model(client: shmbroker.Clien
     tolerance = {torch.float32: 2e-6, torch.bfloat16: 0.04}[dtype] * float(expected.abs().max())
     for split in Split:
         channel = client.channel("families")
-        parts = Checkpoint.at(checkpoint).model(dtype, keep=outside_layers if split is Split.LAYER else tee_part)
+        parts = own_part(Checkpoint.at(checkpoint), dtype, split)
         offloaded = offload(parts, channel, split)
         found = generate(parts)
         if dtype is torch.float32 or split is not Split.OP:

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, St
 
 import shmbroker
 from shmbroker.checkpoint import Checkpoint
-from shmbroker.model_parts import outside_layers
 from tee_worker import Split, offload
+from tee_worker.parts import own_part
 from tests.model.conftest import gpu_worker
 from tests.model.test_offload import PROMPT, generate
 
@@ -34,7 +34,7 @@ def whole(tiny: Path) -> PreTrainedModel:
 
 @pytest.fixture
 def parts(client: shmbroker.Client, tiny: Path, tiny_worker: str) -> PreTrainedModel:
-    model = Checkpoint.at(tiny).model(torch.float32, keep=outside_layers)
+    model = own_part(Checkpoint.at(tiny), torch.float32, Split.LAYER)
     offload(model, client.channel(tiny_worker), Split.LAYER)
     return model
 
@@ -90,7 +90,7 @@ def test_a_cache_that_is_not_the_workers_is_refused(parts: PreTrainedModel, whol
 def test_the_worker_lets_go_of_sessions_whose_caches_have_died(client: shmbroker.Client, tiny: Path) -> None:
     """Told with the next call: its memory stays flat over many sessions."""
     with gpu_worker(tiny, "sessions") as pid:
-        model = Checkpoint.at(tiny).model(torch.float32, keep=outside_layers)
+        model = own_part(Checkpoint.at(tiny), torch.float32, Split.LAYER)
         offload(model, client.channel("sessions"), Split.LAYER)
 
         def resident() -> int:
@@ -113,7 +113,7 @@ def test_a_generation_whose_worker_dies_ends_with_a_clear_error_and_never_goes_o
 ) -> None:
     with gpu_worker(tiny, "stateful"), gpu_worker(tiny, "stateful"):
         channel = client.failover_channel("stateful")
-        model = Checkpoint.at(tiny).model(torch.float32, keep=outside_layers)
+        model = own_part(Checkpoint.at(tiny), torch.float32, Split.LAYER)
         offload(model, channel, Split.LAYER)
         cache = DynamicCache(config=model.config)
         model(PROMPT, past_key_values=cache)

@@ -15,8 +15,8 @@ import shmbroker
 from gpu_worker.device import CpuDevice
 from gpu_worker.weights import Weights
 from shmbroker.checkpoint import Checkpoint
-from shmbroker.model_parts import tee_part
 from tee_worker import Split, offload
+from tee_worker.parts import own_part
 from tee_worker.structure import structure_of
 from tee_worker.traffic import generation_traffic
 from tests.model.conftest import gpu_worker, save_random, tiny_llama
@@ -61,7 +61,9 @@ def test_a_split_model_generates_the_tokens_of_the_whole_one(
     expected = generation_traffic(structure, split, prompt_tokens=PROMPT.shape[1], new_tokens=NEW_TOKENS)
     passes = NEW_TOKENS + 1  # and one for the logits
     layers = 3
-    assert report.total.calls == passes * (layers * {Split.LINEAR: 7, Split.FUSED: 4, Split.OP: 6, Split.LAYER: 1}[split] + 2)
+    assert report.total.calls == passes * (
+        layers * {Split.LINEAR: 7, Split.FUSED: 4, Split.OP: 6, Split.BLOCK: 2, Split.LAYER: 1}[split] + 2
+    )
     assert expected.calls == report.total.calls * NEW_TOKENS // passes
     assert (report.socket_bytes == 0) == (lane == "shm")
 
@@ -83,7 +85,7 @@ def test_calls_and_bytes_equal_the_analytic_model_exactly(client: shmbroker.Clie
 
 
 def test_a_model_that_was_loaded_without_the_heavy_weights_gives_the_same(client: shmbroker.Client, tiny: Path, tiny_worker: str) -> None:
-    parts = Checkpoint.at(tiny).model(torch.float32, keep=tee_part)
+    parts = own_part(Checkpoint.at(tiny), torch.float32)
     assert {name.rpartition(".")[2] for name, _ in parts.named_parameters()} == {"weight"}
     assert all("norm" in name for name, _ in parts.named_parameters())
     offload(parts, client.channel(tiny_worker), "op")
@@ -104,7 +106,7 @@ def test_a_batch_with_padding_and_sampling_caches_stay_hugging_faces(client: shm
 def test_tied_embeddings_are_one_weight_on_the_worker(broker: shmbroker.LocalBroker, client: shmbroker.Client, tmp_path: Path) -> None:
     folder = save_random(tiny_llama(tie_word_embeddings=True), tmp_path)
     with gpu_worker(folder, "tied"):
-        parts = Checkpoint.at(folder).model(torch.float32, keep=tee_part)
+        parts = own_part(Checkpoint.at(folder), torch.float32)
         offload(parts, client.channel("tied"), "fused")
         assert torch.equal(generate(parts), generate(AutoModelForCausalLM.from_pretrained(folder)))
 
