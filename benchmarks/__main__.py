@@ -31,7 +31,7 @@ QUICK: dict[str, Callable[[], dict[str, Any]]] = {
     "waiting": lambda: waiting.run(0.1),
     "throughput": lambda: throughput.run(0.1),
     "alloc": lambda: alloc.run(0.1),
-    "model": lambda: model.run(1),
+    "model": lambda: model.run(1, lengths=1),
 }
 
 

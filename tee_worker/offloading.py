@@ -13,6 +13,7 @@ from shmbroker.errors import BadInput
 from shmbroker.failover import FailoverChannel
 from shmbroker.memory.spec import NAME_OF
 from tee_worker import attention
+from tee_worker.baton import Baton, PassingChannel
 from tee_worker.pipeline import Pipeline
 from tee_worker.remote_modules import FusedCall, FusedLinear, RemoteEmbedding, RemoteLinear, SplitAttention, remote_embedding
 from tee_worker.splits import Split, Splits
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from tee_worker.remote_layers import Sessions
+
+
+Line = Channel | FailoverChannel | PassingChannel
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +57,9 @@ def offload(
     if pipeline < 1:
         raise BadInput(f"pipeline {pipeline} must be 1 or more parts on their way at once")
     structure = structure or structure_of(model, splits)
-    embed = channel.bind(
+    baton = Baton()
+    line: Line = channel if pipeline == 1 else PassingChannel(channel, baton)
+    embed = line.bind(
         model_ops.EMBED,
         out_spec=model_ops.embed,
         module=structure.embedding,
@@ -64,24 +70,24 @@ def offload(
     assert isinstance(embedding, nn.Embedding)
     rows = RemoteEmbedding(embed, structure.width)
     _replace(model, structure.embedding, remote_embedding(embedding, rows, structure.dtype))
-    sessions = _move_layers(model, channel, structure, splits)
+    sessions = _move_layers(model, line, structure, splits)
     for projection in structure.projections:
         if len(projection.names) == 1 or structure.split_of(projection.names[0], splits) is Split.LINEAR:
             for name, width in zip(projection.names, projection.out_features, strict=True):
-                _replace(model, name, _linear(channel, model_ops.LINEAR, name, projection.in_features, width))
+                _replace(model, name, _linear(line, model_ops.LINEAR, name, projection.in_features, width))
         else:
-            _fuse(model, channel, projection)
+            _fuse(model, line, projection)
     if Split.OP in splits.used():
-        products = SplitAttention(channel.client, channel.bind(model_ops.MATMUL, out_spec=model_ops.matmul))
+        products = SplitAttention(channel.client, line.bind(model_ops.MATMUL, out_spec=model_ops.matmul))
         attention.split(model, products, structure, splits)
     head = structure.head
-    _replace(model, head.names[0], _linear(channel, model_ops.LM_HEAD, head.names[0], head.in_features, head.out_features[0]))
+    _replace(model, head.names[0], _linear(line, model_ops.LM_HEAD, head.names[0], head.in_features, head.out_features[0]))
     if pipeline > 1:
-        Pipeline(model, pipeline, sessions).install()
+        Pipeline(model, pipeline, baton, sessions).install()
     return Offloaded(model, structure, splits)
 
 
-def _move_layers(model: PreTrainedModel, channel: Channel | FailoverChannel, structure: Structure, splits: Splits) -> Sessions | None:
+def _move_layers(model: PreTrainedModel, channel: Line, structure: Structure, splits: Splits) -> Sessions | None:
     """Move what moves as a whole; None where nothing does."""
     of_layers = splits.of_layers(len(structure.layers))
     remote = frozenset(index for index, split in enumerate(of_layers) if split.stateful)
@@ -104,12 +110,12 @@ def _move_layers(model: PreTrainedModel, channel: Channel | FailoverChannel, str
     return sessions
 
 
-def _linear(channel: Channel | FailoverChannel, op: str, name: str, in_features: int, out_features: int) -> RemoteLinear:
+def _linear(channel: Line, op: str, name: str, in_features: int, out_features: int) -> RemoteLinear:
     bound = channel.bind(op, out_spec=model_ops.linear, module=name, in_features=in_features, out_features=out_features)
     return RemoteLinear(bound, in_features, out_features)
 
 
-def _fuse(model: PreTrainedModel, channel: Channel | FailoverChannel, projection: Projection) -> None:
+def _fuse(model: PreTrainedModel, channel: Line, projection: Projection) -> None:
     bound = channel.bind(
         model_ops.BATCH_LINEAR,
         out_spec=model_ops.batch_linear,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from shmbroker.errors import BadInput
+from tee_worker.baton import Baton
 from tee_worker.pass_parts import Part, parts_of
 
 if TYPE_CHECKING:
@@ -30,11 +31,12 @@ _ARGUMENTS = {"input_ids", "attention_mask", "position_ids", "past_key_values", 
 class Pipeline:
     """Stands before the forward pass of a model's decoder."""
 
-    def __init__(self, model: PreTrainedModel, ways: int, sessions: Sessions | None) -> None:
+    def __init__(self, model: PreTrainedModel, ways: int, baton: Baton, sessions: Sessions | None) -> None:
         self._decoder: Any = model.get_decoder()  # type: ignore[no-untyped-call]
         self._forward: Callable[..., Any] = self._decoder.forward
         self._config = model.config
         self._ways = ways
+        self._baton = baton
         self._sessions = sessions
         self._threads = ThreadPoolExecutor(ways, thread_name_prefix="pipeline")
         self._micro_batches: weakref.WeakKeyDictionary[Cache, list[DynamicCache]] = weakref.WeakKeyDictionary()
@@ -139,7 +141,7 @@ class Pipeline:
         if not cache.layers:
             cache.layers = DynamicCache(config=self._config).layers
         past = cache.get_seq_length()
-        turns = Turns(len(cache.layers))
+        turns = Turns(len(cache.layers), self._baton)
         mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
 
         def run(index: int, part: Part) -> Any:
@@ -172,7 +174,11 @@ class Pipeline:
 
         def run(one: Callable[[], Any]) -> Any:
             with torch.inference_mode(inference), torch.set_grad_enabled(gradients and not inference):
-                return one()
+                self._baton.take()
+                try:
+                    return one()
+                finally:
+                    self._baton.pass_on()
 
         futures = [self._threads.submit(run, one) for one in runs]
         errors = [error for future in futures if (error := future.exception()) is not None]

@@ -9,6 +9,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from shmbroker.errors import BadInput
+from tee_worker.baton import Baton
 
 ON_THE_WORKER = (
     "at splits 'block' and 'layer' the keys and values are on the GPU worker: beam search, contrastive search and assisted generation, which reorder "
@@ -76,17 +77,23 @@ def is_plain(cache: Cache) -> bool:
 class Turns:
     """The order of the chunks of one prompt at each layer: a chunk has its turn when the one before it is done there."""
 
-    def __init__(self, layers: int) -> None:
+    def __init__(self, layers: int, baton: Baton) -> None:
+        self._baton = baton
         self._done = [0] * layers
         self._failed = False
         self._changed = threading.Condition()
 
     def wait(self, layer: int, chunk: int) -> None:
         """Until the turn of ``chunk`` at ``layer``. Raises :class:`AnotherChunkFailed` when it will not come."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._failed or self._done[layer] >= chunk)
-            if self._failed:
-                raise AnotherChunkFailed("another chunk of this prompt failed")
+        if self._done[layer] < chunk:  # only ever grows
+            self._baton.pass_on()
+            try:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._failed or self._done[layer] >= chunk)
+            finally:
+                self._baton.take()
+        if self._failed:
+            raise AnotherChunkFailed("another chunk of this prompt failed")
 
     def done(self, layer: int) -> None:
         """One more chunk is."""
