@@ -68,6 +68,10 @@ class Structure:
         index = self.layer_of(module)
         return splits.uniform or splits.outside if index is None else splits.of_layers(len(self.layers))[index]
 
+    def moves_whole(self, module: str, splits: Splits) -> bool:
+        """Whether ``module`` is inside of what moves as a whole: a layer, or one of its halves."""
+        return self.layer_of(module) is not None and self.split_of(module, splits).stateful
+
     def layer_of(self, module: str) -> int | None:
         """The index of the layer that ``module`` is in."""
         return next((index for index, name in enumerate(self.layers) if module.startswith(f"{name}.")), None)

@@ -67,6 +67,8 @@ def forward_calls(
         if one is Split.BLOCK:
             yield PlannedCall(model_ops.MLP_BLOCK, (hidden,), (hidden,))
     for projection in structure.projections:
+        if structure.moves_whole(projection.names[0], splits):
+            continue
         inputs = (rows(projection.in_features),)
         outputs = tuple(rows(width) for width in projection.out_features)
         if len(outputs) == 1 or structure.split_of(projection.names[0], splits) is Split.LINEAR:

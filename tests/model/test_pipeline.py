@@ -16,6 +16,8 @@ from shmbroker.checkpoint import Checkpoint
 from tee_worker import Split, Splits, offload
 from tee_worker.parts import own_part
 from tee_worker.pass_parts import SHORTEST_CHUNK, parts_of
+from tee_worker.plan import plan
+from tee_worker.structure import structure_of
 from tee_worker.traffic import generation_traffic
 
 TOKENS = 5 * SHORTEST_CHUNK + 3
@@ -155,3 +157,19 @@ def test_a_mixed_split_reads_as_it_is_written(runs: list[tuple[Split, int]]) -> 
     splits = Splits.named(",".join(text))
     assert list(splits.of_layers(len(layers))) == layers
     assert Splits.named(str(splits)) == splits
+
+
+@pytest.mark.parametrize("split", [*Split, MIXED])
+def test_the_plan_of_the_whole_model_is_that_of_the_part_that_is_loaded(tiny: Path, split: str) -> None:
+    source = Checkpoint.at(tiny)
+    told = plan(source, torch.float32, prompt_tokens=20, new_tokens=3, split=Splits.named(split))
+    own = structure_of(own_part(source, torch.float32, split), split)
+    expected = generation_traffic(own, split, prompt_tokens=20, new_tokens=3)
+    found = next(one for one in told.splits if one.split == str(Splits.named(split)))
+    assert (found.calls, found.sent_bytes, found.received_bytes) == (expected.calls, expected.sent_bytes, expected.received_bytes)
+    assert found.calls_by_op == expected.calls_by_op
+    places = dict(told.places)
+    for index, one in enumerate(Splits.named(split).of_layers(3)):
+        inside = {name: where for name, where in places.items() if name.startswith(f"model.layers.{index}")}
+        assert ("mlp.down_proj" in " ".join(inside)) == (not one.stateful)
+        assert all(where.startswith("GPU worker") for name, where in inside.items() if "norm" not in name) == one.stateful
