@@ -32,6 +32,7 @@ from shmbroker.limits import Limits
 from shmbroker.memory import names
 from shmbroker.memory.geometry import Geometry
 from shmbroker.memory.hold import Hold
+from shmbroker.memory.place import place
 from shmbroker.memory.reaper import objects, reap
 from shmbroker.memory.segment import make_segment
 
@@ -91,6 +92,7 @@ class Broker:
         limits: Limits | None = None,
     ) -> None:
         self.instance = names.check_instance(instance)
+        place()  # what cannot be is told now, not to the first client
         self._limits = limits or Limits()
         self._gid = group
         self._mode = 0o660 if group >= 0 else 0o600
@@ -400,7 +402,7 @@ def _file_bytes(segment: str) -> int:
     if not segment:
         return 0
     try:
-        return (Path(names.SHM_DIR) / segment.lstrip("/")).stat().st_size
+        return os.stat(place().path(f"/{segment.lstrip('/')}")).st_size
     except OSError:
         return 0
 

@@ -32,6 +32,7 @@ from shmbroker.memory import layout, names
 from shmbroker.memory.arena import DEFAULT_PLACE_SECONDS, Arena
 from shmbroker.memory.geometry import DEFAULT_ARENA_BYTES, DEFAULT_CHANNELS, DEFAULT_DEPTH, Geometry
 from shmbroker.memory.hold import Hold, unlink_own
+from shmbroker.memory.place import place
 from shmbroker.memory.segment import Segment
 from shmbroker.process import ask_broker, peer_name, resolve_instance
 from shmbroker.remote_op import as_tensor
@@ -133,7 +134,7 @@ class Client:
             # fault: before segment held
             self._segment = Segment.attach(made.name, hold=True)
             # fault: after segment held
-            stack.callback(unlink_own, names.SHM_DIR + made.name)
+            stack.callback(place().unlink_own, made.name)
             stack.callback(self._segment.close)
             bell = ask_broker(self._requester, m.MakeBell(self.id, this_process()), m.Made, instance)
             self._bell_name = bell.name

@@ -54,16 +54,17 @@ class ObjectName:
     instance: str
     kind: str
     owner: str
+    folder: str = SHM_DIR
 
     @property
     def path(self) -> str:
         """Where the file lies."""
-        return f"{SHM_DIR}/{self.file}"
+        return f"{self.folder}/{self.file}"
 
 
-def parse(file: str) -> ObjectName | None:
-    """The parts of a file name in ``/dev/shm``; None for what is not ours."""
+def parse(file: str, folder: str = SHM_DIR) -> ObjectName | None:
+    """The parts of a file name in ``/dev/shm``, or another folder for segments; None for what is not ours."""
     match = _FILE.fullmatch(file)
     if match is None:
         return None
-    return ObjectName(file=file, instance=match["instance"], kind=match["kind"], owner=match["id"])
+    return ObjectName(file=file, instance=match["instance"], kind=match["kind"], owner=match["id"], folder=folder)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from shmbroker.memory import names
 from shmbroker.memory.hold import unlink_if_unheld
+from shmbroker.memory.place import place
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,10 +21,11 @@ class Reaped:
 
 def objects(instance: str | None = None) -> Iterator[names.ObjectName]:
     """All objects of shmbroker in shared memory, of one instance or of all."""
-    for file in sorted(os.listdir(names.SHM_DIR)):
-        name = names.parse(file)
-        if name is not None and instance in (None, name.instance):
-            yield name
+    for folder in dict.fromkeys([names.SHM_DIR, place().folder]):
+        for file in sorted(os.listdir(folder)) if folder is not None else ():
+            name = names.parse(file, folder or "")
+            if name is not None and instance in (None, name.instance):
+                yield name
 
 
 def reap(instance: str | None = None, owner: str | None = None) -> list[Reaped]:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import mmap
 import os
+import stat
 import time
 
-import posix_ipc
-
 from shmbroker.errors import SegmentError, SharedMemoryFull
-from shmbroker.memory import layout, names
+from shmbroker.memory import layout
 from shmbroker.memory.geometry import Geometry
 from shmbroker.memory.hold import Hold
+from shmbroker.memory.place import VARIABLE, Place, place
 
 
 class Segment:
@@ -74,11 +73,14 @@ class Segment:
 
 
 def _open(name: str) -> int:
+    where = place()
     try:
-        return int(posix_ipc.SharedMemory(name).fd)
-    except posix_ipc.ExistentialError:
-        raise SegmentError(f"segment {name} does not exist (its client or the broker is gone): connect again") from None
-    except posix_ipc.PermissionsError:
+        return where.open(name)
+    except FileNotFoundError:
+        raise SegmentError(
+            f"segment {name} does not exist in {where} (its client or the broker is gone, or ${VARIABLE} is not the same for all): connect again"
+        ) from None
+    except PermissionError:
         raise SegmentError(
             f"segment {name} may not be opened by user {os.geteuid()}: run as the user it belongs to, or start the broker with "
             "--group and a group that both are in"
@@ -92,9 +94,10 @@ def make_segment(name: str, geometry: Geometry, *, instance: str, owner: str, ow
     """
     if len(owner.encode()) >= layout.OWNER_BYTES or len(instance.encode()) >= layout.INSTANCE_BYTES:
         raise ValueError(f"owner {owner!r} or instance {instance!r} is longer than the header has room for")
+    where = place()
     while True:
         # fault: before segment made
-        fd = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=mode).fd
+        fd = where.create(name, mode)
         # fault: after segment made
         try:
             hold = Hold(fd)
@@ -105,12 +108,14 @@ def make_segment(name: str, geometry: Geometry, *, instance: str, owner: str, ow
             unlink_segment(name)
             raise
     try:
-        os.fchmod(fd, mode)  # the creation mode was cut by the umask
-        if gid >= 0:
-            os.fchown(fd, -1, gid)
-        _reserve(fd, geometry.total_bytes)
+        if where.folder is not None:
+            os.fchmod(fd, mode)  # the creation mode was cut by the umask
+            if gid >= 0:
+                os.fchown(fd, -1, gid)
+        _reserve(fd, geometry.total_bytes, where)
         with mmap.mmap(fd, layout.PAGE) as page:
             header = layout.SegmentHeader.from_buffer(page)
+            header.version = 0  # in a file that held a segment before
             header.magic = layout.MAGIC
             header.byte_order = layout.BYTE_ORDER_MARK
             header.total_bytes = geometry.total_bytes
@@ -141,14 +146,16 @@ def make_segment(name: str, geometry: Geometry, *, instance: str, owner: str, ow
 
 def unlink_segment(name: str) -> None:
     """Take the name away; who has it mapped keeps the memory. A name already gone is fine."""
-    with contextlib.suppress(posix_ipc.ExistentialError):
-        posix_ipc.unlink_shared_memory(name)
+    place().unlink(name)
 
 
-def _reserve(fd: int, nbytes: int) -> None:
+def _reserve(fd: int, nbytes: int, where: Place) -> None:
     """Make sure that every page exists now: a page that is missing later is a SIGBUS in whoever touches it."""
-    stat = os.fstatvfs(fd)
-    free = stat.f_bavail * stat.f_frsize
+    found = os.fstat(fd)
+    if where.folder is None and (found.st_size >= nbytes or not stat.S_ISREG(found.st_mode)):
+        return  # a device's memory is as large as it is: mapping it tells
+    space = os.fstatvfs(fd)
+    free = space.f_bavail * space.f_frsize
     try:
         if free < nbytes:
             raise OSError(errno.ENOSPC, "checked beforehand")
@@ -156,17 +163,19 @@ def _reserve(fd: int, nbytes: int) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG):
             raise
-        total = stat.f_blocks * stat.f_frsize
+        total = space.f_blocks * space.f_frsize
         raise SharedMemoryFull(
-            f"{names.SHM_DIR} is too small: a segment of {nbytes} bytes was asked for, {free} of {total} bytes are free; ask for a "
+            f"{where} is too small: a segment of {nbytes} bytes was asked for, {free} of {total} bytes are free; ask for a "
             f"smaller --arena, run 'shmbroker gc', or enlarge it (docker: --shm-size={-(-nbytes // 2**30) + 1}g; else: "
-            f"mount -o remount,size={-(-(nbytes + total - free) // 2**20) + 64}m {names.SHM_DIR})"
+            f"mount -o remount,size={-(-(nbytes + total - free) // 2**20) + 64}m {where})"
         ) from None
 
 
 def _read_header(name: str, fd: int) -> tuple[Geometry, str]:
-    true_bytes = os.fstat(fd).st_size
-    if true_bytes < layout.PAGE:
+    found = os.fstat(fd)
+    true_bytes = found.st_size
+    fixed = place().folder is None  # a file or device that may be larger than the segment in it
+    if true_bytes < layout.PAGE and stat.S_ISREG(found.st_mode):
         raise SegmentError(f"segment {name} is still being made ({true_bytes} bytes so far): try again")
     with mmap.mmap(fd, layout.PAGE, prot=mmap.PROT_READ) as page:
         header = layout.SegmentHeader.from_buffer_copy(page)
@@ -203,6 +212,7 @@ def _read_header(name: str, fd: int) -> tuple[Geometry, str]:
         layout.COMPLETION_SLOT_BYTES,
         layout.ALIGNMENT,
     )
-    if told != expected or geometry.total_bytes != true_bytes:
+    fits = geometry.total_bytes == true_bytes or (fixed and (geometry.total_bytes < true_bytes or not stat.S_ISREG(found.st_mode)))
+    if told != expected or not fits:
         raise SegmentError(f"segment {name} has a spoilt header: sizes {told}, expected {expected} in {true_bytes} bytes")
     return geometry, header.owner.decode("ascii", "replace")
