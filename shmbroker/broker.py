@@ -31,7 +31,7 @@ from shmbroker.errors import BadInput, InstanceInUse, ProtocolMismatch, SharedMe
 from shmbroker.limits import Limits
 from shmbroker.memory import names
 from shmbroker.memory.geometry import Geometry
-from shmbroker.memory.hold import Hold
+from shmbroker.memory.hold import Hold, is_held
 from shmbroker.memory.place import place
 from shmbroker.memory.reaper import objects, reap
 from shmbroker.memory.segment import make_segment
@@ -64,6 +64,8 @@ class Peer:
     watch: Watch
     heard: float
     stats: m.PeerStats = field(default_factory=m.PeerStats)
+    holds: list[Hold] = field(default_factory=list)
+    """Of objects that it cannot hold itself (H4)."""
 
 
 @dataclass(slots=True)
@@ -231,6 +233,7 @@ class Broker:
         handover = self._handovers.pop(hello.peer, None)
         if handover is not None:
             self._end(handover)
+        self._hold_for(self._peers[hello.peer])
         if known is None:
             log.info(
                 "%s %s (%s, pid %d) joined%s",
@@ -369,7 +372,22 @@ class Broker:
             self._next_sweep = now + SWEEP_SECONDS
             self._reap("held by nobody")
 
+    def _hold_for(self, peer: Peer) -> None:
+        """Hold what the peer has and cannot hold itself, so that it is not reaped under it (H4)."""
+        paths = [names.bell_path(names.bell_name(self.instance, peer.hello.peer))]
+        if peer.hello.segment:
+            paths.append(place().path(peer.hello.segment))
+        for path in paths:
+            if os.path.exists(path) and not is_held(path):
+                with contextlib.suppress(OSError):
+                    peer.holds.append(Hold.on(path))
+                    log.info(
+                        "%s %s cannot lock %s where this broker sees it: held for it while it lives", peer.hello.role, peer.hello.name, path
+                    )
+
     def _unwatch(self, peer: Peer) -> None:
+        for hold in peer.holds:
+            hold.release()
         if peer.watch.fd >= 0:
             self._poller.unregister(peer.watch.fd)
         peer.watch.close()

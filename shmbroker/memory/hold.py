@@ -3,11 +3,13 @@
 H1  Who uses an object for life (a client its segment, every process its doorbell) holds it.
 H2  The reaper unlinks an object only while it has the exclusive lock, so exactly what nobody holds.
 H3  After taking a hold, the holder checks that the object still has its name: if the reaper came between, it is told so.
+H4  Where a process cannot lock (a TEE runtime without ``flock``, or one whose locks nobody else sees), the broker holds for it while it lives.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import stat
@@ -16,6 +18,9 @@ import weakref
 
 LOCK_SECONDS = 1.0
 """How long a reaper's exclusive lock may stand in the way of a hold: it needs microseconds, so longer means foul play."""
+
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+"""What a system without ``flock`` answers."""
 
 _holds: weakref.WeakSet[Hold] = weakref.WeakSet()
 
@@ -61,6 +66,10 @@ def _lock_shared(fd: int) -> None:
             if time.monotonic() > until:
                 raise
             time.sleep(0.001)  # the reaper's whole turn is shorter than this
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            return None  # H4
 
 
 def _open_file(path: str) -> int:
