@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import re
 import sys
 from pathlib import Path
@@ -16,6 +17,11 @@ from shmbroker.memory.spec import CODE_OF, NAME_OF
 from tests.processes import run, running, wait_until
 
 ROOT = Path(__file__).parents[2]
+_spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+assert _spec is not None
+assert _spec.loader is not None
+generate = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(generate)
 README = (ROOT / "README.md").read_text()
 
 
@@ -95,3 +101,8 @@ def test_the_broker_is_small_and_loads_neither_torch_nor_numpy() -> None:
         loaded = Path(f"/proc/{broker.pid}/maps").read_text()
         assert "torch" not in loaded
         assert "numpy" not in loaded
+
+
+@pytest.mark.parametrize("page", generate.PAGES)
+def test_generated_pages_are_as_the_programs_make_them_now(page: str) -> None:
+    assert (ROOT / "docs" / page).read_text() == generate.PAGES[page](), "run: python docs/generate.py"
