@@ -61,14 +61,21 @@ class Machine:
         """A path inside as one from here."""
         return Path(f"/proc/{self.pid}/root{inside}")
 
-    def log(self, unit: str) -> str:
-        """What a unit has written."""
-        path = self.path(f"/run/log/{unit}.log")
+    def said(self, unit: str) -> str:
+        """What a unit has written to standard output."""
+        return self._read(f"/run/log/{unit}.log")
+
+    def complained(self, unit: str) -> str:
+        """What a unit has written to standard error."""
+        return self._read(f"/run/log/{unit}.err")
+
+    def _read(self, inside: str) -> str:
+        path = self.path(inside)
         return path.read_text(errors="replace") if path.exists() else ""
 
     def logs(self) -> str:
         """What all units have written, for a failure's message."""
-        files = [self.path("/dev/console"), *sorted(self.path("/run/log").glob("*.log"))]
+        files = [self.path("/dev/console"), *sorted(self.path("/run/log").iterdir())]
         return "".join(f"\n--- {file.name}\n{file.read_text(errors='replace')[-4000:]}" for file in files)
 
     def shared_memory(self) -> list[str]:
