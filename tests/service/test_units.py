@@ -79,7 +79,9 @@ def test_systemd_has_nothing_to_say_against_them(tmp_path: Path, user: bool) -> 
     install(texts(user=user), tmp_path, tmp_path)
     files = [str(tmp_path / name) for name in UNITS]
     # Else those that are installed on this machine would be read too.
-    done = run("systemd-analyze", *(["--user"] if user else []), "verify", *files, XDG_RUNTIME_DIR=str(tmp_path), SYSTEMD_UNIT_PATH=f"{tmp_path}:")
+    done = run(
+        "systemd-analyze", *(["--user"] if user else []), "verify", *files, XDG_RUNTIME_DIR=str(tmp_path), SYSTEMD_UNIT_PATH=f"{tmp_path}:"
+    )
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
 
