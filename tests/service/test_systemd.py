@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import socket
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,12 +14,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from shmbroker.units import install, texts
+from tee_worker.cli import cli as tee_worker_cli
 from tests.model.conftest import SIZES, save_random, tiny_llama
-from tests.processes import wait_until
+from tests.processes import START_SECONDS, wait_until
 from tests.service.machine import ROOT, Machine, machine
 
 BROKER, GPU = "shmbroker.service", "gpu-worker@tiny.service"
-ONCE, LONG = "tee-worker@once.service", "tee-worker@long.service"
+ONCE, LONG, SERVED = "tee-worker@once.service", "tee-worker@long.service", "tee-worker@served.service"
 PROMPT = "w5 w6 w7 w8"
 TOKENS, LONG_TOKENS = 12, 500
 
@@ -71,8 +75,8 @@ def booted(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Iterator[Mac
     made = texts()
     install(made, units, units)
     drop_in(units, "service", ALL)
-    drop_in(units, GPU, "[Service]\nWatchdogSec=6\n")
-    drop_in(units, BROKER, "[Service]\nWatchdogSec=6\n")
+    for unit in (BROKER, GPU, SERVED):
+        drop_in(units, unit, "[Service]\nWatchdogSec=6\n")
     (tee_worker,) = [
         line.partition("=")[2].split()[0] for line in made["tee-worker@.service"].splitlines() if line.startswith("ExecStart=")
     ]
@@ -197,9 +201,31 @@ def test_a_killed_tee_worker_leaves_nothing(running: Machine) -> None:
     wait_until(lambda: running.shared_memory() == held)
 
 
+@pytest.mark.skipif("serve" not in tee_worker_cli.commands, reason="this tee-worker has no command 'serve'")
+def test_the_endpoint_is_ready_when_started_and_comes_back_when_killed_or_hung(running: Machine, expected: list[int]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    running.path("/etc/shmbroker/served.env").write_text(f"TEE_WORKER_ARGS=--model /srv/tiny --split op --port {port}\n")
+
+    def answer() -> list[int]:
+        asked = json.dumps({"model": "tiny", "prompt": PROMPT, "max_tokens": TOKENS, "temperature": 0}).encode()
+        request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/completions", asked, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=START_SECONDS) as told:
+            return [int(word[1:]) for word in json.load(told)["choices"][0]["text"].split()]
+
+    running.systemctl("start", SERVED)
+    assert answer() == expected[:TOKENS]
+    for name in ("KILL", "STOP"):
+        pid = running.main_pid(SERVED)
+        running.signal(SERVED, name)
+        restarted(running, SERVED, pid)
+        assert answer() == expected[:TOKENS]
+
+
 def test_stopping_the_target_stops_all_and_leaves_nothing(running: Machine) -> None:
     assert running.shared_memory()
     running.systemctl("stop", "shmbroker.target")
-    assert [running.show(unit, "Result") for unit in (BROKER, GPU)] == ["success", "success"], running.logs()
-    assert [running.show(unit, "ActiveState") for unit in (BROKER, GPU)] == ["inactive", "inactive"], running.logs()
+    # The target is stopped when this returns, and its services are on their way.
+    wait_until(lambda: all(running.show(unit, "ActiveState") in ("inactive", "failed") for unit in (BROKER, GPU, SERVED)))
+    assert [running.show(unit, "Result") for unit in (BROKER, GPU, SERVED)] == ["success"] * 3, running.logs()
     assert running.shared_memory() == []
