@@ -21,7 +21,7 @@ from types import FrameType
 import posix_ipc
 import zmq
 
-from shmbroker import __version__
+from shmbroker import __version__, notify
 from shmbroker.control import endpoint as endpoints
 from shmbroker.control import messages as m
 from shmbroker.control.access import Access
@@ -156,7 +156,11 @@ class Broker:
                 log.info("%s is held by a living process: adopted", name.file)
             log.info("instance %s: listening on %s", self.instance, self.endpoint)
             ready()
+            notify.ready(f"instance {self.instance} on {self.endpoint}")
+            watchdog = notify.Watchdog.of_environment()
             while not self._stopping:
+                if watchdog is not None:
+                    watchdog.turning("control")
                 events = dict(self._poller.poll(int(TICK_SECONDS * 1000)))
                 if parent_fd in events:
                     break
@@ -165,6 +169,7 @@ class Broker:
                 self._responder.answer_waiting(self._handle)
                 self._look_after_peers()
         finally:
+            notify.stopping()
             signal.set_wakeup_fd(previous_fd)
             for number, handler in previous.items():
                 signal.signal(number, handler)

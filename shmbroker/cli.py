@@ -14,6 +14,7 @@ import click
 from shmbroker import __version__, console
 from shmbroker.errors import BadInput
 from shmbroker.limits import DEFAULT_MAX_CLIENTS, Limits
+from shmbroker.units import units
 
 MAX_GROUP_ID = (1 << 32) - 2
 """All ones means "leave it as it is" to chown(2)."""
@@ -138,6 +139,9 @@ def demo(prompt: str, max_new_tokens: int, splits: tuple[str, ...], lanes: tuple
     from shmbroker.demo import run
 
     sys.exit(0 if run(prompt, max_new_tokens, splits, lanes, as_json) else 1)
+
+
+cli.add_command(units)
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ from typing import Any, TypeVar, overload
 
 import msgspec
 
-from shmbroker import __version__
+from shmbroker import __version__, notify
 from shmbroker.broker_link import BrokerLink
 from shmbroker.control import endpoint as endpoints
 from shmbroker.control import messages as m
@@ -116,6 +116,8 @@ class Worker:
         self._done = ChannelCounters()
         """Of channels that are closed."""
         self._stopping = False
+        self._watchdog = notify.Watchdog.of_environment()
+        """Fed while all threads that serve clients turn; None where nobody watches."""
         self._running = threading.Lock()
         """Held while an op runs: the device does one thing at a time, whichever lane asks."""
 
@@ -169,7 +171,9 @@ class Worker:
         """
         with self._signals(), self._joined():
             ready()
+            notify.ready(f"service {self.service!r} on {self.device}")
             self._serve_shm()
+            notify.stopping()
 
     def stop(self) -> None:
         """Make :meth:`serve` return soon. Callable from any thread and from signal handlers."""
@@ -300,7 +304,10 @@ class Worker:
 
         waiter = bell_waiter
         receivers: tuple[Receiver, ...] = ()
+        watchdog = self._watchdog
         while not self._stopping:
+            if watchdog is not None:
+                watchdog.turning("frames")
             if not changes.empty():
                 while not changes.empty():
                     changes.get()()
@@ -342,6 +349,8 @@ class Worker:
         """The same for the zmq lane, in a thread of its own."""
         while True:
             stopping = self._stopping
+            if self._watchdog is not None:
+                self._watchdog.turning("zmq lane")
             self._zmq.wait(0.1)
             for _ in range(_MESSAGES_AT_ONCE):
                 taken = self._zmq.take()
@@ -380,6 +389,8 @@ class Worker:
         parent = Watch(self._parent) if self._parent is not None else None
         next_look = time.monotonic() + CONTROL_TICK_SECONDS
         while not self._stopping:
+            if self._watchdog is not None:
+                self._watchdog.turning("control")
             self._responder.socket.poll(int(CONTROL_TICK_SECONDS * 200))
             self._responder.answer_waiting(handle)
             while not self._gone.empty():

@@ -54,7 +54,8 @@ def make_private_dir(path: Path, gid: int = -1) -> None:
             os.chown(path, -1, gid)
         except PermissionError:
             raise BadInput(f"user {os.geteuid()} is not in group {gid} and cannot share with it: join the group first") from None
-    os.chmod(path, mode)
+    if stat.S_IMODE(found.st_mode) != mode:  # a sandbox may forbid even to set the bits again that a service manager has set
+        os.chmod(path, mode)
 
 
 def socket_path(instance: str) -> Path:
