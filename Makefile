@@ -27,7 +27,7 @@ unit: $(VENV)/ready
 
 $(VENV)/ready: setup.cfg setup.py pyproject.toml constraints.txt $(wildcard shmbroker/*/*.c shmbroker/*/*.h)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[gguf,test]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[gguf,serve,test]'
 	touch $@
 
 bench: $(VENV)/bench

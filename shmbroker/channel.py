@@ -224,6 +224,12 @@ class Channel:
         for call in lost.values():
             call.fail(WorkerLost(f"op {call.statistics.name!r}, call {call.call_id}: {why} before it answered"))
 
+    def loss(self) -> ShmBrokerError | None:
+        """Why no call on this channel will be answered any more; None while its worker lives."""
+        if self._lost is None and not self._watch.alive():
+            self.completions.alone(self.check_peer)
+        return self._lost
+
     def _check_open(self) -> None:
         if self._lost is not None:
             raise self._lost

@@ -56,6 +56,8 @@ class FailoverChannel:
         self._closed = False
         self._statistics: list[OpStatistics] = []
         self._socket_bytes = 0
+        self._counted: Channel | None = None
+        """The lost channel whose bytes are counted already."""
         self.channel = open_channel(frozenset())
         """The one in use."""
 
@@ -101,16 +103,44 @@ class FailoverChannel:
                 raise error
             if self.channel is not lost:
                 return
-            begun = time.monotonic()
-            self._passed_over.add(lost.worker_id)
-            self._socket_bytes += lost.report().socket_bytes
-            lost.close()
             log.warning("%s; looking for another worker that offers %r", error, self.service)
-            self.channel = self._next(lost, error, begun + self.patience)
-            self.failovers += 1
-            log.warning(
-                "worker %r (pid %d) took over after %.2f s", self.channel.worker_name, self.channel.worker_pid, time.monotonic() - begun
-            )
+            self._replace(lost, error, self.patience)
+
+    def _replace(self, lost: Channel, error: ShmBrokerError, patience: float) -> None:
+        """With the lock held."""
+        begun = time.monotonic()
+        self._passed_over.add(lost.worker_id)
+        if self._counted is not lost:  # an earlier attempt may have found nobody
+            self._counted = lost
+            self._socket_bytes += lost.report().socket_bytes
+        lost.close()
+        self.channel = self._next(lost, error, begun + patience)
+        self.failovers += 1
+        log.warning(
+            "worker %r (pid %d) took over after %.2f s", self.channel.worker_name, self.channel.worker_pid, time.monotonic() - begun
+        )
+
+    def trouble(self) -> str:
+        """Why no call could be made now, in words; empty when one can. If the worker is dead, and another can take over, it does so now.
+
+        Never waits for a worker that is not there yet.
+        """
+        channel = self.channel
+        error = channel.loss()
+        if error is None:
+            return ""
+        if self._closed:
+            return "the channel is closed"
+        if not self._lock.acquire(blocking=False):
+            return f"{error}; a call is waiting for another worker"
+        try:
+            if self.channel is channel:
+                self._replace(channel, error, 0.0)
+        except ShmBrokerError as reason:
+            return str(reason)
+        finally:
+            self._lock.release()
+        return ""
 
     def _next(self, lost: Channel, error: ShmBrokerError, until: float) -> Channel:
         refused = ""
@@ -126,7 +156,7 @@ class FailoverChannel:
                 refused = f" (worker {found.worker_name!r} offers it with other weights or ops: {found.identity}, not {lost.identity})"
                 self._passed_over.add(found.worker_id)
                 found.close()
-            if time.monotonic() >= until:
+            if time.monotonic() >= until or self._closed:
                 raise WorkerLost(
                     f"{error}; none took over within {self.patience:g} s{refused}: start one, or wait longer (--failover)"
                 ) from None

@@ -175,6 +175,39 @@ def prefill(as_json: bool, **options: Any) -> None:
     terminal.print(outcome.render(), highlight=False)
 
 
+@cli.command()
+@click.option("--model", required=True, metavar="DIR", help="Folder of a Hugging Face checkpoint, or a GGUF file.")
+@click.option("--split", default="fused", show_default=True, help=_SPLIT_HELP)
+@_pipeline_option
+@click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen: this machine's loopback alone.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any free one.")
+@click.option("--served-model-name", metavar="NAME", help="What requests call the model. Default: its folder's name.")
+@click.option("--max-context", type=int, metavar="TOKENS", help="Longest prompt and answer together. Default: the model's, 4096 at most.")
+@click.option("--instance", metavar="NAME", help="Which broker. Default: $SHMBROKER_INSTANCE, else 'default'.")
+@click.option("--service", default="gpu", show_default=True, help="As the GPU worker's.")
+@click.option("--dtype", default="float32", show_default=True, help="As the GPU worker's: float32, bfloat16 or float16.")
+@click.option("--lane", default="auto", show_default=True, help="What carries the frames: auto, shm or zmq.")
+@click.option("--arena", metavar="SIZE", help="Shared memory for tensors, e.g. 512M. Default: what the longest context needs.")
+@click.option(
+    "--failover",
+    type=float,
+    default=30.0,
+    show_default=True,
+    help="Seconds that a request waits for a GPU worker that takes over; 0: fail.",
+)
+@click.option("--timeout", type=float, default=60.0, show_default=True, help="Seconds that one call may take.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads to compute with. Default: torch's own choice.")
+@click.option("--until-exit", type=int, default=0, metavar="PID", help="End when this process does.")
+def serve(until_exit: int, **options: Any) -> None:
+    """Answer OpenAI-compatible HTTP requests until SIGTERM."""
+    console.share_cpus()
+    console.end_with(until_exit)
+    from tee_worker import serve as serving
+
+    _quiet_transformers()
+    serving.serve(serving.Options(**options))
+
+
 def _quiet_transformers() -> None:
     """Its advice on flags and its progress bars are not for the user of this command."""
     from transformers.utils import logging
