@@ -202,10 +202,11 @@ def serve(until_exit: int, **options: Any) -> None:
     """Answer OpenAI-compatible HTTP requests until SIGTERM."""
     console.share_cpus()
     console.end_with(until_exit)
+    from shmbroker import notify
     from tee_worker import serve as serving
 
     _quiet_transformers()
-    serving.serve(serving.Options(**options))
+    serving.serve(serving.Options(**options), notify.ready, notify.watchdog)
 
 
 def _quiet_transformers() -> None:

@@ -38,7 +38,7 @@ DRAIN_SECONDS = 10
 READY = "ready: "
 """Begins the line that tells the endpoint's address."""
 
-Signal = Callable[[], None]
+Signal = Callable[[], object]
 
 
 class Options(msgspec.Struct, frozen=True):
