@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +25,8 @@ BOOT_SECONDS = 60.0
 """systemd is up in half a second on an idle machine."""
 
 COMMAND_SECONDS = 120.0
+
+_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -119,24 +123,29 @@ def machine(folder: Path, units: Path, *visible: Path) -> Iterator[Machine]:
     def join() -> None:
         # Before the namespace of cgroups is made: systemd moves every process of its root.
         (group / "cgroup.procs").write_text(str(os.getpid()))
+        # A test run that is killed takes the machine with it.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
     said = folder / "systemd.log"
     try:
-        with said.open("wb") as log:
-            process = subprocess.Popen(
-                command, preexec_fn=join, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, env={**os.environ}
-            )
+        process = _start(command, join, said)
         try:
             yield Machine(_up(process, said))
         finally:
             if process.poll() is None:
                 for child in _children(process.pid):
-                    os.kill(child, 9)
+                    os.kill(child, signal.SIGKILL)
             process.wait(BOOT_SECONDS)
-    except subprocess.SubprocessError as error:
-        pytest.skip(f"no process can be started in a cgroup of its own: {error}")
     finally:
         _remove(group)
+
+
+def _start(command: list[str], before: Callable[[], None], said: Path) -> subprocess.Popen[bytes]:
+    with said.open("wb") as log:
+        try:
+            return subprocess.Popen(command, preexec_fn=before, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+        except subprocess.SubprocessError as error:
+            pytest.skip(f"no process can be started in a cgroup of its own: {error}")
 
 
 def _up(process: subprocess.Popen[bytes], said: Path) -> int:
@@ -144,7 +153,7 @@ def _up(process: subprocess.Popen[bytes], said: Path) -> int:
     until = time.monotonic() + BOOT_SECONDS
     while True:
         status = process.poll()
-        if status == IMPOSSIBLE or (status is not None and "unshare:" in said.read_text()):
+        if status == IMPOSSIBLE or (status is not None and "unshare failed" in said.read_text()):
             pytest.skip(f"no namespaces for a systemd of its own: {said.read_text().strip()}")
         assert status is None, f"systemd ended with status {status}: {said.read_text()}"
         for pid in _children(process.pid):

@@ -22,7 +22,7 @@ from tests.service.machine import ROOT, Machine, machine
 BROKER, GPU = "shmbroker.service", "gpu-worker@tiny.service"
 ONCE, LONG, SERVED = "tee-worker@once.service", "tee-worker@long.service", "tee-worker@served.service"
 PROMPT = "w5 w6 w7 w8"
-TOKENS, LONG_TOKENS = 12, 500
+TOKENS, LONG_TOKENS = 12, 400
 
 ALL = f"""[Service]
 Environment=PYTHONPATH={ROOT} OMP_NUM_THREADS=1
