@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from shmbroker import __version__, console
+from shmbroker import __version__, console, trace_cli
 from shmbroker.errors import BadInput
 from shmbroker.limits import DEFAULT_MAX_CLIENTS, Limits
 
@@ -138,6 +138,9 @@ def demo(prompt: str, max_new_tokens: int, splits: tuple[str, ...], lanes: tuple
     from shmbroker.demo import run
 
     sys.exit(0 if run(prompt, max_new_tokens, splits, lanes, as_json) else 1)
+
+
+cli.add_command(trace_cli.trace)
 
 
 def main() -> None:
