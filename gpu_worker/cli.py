@@ -28,6 +28,7 @@ def cli(log_level: str) -> None:
 @click.option("--name", help="For status and messages.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads to compute with. Default: torch's own choice.")
 @click.option("--spin", type=float, default=50.0, show_default=True, help="Microseconds to look for the next call before sleeping.")
+@click.option("--trace", metavar="FILE", help="Write a trace of every call, for ui.perfetto.dev (docs/traces.md).")
 @click.option("--until-exit", type=int, default=0, metavar="PID", help="End when this process does.")
 def serve(spin: float, **options: Any) -> None:
     """Load the weights, join the broker and serve until SIGTERM."""

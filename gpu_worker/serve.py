@@ -32,6 +32,7 @@ def serve(
     threads: int | None,
     spin: float,
     until_exit: int,
+    trace: str | None,
 ) -> None:
     """Load ``model``, or make random weights of ``shape``, and serve until told to stop. Raises :class:`ShmBrokerError` for whatever is wrong with the arguments."""
     target = open_device(device)
@@ -43,7 +44,9 @@ def serve(
     begun = time.monotonic()
     weights = Weights.load(checkpoint, wanted, target)
     log.info("%s of weights in %s on %s after %.1f s", mib(weights.nbytes), dtype, target.name, time.monotonic() - begun)
-    worker = Worker(service, instance=instance, name=name, device=target.name, spin=spin, until_exit=until_exit, identity=weights.identity)
+    worker = Worker(
+        service, instance=instance, name=name, device=target.name, spin=spin, until_exit=until_exit, identity=weights.identity, trace=trace
+    )
     register(worker, weights, target)
     with torch.no_grad():  # not inference mode, whose tensors do not tell when they were changed
         worker.serve()

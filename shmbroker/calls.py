@@ -133,6 +133,8 @@ class Call:
             statistics.build_ns -= self.copy_ns
         self.inputs = ()  # the worker is done with them: nobody need hold their blocks for this call
         self.done = True
+        if statistics.on_finish is not None:
+            statistics.on_finish(self, queued_ns, compute_ns, taken_ns, now)
         if self.wake is not None or self.future is not None:
             self._tell()
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from shmbroker import __version__, console
+from shmbroker import __version__, console, trace_cli
 from shmbroker.errors import BadInput
 from shmbroker.limits import DEFAULT_MAX_CLIENTS, Limits
 from shmbroker.units import units
@@ -142,6 +142,7 @@ def demo(prompt: str, max_new_tokens: int, splits: tuple[str, ...], lanes: tuple
 
 
 cli.add_command(units)
+cli.add_command(trace_cli.trace)
 
 
 def main() -> None:

@@ -37,6 +37,7 @@ from shmbroker.memory.segment import Segment
 from shmbroker.process import ask_broker, peer_name, resolve_instance
 from shmbroker.remote_op import as_tensor
 from shmbroker.sizes import parse_bytes
+from shmbroker.trace import Trace
 
 log = logging.getLogger(__name__)
 
@@ -64,12 +65,13 @@ def connect(
     spin: float = DEFAULT_SPIN_SECONDS,
     channels: int = DEFAULT_CHANNELS,
     depth: int = DEFAULT_DEPTH,
+    trace: str | os.PathLike[str] | None = None,
 ) -> Client:
     """Join the broker of ``instance`` (``$SHMBROKER_INSTANCE``, else ``default``) and have a segment made.
 
     ``arena``: bytes for tensors, or a text like ``"512M"``; all of it is reserved now. ``timeout``: seconds that a call may take. ``place_timeout``:
     seconds to wait for room in a full arena. ``spin``: seconds to look for a completion before sleeping; 0 to sleep at once. ``channels``: how
-    many may be open. ``depth``: calls in flight on each, a power of two.
+    many may be open. ``depth``: calls in flight on each, a power of two. ``trace``: a file that tells of every call (docs/traces.md).
 
     The broker is found by unix socket, or by $SHMBROKER_CONTROL and $SHMBROKER_KEYS (``shmbroker serve --control``).
 
@@ -84,6 +86,7 @@ def connect(
         spin=spin,
         channel_count=channels,
         depth=depth,
+        trace=trace,
     )
 
 
@@ -101,6 +104,7 @@ class Client:
         spin: float,
         channel_count: int,
         depth: int,
+        trace: str | os.PathLike[str] | None = None,
     ) -> None:
         try:
             geometry = Geometry(arena_bytes, channel_count, depth)
@@ -121,7 +125,11 @@ class Client:
         self._lock = threading.Lock()
         access = Access.of(instance)
         self._undo = contextlib.ExitStack()
+        self._trace: Trace | None = None
         with contextlib.ExitStack() as stack:
+            if trace is not None:
+                self._trace = Trace(trace, f"client {name}")
+                stack.callback(self._trace.close)
             self._context = access.context()
             stack.callback(self._context.term)
             self._requester = Requester(self._context, access.endpoint)
@@ -310,6 +318,10 @@ class Client:
             finally:
                 watch.close()
             stack.pop_all()
+            if self._trace is not None:
+                from shmbroker.traced_channel import TracedChannel
+
+                return TracedChannel(self._trace, self, service, worker, opened, requester, end, loop, index)
             return Channel(self, service, worker, opened, requester, end, loop, index)
 
     def _loop(self, doorbell: Doorbell) -> CompletionLoop:

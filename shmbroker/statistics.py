@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
+from typing import Any
 
 SAMPLES = 1 << 16
 """Calls whose times are kept for the percentiles, per op: the last ones."""
@@ -21,6 +23,7 @@ class OpStatistics:
         "copy_ns",
         "errors",
         "name",
+        "on_finish",
         "queued_ns",
         "read_ns",
         "rpc_ns",
@@ -29,6 +32,8 @@ class OpStatistics:
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.on_finish: Callable[[Any, int, int, int, int], None] | None = None
+        """For a trace: told of each call that is completed, its times at the worker, when the completion was taken, and the time."""
         self.reset()
 
     def reset(self) -> None:

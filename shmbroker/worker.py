@@ -44,6 +44,7 @@ from shmbroker.memory.segment import Segment
 from shmbroker.memory.spec import NAME_OF, TensorSpec, dtype_named
 from shmbroker.ops import BoundOp, OpDefinition, OutSpec
 from shmbroker.process import ask_broker, peer_name, resolve_instance
+from shmbroker.trace import Trace
 from shmbroker.worker_channel import ChannelCounters, MappedSegment, WorkerChannel, describe
 
 log = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ class Worker:
 
     ``spin``: seconds to look for the next frame before sleeping; 0 to sleep at once. ``device``: a word for ``shmbroker status``.
     ``until_exit``: stop when the process with this pid ends. ``identity``: a word for what the answers depend on beside the inputs (weights,
-    say); only a worker of the same identity takes over from another.
+    say); only a worker of the same identity takes over from another. ``trace``: a file that tells of every call (docs/traces.md).
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class Worker:
         device: str = "cpu",
         until_exit: int = 0,
         identity: str = "",
+        trace: str | os.PathLike[str] | None = None,
     ) -> None:
         self.service = service
         self.instance = resolve_instance(instance)
@@ -99,6 +101,8 @@ class Worker:
         self.id = names.new_id()
         self.device = device
         self.identity = identity
+        self._trace_path = trace
+        self._trace: Trace | None = None
         self._spin = spin
         self._parent = process_of(until_exit) if until_exit else None
         self._ops: dict[str, OpDefinition] = {}
@@ -221,6 +225,9 @@ class Worker:
     def _joined(self) -> Iterator[None]:
         """Everything that a serving worker needs, given back in reverse order."""
         with contextlib.ExitStack() as stack:
+            if self._trace_path is not None:
+                self._trace = Trace(self._trace_path, f"worker {self.name}")
+                stack.callback(self._trace.close)
             access = Access.of(self.instance)
             self._context = access.context()
             stack.callback(self._context.term)
@@ -424,7 +431,7 @@ class Worker:
         mapped.users += 1
         self._end_of(opening)
         self._mapped[opening.segment] = mapped
-        channel = WorkerChannel(secrets.randbits(63), opening, mapped, Watch(opening.process))
+        channel = self._new_channel(opening, mapped)
         self._channels[channel.number] = channel
         if end is not None:
             served = channel, end
@@ -454,6 +461,14 @@ class Worker:
             ops=tuple(self._ops),
             identity=self.identity,
         )
+
+    def _new_channel(self, opening: m.OpenChannel, mapped: MappedSegment) -> WorkerChannel:
+        number, watch = secrets.randbits(63), Watch(opening.process)
+        if self._trace is not None:
+            from shmbroker.traced_worker_channel import TracedWorkerChannel
+
+            return TracedWorkerChannel(number, opening, mapped, watch, trace=self._trace)
+        return WorkerChannel(number, opening, mapped, watch)
 
     def _segment_of(self, opening: m.OpenChannel) -> MappedSegment:
         """The client's segment, mapped. Names follow from the client's id: nobody may have anything else opened here."""

@@ -33,6 +33,9 @@ _pipeline_option = click.option(
 )
 
 
+_trace_option = click.option("--trace", metavar="FILE", help="Write a trace of every call, for ui.perfetto.dev (docs/traces.md).")
+
+
 def _model_options(command: Command) -> Command:
     for option in reversed(
         [
@@ -68,6 +71,7 @@ def _model_options(command: Command) -> Command:
 )
 @click.option("--timeout", type=float, default=60.0, show_default=True, help="Seconds that one call may take.")
 @click.option("--spin", type=float, default=50.0, show_default=True, help="Microseconds to look for an answer before sleeping.")
+@_trace_option
 def generate(spin: float, as_json: bool, until_exit: int, **options: Any) -> None:
     """Generate text; stream it as it comes, then print the report."""
     console.share_cpus()
@@ -159,6 +163,7 @@ def plan(model: str | None, shape: str | None, tokens: int, dtype: str, as_json:
 @click.option("--lane", default="auto", show_default=True, help="What carries the frames: auto, shm or zmq.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads to compute with. Default: torch's own choice.")
 @click.option("--timeout", type=float, default=120.0, show_default=True, help="Seconds that one call may take.")
+@_trace_option
 def prefill(as_json: bool, **options: Any) -> None:
     """Measure one prefill, and tell it beside the prototype's figures."""
     console.share_cpus()
@@ -198,6 +203,7 @@ def prefill(as_json: bool, **options: Any) -> None:
 @click.option("--timeout", type=float, default=60.0, show_default=True, help="Seconds that one call may take.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads to compute with. Default: torch's own choice.")
 @click.option("--until-exit", type=int, default=0, metavar="PID", help="End when this process does.")
+@_trace_option
 def serve(until_exit: int, **options: Any) -> None:
     """Answer OpenAI-compatible HTTP requests until SIGTERM."""
     console.share_cpus()

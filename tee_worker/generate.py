@@ -54,6 +54,7 @@ class Options(msgspec.Struct, frozen=True):
     spin: float = 50e-6
     failover: float = 30.0
     threads: int | None = None
+    trace: str | None = None
 
 
 class Analytic(msgspec.Struct, frozen=True):
@@ -107,6 +108,7 @@ def generate(options: Options, on_text: OnText | None = None, on_note: OnText = 
         name="tee-worker",
         timeout=options.timeout,
         spin=options.spin,
+        trace=options.trace,
     ) as client:
         channel: Channel | FailoverChannel
         if options.failover > 0:

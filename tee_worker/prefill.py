@@ -54,6 +54,7 @@ class Options(msgspec.Struct, frozen=True):
     service: str = "gpu"
     lane: str = "auto"
     threads: int | None = None
+    trace: str | None = None
     timeout: float = 120.0
 
 
@@ -131,7 +132,10 @@ def prefill(options: Options, on_note: Callable[[str], None] = lambda note: None
     assert planned.largest_tensor is not None
     arena = round_up(ARENA_FLOOR + (ARENA_LARGEST_TENSORS + 2) * options.pipeline * planned.largest_tensor.nbytes, PAGE)
     ids = torch.randint(0, model.config.vocab_size, (1, options.tokens), generator=torch.Generator().manual_seed(options.seed))
-    with _peers(options, on_note), connect(options.instance, arena=arena, name="tee-worker", timeout=options.timeout) as client:
+    with (
+        _peers(options, on_note),
+        connect(options.instance, arena=arena, name="tee-worker", timeout=options.timeout, trace=options.trace) as client,
+    ):
         channel = client.channel(options.service, lane=options.lane, wait=WORKER_START_SECONDS)
         offload(model, channel, split, pipeline=options.pipeline, structure=structure)
         _run(model, ids[:, :1])  # whatever is done once is done now

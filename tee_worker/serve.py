@@ -59,6 +59,7 @@ class Options(msgspec.Struct, frozen=True):
     timeout: float = 60.0
     threads: int | None = None
     arena: str | None = None
+    trace: str | None = None
 
 
 def serve(options: Options, on_ready: Signal = lambda: None, on_alive: Signal = lambda: None) -> None:
@@ -89,7 +90,9 @@ def serve(options: Options, on_ready: Signal = lambda: None, on_alive: Signal = 
         structure = structure_of(model, split)
         planned = generation_traffic(structure, split, prompt_tokens=max_context, new_tokens=1, pipeline=options.pipeline)
         arena = arena_bytes(options.arena, planned, options.pipeline)
-        client = stack.enter_context(connect(options.instance, arena=arena, name="tee-worker serve", timeout=options.timeout))
+        client = stack.enter_context(
+            connect(options.instance, arena=arena, name="tee-worker serve", timeout=options.timeout, trace=options.trace)
+        )
         channel = client.failover_channel(options.service, lane=options.lane, patience=options.failover)
         offload(model, channel, split, pipeline=options.pipeline, structure=structure)
         name = options.served_model_name or _name_of(checkpoint)

@@ -21,6 +21,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import shmbroker
+from shmbroker import trace_file
 from shmbroker.memory.reaper import objects
 from tests.model.conftest import gpu_worker, save_random, tiny_llama
 from tests.model.test_failover import workers_of
@@ -293,3 +294,19 @@ def test_the_embedded_model_answers_a_question(broker: shmbroker.LocalBroker, em
             temperature=0,
         )
         assert "Paris" in (answer.choices[0].message.content or "")
+
+
+def test_every_program_can_write_a_trace(broker: shmbroker.LocalBroker, talking: Path, tmp_path: Path) -> None:
+    its, served, generated = (str(tmp_path / f"{name}.json") for name in ("worker", "serve", "generate"))
+    with gpu_worker(talking, "traced", "--trace", its), serving(talking, "traced", "--trace", served) as server:
+        assert ask_chat(server, "x", 4)
+        done = run(
+            sys.executable, "-m", "tee_worker", "generate", "--model", str(talking), "--service", "traced", "--prompt", "x",
+            "--max-new-tokens", "4", "--trace", generated, "--json",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(60) == 0
+    ran = {event["id"] for event in trace_file.read(its) if event["ph"] == "t"}
+    assert ran == {event["id"] for path in (served, generated) for event in trace_file.read(path) if event["ph"] == "s"}
+    assert len(ran) == 2 * 4 * (3 * 4 + 2), "calls of four tokens at split fused, three layers, twice"

@@ -17,7 +17,7 @@ if "DRAIN_SECONDS" in os.environ:
 
     shmbroker.worker.DRAIN_SECONDS = float(os.environ["DRAIN_SECONDS"])
 
-worker = shmbroker.Worker(sys.argv[1] if len(sys.argv) > 1 else "test", name="test-worker")
+worker = shmbroker.Worker(sys.argv[1] if len(sys.argv) > 1 else "test", name="test-worker", trace=os.environ.get("TRACE"))
 
 
 @worker.op
