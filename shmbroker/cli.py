@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 
 from shmbroker import __version__, console
+from shmbroker.doctor.command import doctor
 from shmbroker.errors import BadInput
 from shmbroker.limits import Limits
 from shmbroker.settings import DEFAULTS
@@ -143,6 +144,7 @@ def demo(prompt: str, max_new_tokens: int, splits: tuple[str, ...], lanes: tuple
 
 
 cli.add_command(config)
+cli.add_command(doctor)
 
 
 def main() -> None:
