@@ -7,11 +7,12 @@ from typing import Any
 import click
 
 from shmbroker import __version__, console
+from shmbroker.settings import DEFAULTS
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
-@click.option("--log-level", type=click.Choice(console.LEVELS), default="info", show_default=True)
+@click.option("--log-level", type=click.Choice(console.LEVELS), default=DEFAULTS.log_level, show_default=True)
 def cli(log_level: str) -> None:
     """Hold a model's weights and compute for TEE workers."""
     console.set_up_logging(log_level)
@@ -21,13 +22,15 @@ def cli(log_level: str) -> None:
 @click.option("--model", "model", metavar="DIR", help="Folder of a Hugging Face checkpoint (safetensors), or a GGUF file.")
 @click.option("--shape", metavar="NAME", help="Random weights of a known shape instead, e.g. llama-3.2-1b: for measuring.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of --shape's random weights.")
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
-@click.option("--dtype", default="float32", show_default=True, help="float32, bfloat16 or float16.")
-@click.option("--service", default="gpu", show_default=True, help="What TEE workers ask for.")
+@click.option("--device", default=DEFAULTS.device, show_default=True, help="cpu, cuda or cuda:N.")
+@click.option("--dtype", default=DEFAULTS.dtype, show_default=True, help="float32, bfloat16 or float16.")
+@click.option("--service", default=DEFAULTS.service, show_default=True, help="What TEE workers ask for.")
 @click.option("--instance", metavar="NAME", help="Which broker. Default: $SHMBROKER_INSTANCE, else 'default'.")
 @click.option("--name", help="For status and messages.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads to compute with. Default: torch's own choice.")
-@click.option("--spin", type=float, default=50.0, show_default=True, help="Microseconds to look for the next call before sleeping.")
+@click.option(
+    "--spin", type=float, default=DEFAULTS.spin, show_default=True, help="Microseconds to look for the next call before sleeping."
+)
 @click.option("--trace", metavar="FILE", help="Write a trace of every call, for ui.perfetto.dev (docs/traces.md).")
 @click.option("--until-exit", type=int, default=0, metavar="PID", help="End when this process does.")
 def serve(spin: float, **options: Any) -> None:

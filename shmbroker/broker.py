@@ -329,6 +329,8 @@ class Broker:
                     age_seconds=age_of(peer.hello.process),
                     silent_seconds=now - peer.heard,
                     stats=peer.stats,
+                    version=peer.hello.version,
+                    namespace=peer.hello.process.namespace,
                 )
                 for peer in self._peers.values()
             ),

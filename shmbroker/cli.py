@@ -12,8 +12,11 @@ from pathlib import Path
 import click
 
 from shmbroker import __version__, console, trace_cli
+from shmbroker.doctor.command import doctor
 from shmbroker.errors import BadInput
-from shmbroker.limits import DEFAULT_MAX_CLIENTS, Limits
+from shmbroker.limits import Limits
+from shmbroker.settings import DEFAULTS
+from shmbroker.settings_command import config
 from shmbroker.units import units
 
 MAX_GROUP_ID = (1 << 32) - 2
@@ -26,7 +29,7 @@ _instance_option = click.option(
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
-@click.option("--log-level", type=click.Choice(console.LEVELS), default="info", show_default=True)
+@click.option("--log-level", type=click.Choice(console.LEVELS), default=DEFAULTS.log_level, show_default=True)
 def cli(log_level: str) -> None:
     """Hand tensors between processes through shared memory."""
     console.set_up_logging(log_level)
@@ -41,7 +44,7 @@ def cli(log_level: str) -> None:
 @click.option("--keys", metavar="DIR", help="Of 'shmbroker keys --make', for control over TCP. Default: $SHMBROKER_KEYS.")
 @click.option("--max-bytes", metavar="SIZE", help="Shared memory that one process may have made, e.g. 2G. Default: no quota.")
 @click.option(
-    "--max-clients", type=click.IntRange(1), default=DEFAULT_MAX_CLIENTS, show_default=True, help="Clients that have a segment at a time."
+    "--max-clients", type=click.IntRange(1), default=DEFAULTS.max_clients, show_default=True, help="Clients that have a segment at a time."
 )
 @click.option("--until-exit", type=int, default=0, metavar="PID", help="End when this process does.")
 def serve(
@@ -62,13 +65,13 @@ def serve(
     def ready() -> None:
         print(READY_LINE, flush=True)
 
-    limits = Limits(parse_bytes(max_bytes) if max_bytes is not None else 0, max_clients)
+    limits = Limits(parse_bytes(max_bytes) if max_bytes else 0, max_clients)
     broker = Broker(resolve_instance(instance), _group_id(group), until_exit, control=control, keys=keys, limits=limits)
     broker.serve(ready)
 
 
 def _group_id(group: str | None) -> int:
-    if group is None:
+    if not group:
         return -1
     try:
         return grp.getgrnam(group).gr_gid
@@ -143,6 +146,8 @@ def demo(prompt: str, max_new_tokens: int, splits: tuple[str, ...], lanes: tuple
 
 cli.add_command(units)
 cli.add_command(trace_cli.trace)
+cli.add_command(config)
+cli.add_command(doctor)
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ import weakref
 from types import TracebackType
 
 import torch
+from msgspec import UNSET, UnsetType
 
 from shmbroker import __version__
 from shmbroker.broker_link import BrokerLink
@@ -22,30 +23,25 @@ from shmbroker.control.access import Access
 from shmbroker.control.liveness import Watch, this_process
 from shmbroker.control.sockets import Requester
 from shmbroker.errors import BadInput, ChannelError, NoSuchService, ShmBrokerError, WorkerLost
-from shmbroker.failover import DEFAULT_PATIENCE_SECONDS, FailoverChannel
+from shmbroker.failover import FailoverChannel
 from shmbroker.lane.doorbell import PollingBell, SemaphoreBell, shm_lane_supported
 from shmbroker.lane.kinds import Doorbell, Lane
 from shmbroker.lane.shm_lane import CLIENT_SLEEPING, ShmClientLane, clear_channel
-from shmbroker.lane.waiter import DEFAULT_SPIN_SECONDS, Waiter
+from shmbroker.lane.waiter import Waiter
 from shmbroker.lane.zmq_lane import ZmqClientLane
 from shmbroker.memory import layout, names
-from shmbroker.memory.arena import DEFAULT_PLACE_SECONDS, Arena
-from shmbroker.memory.geometry import DEFAULT_ARENA_BYTES, DEFAULT_CHANNELS, DEFAULT_DEPTH, Geometry
+from shmbroker.memory.arena import Arena
+from shmbroker.memory.geometry import Geometry
 from shmbroker.memory.hold import Hold, unlink_own
 from shmbroker.memory.place import place
 from shmbroker.memory.segment import Segment
 from shmbroker.process import ask_broker, peer_name, resolve_instance
 from shmbroker.remote_op import as_tensor
+from shmbroker.settings import current
 from shmbroker.sizes import parse_bytes
 from shmbroker.trace import Trace
 
 log = logging.getLogger(__name__)
-
-DEFAULT_CALL_SECONDS = 30.0
-"""Timeout of a call that does not give one: far above any op, far below anybody's patience."""
-
-DEFAULT_SERVICE_SECONDS = 5.0
-"""How long :meth:`Client.channel` waits for a worker that is still starting."""
 
 _SERVICE_POLL_SECONDS = 0.05
 
@@ -58,34 +54,36 @@ _open: weakref.WeakSet[Client] = weakref.WeakSet()
 def connect(
     instance: str | None = None,
     *,
-    arena: int | str = DEFAULT_ARENA_BYTES,
+    arena: int | str | None = None,
     name: str | None = None,
-    timeout: float | None = DEFAULT_CALL_SECONDS,
-    place_timeout: float = DEFAULT_PLACE_SECONDS,
-    spin: float = DEFAULT_SPIN_SECONDS,
-    channels: int = DEFAULT_CHANNELS,
-    depth: int = DEFAULT_DEPTH,
+    timeout: float | UnsetType | None = UNSET,
+    place_timeout: float | None = None,
+    spin: float | None = None,
+    channels: int | None = None,
+    depth: int | None = None,
     trace: str | os.PathLike[str] | None = None,
 ) -> Client:
-    """Join the broker of ``instance`` (``$SHMBROKER_INSTANCE``, else ``default``) and have a segment made.
+    """Join the broker of ``instance`` and have a segment made. What is not given is taken from the settings (docs/configuration.md).
 
-    ``arena``: bytes for tensors, or a text like ``"512M"``; all of it is reserved now. ``timeout``: seconds that a call may take. ``place_timeout``:
-    seconds to wait for room in a full arena. ``spin``: seconds to look for a completion before sleeping; 0 to sleep at once. ``channels``: how
-    many may be open. ``depth``: calls in flight on each, a power of two. ``trace``: a file that tells of every call (docs/traces.md).
+    ``arena``: bytes for tensors, or a text like ``"512M"``; all of it is reserved now. ``timeout``: seconds that a call may take, None for no
+    limit. ``place_timeout``: seconds to wait for room in a full arena. ``spin``: seconds to look for a completion before sleeping; 0 to sleep
+    at once. ``channels``: how many may be open. ``depth``: calls in flight on each, a power of two. ``trace``: a file that tells of every call
+    (docs/traces.md).
 
     The broker is found by unix socket, or by $SHMBROKER_CONTROL and $SHMBROKER_KEYS (``shmbroker serve --control``).
 
     Raises :class:`BrokerUnreachable`, :class:`SharedMemoryFull`, :class:`QuotaExceeded`, :class:`TooManyClients`, :class:`BadInput`.
     """
+    settings = current()
     return Client(
         resolve_instance(instance),
-        arena_bytes=layout.round_up(parse_bytes(arena), layout.PAGE),
+        arena_bytes=layout.round_up(parse_bytes(settings.arena if arena is None else arena), layout.PAGE),
         name=peer_name(name),
-        timeout=timeout,
-        place_timeout=place_timeout,
-        spin=spin,
-        channel_count=channels,
-        depth=depth,
+        timeout=settings.timeout if timeout is UNSET else timeout,
+        place_timeout=settings.place_timeout if place_timeout is None else place_timeout,
+        spin=settings.spin * 1e-6 if spin is None else spin,
+        channel_count=settings.channels if channels is None else channels,
+        depth=settings.depth if depth is None else depth,
         trace=trace,
     )
 
@@ -201,9 +199,9 @@ class Client:
     # --- channels -----------------------------------------------------------------------------------------------------------------------
 
     def channel(
-        self, service: str = "gpu", *, lane: str = "auto", doorbell: str = "auto", wait: float = DEFAULT_SERVICE_SECONDS
+        self, service: str | None = None, *, lane: str | None = None, doorbell: str | None = None, wait: float | None = None
     ) -> Channel:
-        """Open a channel to a worker that offers ``service``, waiting ``wait`` seconds for one to come.
+        """Open a channel to a worker that offers ``service``, waiting ``wait`` seconds for one to come. What is not given: as the settings.
 
         ``lane``: ``shm`` (queues in shared memory) or ``zmq`` (a socket); ``doorbell`` of lane shm: ``sem`` or ``poll``. ``auto`` takes the fastest
         that works at both ends. Raises :class:`NoSuchService`, :class:`ChannelError`, :class:`BadInput`.
@@ -212,18 +210,21 @@ class Client:
 
     def failover_channel(
         self,
-        service: str = "gpu",
+        service: str | None = None,
         *,
-        lane: str = "auto",
-        doorbell: str = "auto",
-        wait: float = DEFAULT_SERVICE_SECONDS,
-        patience: float = DEFAULT_PATIENCE_SECONDS,
+        lane: str | None = None,
+        doorbell: str | None = None,
+        wait: float | None = None,
+        patience: float | None = None,
     ) -> FailoverChannel:
         """:meth:`channel`, and when its worker dies or drains, another of the same service and identity takes over: calls go on.
 
         ``patience``: seconds to wait for one that can; then :class:`WorkerLost` is raised. Only for ops that may be run twice: functions of
         their inputs.
         """
+        settings = current()
+        service = settings.service if service is None else service
+        patience = settings.failover if patience is None else patience
         if not patience >= 0:
             raise BadInput(f"patience {patience!r} must be a number of seconds, 0 or more")
         return FailoverChannel(
@@ -233,8 +234,14 @@ class Client:
             patience,
         )
 
-    def _channel(self, service: str, lane: str, doorbell: str, wait: float, passed_over: frozenset[str]) -> Channel:
+    def _channel(
+        self, service: str | None, lane: str | None, doorbell: str | None, wait: float | None, passed_over: frozenset[str]
+    ) -> Channel:
         self._check_open()
+        settings = current()
+        service = settings.service if service is None else service
+        lane, doorbell = settings.lane if lane is None else lane, settings.doorbell if doorbell is None else doorbell
+        wait = settings.wait if wait is None else wait
         if not isinstance(service, str) or not service:
             raise BadInput(f"a service is named by a string, not by {service!r}")
         wanted_lane, wanted_doorbell = _choose(lane, doorbell)

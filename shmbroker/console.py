@@ -9,12 +9,12 @@ import select
 import signal
 import sys
 import threading
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from shmbroker.errors import ShmBrokerError
+from shmbroker.settings import load
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -58,10 +58,22 @@ def share_cpus() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-def run(command: Callable[..., object]) -> None:
-    """Run a click command; errors of ours become one line on standard error and exit status 1. Tracebacks need ``--log-level debug``."""
+RESOLVED_LATER = ("instance", "control", "keys")
+"""Options that the roles take from the settings themselves, as they do for who uses them from Python."""
+
+
+def default_map(command: click.Command, chosen: dict[str, Any]) -> dict[str, Any]:
+    """Defaults of a command's options, and of its subcommands', from the settings that somebody set (click's ``default_map``)."""
+    defaults = {param.name: chosen[param.name] for param in command.params if param.name in chosen and param.name not in RESOLVED_LATER}
+    if isinstance(command, click.Group):
+        defaults |= {name: default_map(one, chosen) for name, one in command.commands.items()}
+    return defaults
+
+
+def run(command: click.Command) -> None:
+    """Run a click command, its defaults as the settings say; errors of ours become one line on standard error and exit status 1. Tracebacks need ``--log-level debug``."""
     try:
-        command(standalone_mode=False)
+        command.main(standalone_mode=False, default_map=default_map(command, load().chosen()))
     except click.exceptions.Exit as end:
         sys.exit(end.exit_code)
     except click.Abort:

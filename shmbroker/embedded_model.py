@@ -18,6 +18,7 @@ import click
 
 from shmbroker import console
 from shmbroker.errors import BadInput
+from shmbroker.settings import current
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ CACHE_VARIABLE = "SHMBROKER_CACHE"
 
 def cache_dir() -> Path:
     """``$SHMBROKER_CACHE``, else ``shmbroker`` in the user's cache folder."""
-    told = os.environ.get(CACHE_VARIABLE)
+    told = current().cache
     return Path(told) if told else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "shmbroker"
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from shmbroker.errors import QuotaExceeded, TooManyClients
+from shmbroker.settings import DEFAULTS
 
-DEFAULT_MAX_CLIENTS = 256
-"""A client costs its broker three open files, of the 1024 that a process may have by default."""
+DEFAULT_MAX_CLIENTS = DEFAULTS.max_clients
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,7 +62,7 @@ def local_broker(*, log_level: str = "warning") -> Iterator[LocalBroker]:
     environment = {INSTANCE_VARIABLE: instance, _RUNTIME_VARIABLE: runtime, CONTROL_VARIABLE: UNIX}
     before = {variable: os.environ.get(variable) for variable in environment}
     command = [sys.executable, "-m", "shmbroker", "--log-level", log_level, "serve", "--instance", instance]
-    command += ["--until-exit", str(os.getpid())]
+    command += ["--until-exit", str(os.getpid()), "--group", ""]  # for this user, whatever the settings say
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, env={**os.environ, **environment})
     try:
         _await_ready(process)

@@ -13,10 +13,11 @@ from shmbroker.control.messages import Message
 from shmbroker.control.sockets import Requester
 from shmbroker.errors import BadInput, BrokerUnreachable
 from shmbroker.memory.names import check_instance
+from shmbroker.settings import DEFAULTS, current
 
 Answer = TypeVar("Answer", bound=Message)
 
-DEFAULT_INSTANCE = "default"
+DEFAULT_INSTANCE = DEFAULTS.instance
 INSTANCE_VARIABLE = "SHMBROKER_INSTANCE"
 MAX_NAME = 100
 
@@ -25,8 +26,8 @@ ASK_SECONDS = 3.0
 
 
 def resolve_instance(instance: str | None) -> str:
-    """``instance``, else ``$SHMBROKER_INSTANCE``, else ``default``."""
-    return check_instance(instance or os.environ.get(INSTANCE_VARIABLE) or DEFAULT_INSTANCE)
+    """``instance``, else that of the settings (``$SHMBROKER_INSTANCE``), else ``default``."""
+    return check_instance(instance or current().instance)
 
 
 def peer_name(told: str | None = None) -> str:

@@ -31,12 +31,13 @@ from shmbroker.control.access import Access
 from shmbroker.control.curve import ANY_PORT
 from shmbroker.control.liveness import Watch, process_of, this_process
 from shmbroker.control.sockets import Requester, Responder
+from shmbroker.echo import BUILT_IN_OPS, RESERVED
 from shmbroker.errors import BadInput, ChannelError, ProtocolMismatch
 from shmbroker.lane.doorbell import PollingBell, SemaphoreBell, shm_lane_supported
 from shmbroker.lane.ends import Receiver
 from shmbroker.lane.kinds import Doorbell, Lane
 from shmbroker.lane.shm_lane import ShmWorkerLane
-from shmbroker.lane.waiter import DEFAULT_SPIN_SECONDS, Waiter
+from shmbroker.lane.waiter import Waiter
 from shmbroker.lane.zmq_lane import ZmqWorkerSocket, new_token
 from shmbroker.memory import layout, names
 from shmbroker.memory.hold import Hold, unlink_own
@@ -44,6 +45,7 @@ from shmbroker.memory.segment import Segment
 from shmbroker.memory.spec import NAME_OF, TensorSpec, dtype_named
 from shmbroker.ops import BoundOp, OpDefinition, OutSpec
 from shmbroker.process import ask_broker, peer_name, resolve_instance
+from shmbroker.settings import current
 from shmbroker.trace import Trace
 from shmbroker.worker_channel import ChannelCounters, MappedSegment, WorkerChannel, describe
 
@@ -74,6 +76,7 @@ class Worker:
 
         worker.serve()
 
+    ``service`` and ``instance``: as the settings say where not given (docs/configuration.md).
     ``spin``: seconds to look for the next frame before sleeping; 0 to sleep at once. ``device``: a word for ``shmbroker status``.
     ``until_exit``: stop when the process with this pid ends. ``identity``: a word for what the answers depend on beside the inputs (weights,
     say); only a worker of the same identity takes over from another. ``trace``: a file that tells of every call (docs/traces.md).
@@ -81,17 +84,19 @@ class Worker:
 
     def __init__(
         self,
-        service: str = "gpu",
+        service: str | None = None,
         *,
         instance: str | None = None,
         name: str | None = None,
-        spin: float = DEFAULT_SPIN_SECONDS,
+        spin: float | None = None,
         device: str = "cpu",
         until_exit: int = 0,
         identity: str = "",
         trace: str | os.PathLike[str] | None = None,
     ) -> None:
-        self.service = service
+        settings = current()
+        self.service = service = settings.service if service is None else service
+        spin = settings.spin * 1e-6 if spin is None else spin
         self.instance = resolve_instance(instance)
         self.name = peer_name(name)
         if not service or not service.isprintable():
@@ -160,6 +165,8 @@ class Worker:
         return register
 
     def _register(self, definition: OpDefinition) -> None:
+        if definition.name.startswith(RESERVED):
+            raise BadInput(f"op {definition.name!r} cannot be registered: names that begin with {RESERVED!r} are every worker's own")
         if definition.name in self._ops:
             raise BadInput(f"op {definition.name!r} is registered already")
         self._ops[definition.name] = definition
@@ -505,7 +512,7 @@ class Worker:
 
     def _bind(self, request: m.Bind) -> m.Bound:
         channel = self._channel(request.channel)
-        definition = self._ops.get(request.op)
+        definition = self._ops.get(request.op) or BUILT_IN_OPS.get(request.op)
         if definition is None:
             raise BadInput(f"worker {self.name!r} has no op {request.op!r}; it has: {', '.join(self._ops) or 'none'}")
         try:

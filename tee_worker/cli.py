@@ -9,13 +9,16 @@ from typing import Any, TypeVar
 import click
 
 from shmbroker import __version__, console
+from shmbroker.settings import DEFAULTS, OWN_DEFAULTS
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+_GENERATE = OWN_DEFAULTS["tee-worker generate"]
+_PREFILL = OWN_DEFAULTS["tee-worker prefill"]
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
-@click.option("--log-level", type=click.Choice(console.LEVELS), default="warning", show_default=True)
+@click.option("--log-level", type=click.Choice(console.LEVELS), default=OWN_DEFAULTS["tee-worker"]["log_level"], show_default=True)
 def cli(log_level: str) -> None:
     """Run a Hugging Face model whose heavy modules are computed by a GPU worker."""
     console.set_up_logging(log_level)
@@ -43,7 +46,7 @@ def _model_options(command: Command) -> Command:
             click.option("--prompt", required=True, help="What to go on from."),
             click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template."),
             click.option("--max-new-tokens", type=click.IntRange(1), default=64, show_default=True),
-            click.option("--dtype", default="float32", show_default=True, help="As the GPU worker's: float32, bfloat16 or float16."),
+            click.option("--dtype", default=DEFAULTS.dtype, show_default=True, help="As the GPU worker's: float32, bfloat16 or float16."),
             click.option("--threads", type=click.IntRange(1), help="CPU threads to compute with. Default: torch's own choice."),
             click.option("--until-exit", type=int, default=0, metavar="PID", help="End when this process does."),
             click.option("--json", "as_json", is_flag=True, help="For programs."),
@@ -55,22 +58,24 @@ def _model_options(command: Command) -> Command:
 
 @cli.command()
 @_model_options
-@click.option("--split", default="fused", show_default=True, help=_SPLIT_HELP)
+@click.option("--split", default=DEFAULTS.split, show_default=True, help=_SPLIT_HELP)
 @_pipeline_option
 @click.option("--instance", metavar="NAME", help="Which broker. Default: $SHMBROKER_INSTANCE, else 'default'.")
-@click.option("--service", default="gpu", show_default=True, help="As the GPU worker's.")
-@click.option("--lane", default="auto", show_default=True, help="What carries the frames: auto, shm or zmq.")
-@click.option("--doorbell", default="auto", show_default=True, help="What wakes a waiting process, on lane shm: auto, sem or poll.")
+@click.option("--service", default=DEFAULTS.service, show_default=True, help="As the GPU worker's.")
+@click.option("--lane", default=DEFAULTS.lane, show_default=True, help="What carries the frames: auto, shm or zmq.")
+@click.option(
+    "--doorbell", default=DEFAULTS.doorbell, show_default=True, help="What wakes a waiting process, on lane shm: auto, sem or poll."
+)
 @click.option("--arena", metavar="SIZE", help="Shared memory for tensors, e.g. 512M. Default: what the run needs.")
 @click.option(
     "--failover",
     type=float,
-    default=30.0,
+    default=DEFAULTS.failover,
     show_default=True,
     help="Seconds to wait for a GPU worker that takes over from one that died; 0: fail.",
 )
-@click.option("--timeout", type=float, default=60.0, show_default=True, help="Seconds that one call may take.")
-@click.option("--spin", type=float, default=50.0, show_default=True, help="Microseconds to look for an answer before sleeping.")
+@click.option("--timeout", type=float, default=_GENERATE["timeout"], show_default=True, help="Seconds that one call may take.")
+@click.option("--spin", type=float, default=DEFAULTS.spin, show_default=True, help="Microseconds to look for an answer before sleeping.")
 @_trace_option
 def generate(spin: float, as_json: bool, until_exit: int, **options: Any) -> None:
     """Generate text; stream it as it comes, then print the report."""
@@ -113,7 +118,7 @@ _source_options = (
     click.option("--model", metavar="DIR", help="Folder of a Hugging Face checkpoint, or a GGUF file."),
     click.option("--shape", metavar="NAME", help="A known shape instead, e.g. llama-3.2-1b, with random weights."),
     click.option("--tokens", type=click.IntRange(1), default=1024, show_default=True, help="Tokens of the prompt."),
-    click.option("--dtype", default="float32", show_default=True, help="float32, bfloat16 or float16."),
+    click.option("--dtype", default=DEFAULTS.dtype, show_default=True, help="float32, bfloat16 or float16."),
     click.option("--json", "as_json", is_flag=True, help="For programs."),
 )
 
@@ -127,8 +132,8 @@ def _with_source(command: Command) -> Command:
 @cli.command()
 @_with_source
 @click.option("--new-tokens", type=click.IntRange(1), default=1, show_default=True, help="Tokens to generate; 1 is the prefill alone.")
-@click.option("--split", help="Tell module by module where it runs at this split.")
-def plan(model: str | None, shape: str | None, tokens: int, dtype: str, as_json: bool, new_tokens: int, split: str | None) -> None:
+@click.option("--split", "detailed", metavar="SPLIT", help="Tell module by module where it runs at this split.")
+def plan(model: str | None, shape: str | None, tokens: int, dtype: str, as_json: bool, new_tokens: int, detailed: str | None) -> None:
     """Tell calls, bytes each way and the largest block of every split, without running anything."""
     import msgspec
 
@@ -138,7 +143,7 @@ def plan(model: str | None, shape: str | None, tokens: int, dtype: str, as_json:
     from tee_worker.splits import Splits
 
     _quiet_transformers()
-    wanted = None if split is None else Splits.named(split)
+    wanted = None if detailed is None else Splits.named(detailed)
     made = planning.plan(model_source(model, shape, 0), model_dtype(dtype), prompt_tokens=tokens, new_tokens=new_tokens, split=wanted)
     if as_json:
         click.echo(json.dumps(msgspec.to_builtins(made)))
@@ -153,16 +158,16 @@ def plan(model: str | None, shape: str | None, tokens: int, dtype: str, as_json:
 @cli.command()
 @_with_source
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random weights, and of the prompt.")
-@click.option("--split", default="op", show_default=True, help=_SPLIT_HELP)
+@click.option("--split", default=_PREFILL["split"], show_default=True, help=_SPLIT_HELP)
 @_pipeline_option
 @click.option("--compare", is_flag=True, help="Also in this process alone, with the largest difference of the logits.")
 @click.option(
     "--instance", metavar="NAME", help="Which broker. Default: $SHMBROKER_INSTANCE, else 'default'; if none runs, one is started."
 )
-@click.option("--service", default="gpu", show_default=True, help="As the GPU worker's.")
-@click.option("--lane", default="auto", show_default=True, help="What carries the frames: auto, shm or zmq.")
+@click.option("--service", default=DEFAULTS.service, show_default=True, help="As the GPU worker's.")
+@click.option("--lane", default=DEFAULTS.lane, show_default=True, help="What carries the frames: auto, shm or zmq.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads to compute with. Default: torch's own choice.")
-@click.option("--timeout", type=float, default=120.0, show_default=True, help="Seconds that one call may take.")
+@click.option("--timeout", type=float, default=_PREFILL["timeout"], show_default=True, help="Seconds that one call may take.")
 @_trace_option
 def prefill(as_json: bool, **options: Any) -> None:
     """Measure one prefill, and tell it beside the prototype's figures."""

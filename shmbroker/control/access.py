@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import socket
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from shmbroker.control.curve import CurveContext, is_loopback
 from shmbroker.control.endpoint import broker_endpoint
 from shmbroker.control.keys import Keys
 from shmbroker.errors import BadInput
+from shmbroker.settings import current
 
 CONTROL_VARIABLE = "SHMBROKER_CONTROL"
 KEYS_VARIABLE = "SHMBROKER_KEYS"
@@ -32,17 +32,18 @@ class Access:
 
     @classmethod
     def of(cls, instance: str, control: str | None = None, keys: str | None = None) -> Access:
-        """By ``control`` (``ipc`` or ``tcp://127.0.0.1:PORT``) and the folder ``keys``, else by $SHMBROKER_CONTROL and $SHMBROKER_KEYS.
+        """By ``control`` (``ipc`` or ``tcp://127.0.0.1:PORT``) and the folder ``keys``, else by the settings (docs/configuration.md).
 
         Raises :class:`BadInput` for TCP without keys, for an address that is not loopback, and for keys that cannot be used.
         """
-        control = control or os.environ.get(CONTROL_VARIABLE) or UNIX
+        settings = current()
+        control = control or settings.control
         if control == UNIX:
             if keys:
                 raise BadInput("keys are for control over TCP: give --control tcp://127.0.0.1:PORT too")
             return cls(broker_endpoint(instance))
         endpoint = loopback_endpoint(control)
-        folder = keys or os.environ.get(KEYS_VARIABLE)
+        folder = keys or settings.keys
         if not folder:
             raise BadInput(
                 f"control over TCP ({control}) needs keys: make them with 'shmbroker keys --make DIR', then give --keys DIR to "

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from shmbroker.errors import BadInput, BrokerUnreachable
+from shmbroker.settings import current
 
 SYSTEM_DIR = Path("/run/shmbroker")
 """Made by systemd (``RuntimeDirectory=``) or by a broker that runs as root."""
@@ -23,7 +24,7 @@ MAX_PATH_BYTES = 100
 
 def runtime_dir() -> Path:
     """The folder of the sockets: ``$SHMBROKER_RUNTIME_DIR``, else ``/run/shmbroker`` where it can be used, else the user's own."""
-    told = os.environ.get("SHMBROKER_RUNTIME_DIR")
+    told = current().runtime_dir
     if told:
         return Path(told)
     if os.geteuid() == 0 or os.access(SYSTEM_DIR, os.R_OK | os.X_OK):

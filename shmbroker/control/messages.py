@@ -188,6 +188,10 @@ class PeerStatus(msgspec.Struct, frozen=True):
     silent_seconds: float
     """Since its last heartbeat."""
     stats: PeerStats
+    version: str = ""
+    """Of shmbroker, as it told; empty from a broker that does not pass it on."""
+    namespace: int = 0
+    """Of pids, as in :class:`ProcessId`."""
 
 
 class StatusReport(Message, frozen=True):

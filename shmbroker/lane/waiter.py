@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from shmbroker.lane.core import spin
 from shmbroker.lane.doorbell import RECHECK_SECONDS, PollingBell, SemaphoreBell, fence
 from shmbroker.lane.ends import Receiver
+from shmbroker.settings import DEFAULTS
 
-DEFAULT_SPIN_SECONDS = 50e-6
-"""How long to look before blocking: about what blocking and being woken costs (46 us on the reference machine)."""
+DEFAULT_SPIN_SECONDS = DEFAULTS.spin * 1e-6
 
 
 LINGER_SECONDS = 3e-3

@@ -26,8 +26,9 @@ from shmbroker.memory.leases import Leases, leases_over
 from shmbroker.memory.ring import Extent, Occupancy, RingAllocator, largest_request
 from shmbroker.memory.room import Room, room_for
 from shmbroker.memory.segment import Segment
+from shmbroker.settings import DEFAULTS
 
-DEFAULT_PLACE_SECONDS = 5.0
+DEFAULT_PLACE_SECONDS = DEFAULTS.place_timeout
 """How long placing a block waits for a release. Long enough for a call in flight to end, short enough that a leak is told."""
 
 RECHECK_SECONDS = 0.1

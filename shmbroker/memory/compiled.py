@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-import os
+from shmbroker.settings import current
 
-WANTED = os.environ.get("SHMBROKER_PURE_PYTHON", "") in ("", "0")
+WANTED = not current().pure_python

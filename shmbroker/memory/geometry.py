@@ -6,22 +6,22 @@ import ctypes
 from dataclasses import dataclass
 
 from shmbroker.memory import layout
+from shmbroker.settings import DEFAULTS
+from shmbroker.sizes import parse_bytes
 
-DEFAULT_ARENA_BYTES = 256 << 20
-DEFAULT_CHANNELS = 16
-"""Channels of one client: one for each worker it talks to, with room."""
-
-DEFAULT_DEPTH = 64
-"""Calls in flight on one channel; a power of two, so a position becomes a slot by a mask."""
+DEFAULT_ARENA_BYTES = parse_bytes(DEFAULTS.arena)
 
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """Sizes of a segment, bytes unless named otherwise. ``depth`` holds for both queues of a channel."""
+    """Sizes of a segment, bytes unless named otherwise.
+
+    ``depth`` holds for both queues of a channel; a power of two, so a position becomes a slot by a mask.
+    """
 
     arena_bytes: int = DEFAULT_ARENA_BYTES
-    channel_count: int = DEFAULT_CHANNELS
-    depth: int = DEFAULT_DEPTH
+    channel_count: int = DEFAULTS.channels
+    depth: int = DEFAULTS.depth
 
     def __post_init__(self) -> None:
         if self.arena_bytes < layout.PAGE or self.arena_bytes % layout.PAGE:

@@ -19,6 +19,7 @@ import posix_ipc
 from shmbroker.errors import BadInput, SegmentError
 from shmbroker.memory import names
 from shmbroker.memory.hold import unlink_own
+from shmbroker.settings import current
 
 VARIABLE = "SHMBROKER_SEGMENTS"
 PREFIX = "path:"
@@ -160,7 +161,7 @@ class FilePlace:
 
 def place() -> Place:
     """Where segments lie, as this process is told. Raises :class:`BadInput` for what cannot be."""
-    return _place(os.environ.get(VARIABLE, ""))
+    return _place(current().segments)
 
 
 @functools.lru_cache(maxsize=4)

@@ -21,7 +21,7 @@ from tests.hostile.peer import Bytes, Footprint, HostileClient, field_bytes, lie
 from tests.processes import wait_until, worker_process
 
 SEED = 20240607
-FRAMES = int(os.environ.get("SHMBROKER_HOSTILE_FRAMES", "1000000"))
+FRAMES = int(os.environ.get("HOSTILE_FRAMES", "1000000"))
 """Mutated frames in the large test, which takes a quarter of a minute for them; fewer where time is short."""
 
 PURE_FRAMES = 20_000
