@@ -15,8 +15,9 @@ DOUBLED_BITS = 2 * 64 + 1
 
 
 def no_calls() -> list[int]:
-    """A histogram of call times, empty. A call of t nanoseconds is counted by ``histogram[(t * t).bit_length()] += 1``: two buckets for each
-    doubling, no bounds to check, and one step of integer arithmetic instead of a logarithm.
+    """A histogram of call times, empty. A call of t nanoseconds is counted by ``histogram[(t * t).bit_length()] += 1``.
+
+    So there are two buckets for each doubling, no bounds to check, and no logarithm to take.
     """
     return [0] * DOUBLED_BITS
 

@@ -290,8 +290,9 @@ class Arena:
             self._leases = None
 
     def picture(self, most: int) -> Picture:
-        """What lies where, ``most`` blocks at most: half of them the oldest, half the largest. Gives nothing back to the ring, so that calls go
-        on with the blocks that they know.
+        """What lies where, ``most`` blocks at most: half of them the oldest, half the largest of the others.
+
+        Gives nothing back to the ring, so that calls go on with the blocks that they know.
         """
         with self._alone():
             leases = self._leases
