@@ -84,7 +84,7 @@ def serving_metrics(broker: Watched, port: int) -> Iterator[None]:
     """Serve the metrics of ``broker`` for the length of a block; ``port`` 0 for any, which is logged. A port that is taken is a warning."""
     registry = CollectorRegistry()
     registry.register(InstanceCollector(broker))
-    ProcessCollector(registry=registry)
+    ProcessCollector("shmbroker", registry=registry)
     try:
         server = _Server(port, registry)
     except OSError as error:

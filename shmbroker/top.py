@@ -28,7 +28,8 @@ class Look(msgspec.Struct, frozen=True):
     @classmethod
     def of(cls, seen: Observation) -> Look:
         """Look at the processes too."""
-        return cls(seen, {peer.pid: cpu_seconds(peer.pid) for peer in seen.status.peers})
+        pids = {seen.status.pid, *[peer.pid for peer in seen.status.peers]}
+        return cls(seen, {pid: cpu_seconds(pid) for pid in pids})
 
 
 class WorkerLine(msgspec.Struct, frozen=True):
