@@ -96,6 +96,8 @@ class Broker:
         self.instance = names.check_instance(instance)
         place()  # what cannot be is told now, not to the first client
         self._limits = limits or Limits()
+        self.reaped_objects = 0
+        self.reaped_bytes = 0
         self._gid = group
         self._mode = 0o660 if group >= 0 else 0o600
         self._epoch = secrets.token_hex(8)
@@ -307,6 +309,10 @@ class Broker:
         return m.Found(workers, tuple(services))
 
     def _on_get_status(self, sender: bytes, request: m.AnyMessage) -> m.Message:
+        return self.status()
+
+    def status(self) -> m.StatusReport:
+        """All that the broker knows. Callable from any thread."""
         now = time.monotonic()
         space = os.statvfs(names.SHM_DIR)
         return m.StatusReport(
@@ -332,7 +338,7 @@ class Broker:
                     version=peer.hello.version,
                     namespace=peer.hello.process.namespace,
                 )
-                for peer in self._peers.values()
+                for peer in list(self._peers.values())
             ),
         )
 
@@ -409,6 +415,8 @@ class Broker:
 
     def _reap(self, why: str, owner: str | None = None) -> None:
         for reaped in reap(self.instance, owner):
+            self.reaped_objects += 1
+            self.reaped_bytes += reaped.nbytes
             log.info("reaped %s (%d bytes), %s", reaped.name.file, reaped.nbytes, why)
         alive = {name.owner for name in objects(self.instance)}
         for peer_id, path in endpoints.worker_sockets(self._socket_path.parent, self.instance):

@@ -34,6 +34,9 @@ log = logging.getLogger(__name__)
 HEARTBEAT_SECONDS = 1.0
 """Half of what a returned broker may take to know everyone again."""
 
+TICK_SECONDS = 0.1
+"""How often :class:`BrokerLink` calls its ``tick``, where it has one."""
+
 HELLO_SECONDS = 5.0
 """How long the first Hello may take."""
 
@@ -48,11 +51,14 @@ class BrokerLink:
         hello: Callable[[], Hello],
         stats: Callable[[], PeerStats],
         peer_gone: Callable[[str], None],
+        tick: Callable[[], None] | None = None,
     ) -> None:
+        """``tick``: something small to be done every :data:`TICK_SECONDS`."""
         self._endpoint = endpoint
         self._hello = hello
         self._stats = stats
         self._peer_gone = peer_gone
+        self._tick = tick
         self._epoch = ""
         self._known = threading.Event()
         self._leave_fd = os.eventfd(0, os.EFD_CLOEXEC)
@@ -96,17 +102,29 @@ class BrokerLink:
             self._send(self._hello())
             next_beat = time.monotonic() + HEARTBEAT_SECONDS
             while True:
-                events = dict(poller.poll(max(0, int((next_beat - time.monotonic()) * 1000))))
+                seconds = next_beat - time.monotonic()
+                if self._tick is not None:
+                    seconds = min(seconds, TICK_SECONDS)
+                events = dict(poller.poll(max(0, int(seconds * 1000))))
                 if self._leave_fd in events:
                     break
                 if self._socket in events:
                     self._read()
+                if self._tick is not None:
+                    self._ticked(self._tick)
                 if time.monotonic() >= next_beat:
                     self._send(Heartbeat(self._hello().peer, self._stats()))
                     next_beat = time.monotonic() + HEARTBEAT_SECONDS
             self._send(Goodbye(self._hello().peer))
         finally:
             self._socket.close()
+
+    @staticmethod
+    def _ticked(tick: Callable[[], None]) -> None:
+        try:
+            tick()
+        except Exception:  # the heartbeats must go on
+            log.exception("telling the figures")
 
     def _read(self) -> None:
         try:

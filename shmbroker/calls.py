@@ -32,13 +32,14 @@ clock_ns = time.monotonic_ns
 class Plan:
     """All that is the same for every call with inputs of the same shapes, dtypes and strides."""
 
-    __slots__ = ("bytes_in", "bytes_out", "channel", "rooms", "single", "statistics", "template")
+    __slots__ = ("buckets", "bytes_in", "bytes_out", "channel", "rooms", "single", "statistics", "template")
 
     def __init__(
         self, channel: Channel, statistics: OpStatistics, op_id: int, inputs: Sequence[torch.Tensor], outputs: Outputs, arguments: bytes
     ) -> None:
         self.channel = channel
         self.statistics = statistics
+        self.buckets = channel.buckets
         self.template = FrameTemplate(
             op_id,
             [(spec_of(tensor), tensor.stride()) for tensor in inputs],
@@ -120,6 +121,7 @@ class Call:
         statistics.calls += 1
         statistics.rpc_ns += rpc_ns
         statistics.samples.append(rpc_ns)
+        plan.buckets[(rpc_ns * rpc_ns).bit_length()] += 1
         # A worker's figures are its own claim: never more than the call took.
         statistics.compute_ns += compute_ns if compute_ns < rpc_ns else rpc_ns
         statistics.queued_ns += queued_ns if queued_ns < rpc_ns else rpc_ns

@@ -26,7 +26,7 @@ from shmbroker.memory.spec import NAME_OF, TensorSpec, dtype_named
 from shmbroker.ops import Outputs, OutSpec
 from shmbroker.remote_op import OutputsOf, RemoteOp
 from shmbroker.report import Report
-from shmbroker.statistics import OpStatistics
+from shmbroker.statistics import OpStatistics, no_calls, published
 
 if TYPE_CHECKING:
     from shmbroker.client import Client
@@ -81,6 +81,11 @@ class Channel:
         self._lost: ShmBrokerError | None = None
         self._closed = False
         self._statistics: list[OpStatistics] = []
+        self.buckets = no_calls()
+        """Histogram of the calls' times."""
+        self.opened_ns = clock_ns()
+        self._counted_before = (0,) * len(_COUNTED)
+        """By the channel that this one took over from, on the same counters."""
         completions.add(self)
 
     # --- binding --------------------------------------------------------------------------------------------------------------------
@@ -104,6 +109,10 @@ class Channel:
             raise BadInput(f"op {op!r}: static arguments are numbers, strings, booleans, None and lists of these; {error}") from None
         bound = self._ask(m.Bind(self._opened.channel, op, static), m.Bound)
         self._statistics.append(statistics)
+        if statistics.calls or statistics.errors:
+            self._counted_before = tuple(
+                before + getattr(statistics, field) for before, field in zip(self._counted_before, _COUNTED, strict=True)
+            )
         outputs = self._local_outputs(out_spec, static) if out_spec is not None else self._ask_outputs(bound.op_id)
         return RemoteOp(self, op, bound.op_id, outputs, statistics)
 
@@ -249,13 +258,17 @@ class Channel:
             limit = timeout
         arena.check_size(room)
         until = time.monotonic() + limit
+        waited = False
         while True:
             left = max(0.0, until - time.monotonic())
             if not self._outstanding or not left:
-                return arena.place(room, left)
+                return arena.place(room, left, counted=waited)
             placed = arena.place_now(room)
             if placed is not None:
                 return placed
+            if not waited:
+                waited = True
+                arena.count_wait()
             self.completions.wait_any(left)
 
     # --- the rest -----------------------------------------------------------------------------------------------------------------------
@@ -268,6 +281,15 @@ class Channel:
         """Let the report begin anew from here. Not while calls are outstanding."""
         for one in self._statistics:
             one.reset()
+        self.buckets[:] = no_calls()
+        self._counted_before = (0,) * len(_COUNTED)
+
+    def counted(self) -> tuple[int, ...]:
+        """For the segment's header, in its order: calls, errors, bytes sent and received, call ns, bytes copied, outstanding, histogram."""
+        buckets = published(self.buckets)
+        totals = [sum([getattr(one, field) for one in self._statistics]) for field in _COUNTED]
+        counted = [total - before for total, before in zip(totals, self._counted_before, strict=True)]
+        return (sum(buckets), *counted, len(self._outstanding), *buckets)
 
     def info(self) -> m.ChannelInfo:
         """For ``shmbroker status``."""
@@ -314,6 +336,9 @@ class Channel:
         self._lane.close()
         self._watch.close()
         self.client.forget(self)
+
+
+_COUNTED = ("errors", "bytes_out", "bytes_in", "rpc_ns", "copied_bytes")
 
 
 def _nothing() -> None:

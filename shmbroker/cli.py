@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import grp
 import json
 import os
@@ -46,6 +47,12 @@ def cli(log_level: str) -> None:
 @click.option(
     "--max-clients", type=click.IntRange(1), default=DEFAULTS.max_clients, show_default=True, help="Clients that have a segment at a time."
 )
+@click.option(
+    "--metrics-port",
+    type=click.IntRange(0, 65535),
+    metavar="PORT",
+    help="Serve Prometheus' /metrics, and /healthz, on 127.0.0.1; 0: any free port. Default: off.",
+)
 @click.option("--until-exit", type=int, default=0, metavar="PID", help="End when this process does.")
 def serve(
     instance: str | None,
@@ -54,6 +61,7 @@ def serve(
     keys: str | None,
     max_bytes: str | None,
     max_clients: int,
+    metrics_port: int | None,
     until_exit: int,
 ) -> None:
     """Run the broker: make segments, introduce peers, watch processes, reap what the dead leave behind."""
@@ -67,7 +75,12 @@ def serve(
 
     limits = Limits(parse_bytes(max_bytes) if max_bytes else 0, max_clients)
     broker = Broker(resolve_instance(instance), _group_id(group), until_exit, control=control, keys=keys, limits=limits)
-    broker.serve(ready)
+    with contextlib.ExitStack() as stack:
+        if metrics_port is not None:
+            from shmbroker.metrics_server import serving_metrics
+
+            stack.enter_context(serving_metrics(broker, metrics_port))
+        broker.serve(ready)
 
 
 def _group_id(group: str | None) -> int:
@@ -148,6 +161,18 @@ cli.add_command(units)
 cli.add_command(trace_cli.trace)
 cli.add_command(config)
 cli.add_command(doctor)
+
+
+def _attach_looking() -> None:
+    """The commands that only look, each in a module of its own."""
+    from shmbroker.map_command import map_command
+    from shmbroker.top_command import top_command
+
+    cli.add_command(map_command)
+    cli.add_command(top_command)
+
+
+_attach_looking()
 
 
 def main() -> None:

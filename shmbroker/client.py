@@ -36,6 +36,7 @@ from shmbroker.memory.hold import Hold, unlink_own
 from shmbroker.memory.place import place
 from shmbroker.memory.segment import Segment
 from shmbroker.process import ask_broker, peer_name, resolve_instance
+from shmbroker.publisher import Publisher
 from shmbroker.remote_op import as_tensor
 from shmbroker.settings import current
 from shmbroker.sizes import parse_bytes
@@ -151,9 +152,11 @@ class Client:
             stack.callback(self._bell.close)
             self.arena = Arena(self._segment)
             stack.callback(self.arena.close)
+            self._publisher = Publisher(self._segment, self.arena, lambda: list(self._channels))
+            stack.callback(self._publisher.close)
             self._spin = spin
             self._loops: dict[Doorbell, CompletionLoop] = {}
-            self._link = BrokerLink(self._context, access.endpoint, self._hello, self._stats, self._peer_gone)
+            self._link = BrokerLink(self._context, access.endpoint, self._hello, self._stats, self._peer_gone, self._publisher.publish)
             self._link.start()
             self._undo = stack.pop_all()
         _open.add(self)
@@ -345,6 +348,8 @@ class Client:
         with self._lock:
             if channel in self._channels:
                 self._channels.remove(channel)
+                if os.getpid() == self._pid:
+                    self._publisher.clear(channel.index)
                 self._free_areas.append(channel.index)
 
     # --- leaving ------------------------------------------------------------------------------------------------------------------------

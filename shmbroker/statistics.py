@@ -6,8 +6,28 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from shmbroker.memory.layout import BUCKETS, FIRST_BUCKET
+
 SAMPLES = 1 << 16
 """Calls whose times are kept for the percentiles, per op: the last ones."""
+
+
+DOUBLED_BITS = 2 * 64 + 1
+"""How many values ``(t * t).bit_length()`` may have for a time of 64 bits."""
+
+
+def no_calls() -> list[int]:
+    """A histogram of call times, empty. A call of t nanoseconds is counted by ``histogram[(t * t).bit_length()] += 1``.
+
+    So there are two buckets for each doubling, no bounds to check, and no logarithm to take.
+    """
+    return [0] * DOUBLED_BITS
+
+
+def published(histogram: list[int]) -> list[int]:
+    """The histogram as the segment's header has it: what is beyond its ends is counted at its ends."""
+    last = FIRST_BUCKET + BUCKETS - 1
+    return [sum(histogram[: FIRST_BUCKET + 1]), *histogram[FIRST_BUCKET + 1 : last], sum(histogram[last:])]
 
 
 class OpStatistics:

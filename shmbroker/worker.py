@@ -411,6 +411,8 @@ class Worker:
                 self._forget_client(self._gone.get())
             while not self._broken.empty():
                 self._drop(self._broken.get())
+            for channel in self._channels.values():
+                channel.publish()
             if time.monotonic() >= next_look:
                 next_look = time.monotonic() + CONTROL_TICK_SECONDS
                 if parent is not None and not parent.alive():

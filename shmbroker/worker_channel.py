@@ -26,9 +26,10 @@ from shmbroker.lane.frames import (
     pack_text,
     taken_of,
 )
-from shmbroker.memory.layout import Status
+from shmbroker.memory.layout import ChannelStatistics, Status, offset_of
 from shmbroker.memory.segment import Segment
 from shmbroker.memory.spec import TensorSpec
+from shmbroker.memory.statistics_block import StatisticsBlock
 from shmbroker.ops import BoundOp, Static
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,8 @@ _KNOWN_CALLS = 1024
 """Frames remembered with their tensors; beyond that the record starts over."""
 
 _arguments_decoder = msgspec.msgpack.Decoder(dict[str, object])
+_WORKER_STATISTICS = offset_of(ChannelStatistics, "worker_revision")
+_WORD = (1 << 64) - 1
 _call_id_bytes = slice(8, 16)
 _clock_ns = time.monotonic_ns
 
@@ -74,6 +77,7 @@ class ChannelCounters:
     calls: int = 0
     errors: int = 0
     compute_ns: int = 0
+    queued_ns: int = 0
 
 
 class PreparedCall:
@@ -117,6 +121,7 @@ class WorkerChannel:
     state: dict[str, Any] = field(default_factory=dict)
     """What ops keep for this channel."""
     counters: ChannelCounters = field(default_factory=ChannelCounters)
+    _told: tuple[int, ...] = ()
     _op_ids: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
     _prepared: dict[bytes, PreparedCall] = field(default_factory=dict)
 
@@ -144,6 +149,7 @@ class WorkerChannel:
         counters = self.counters
         counters.calls += 1
         queued_ns = taken_ns - submitted_ns if taken_ns > submitted_ns else 0
+        counters.queued_ns += queued_ns
         if deadline_ns and taken_ns > deadline_ns:
             counters.errors += 1
             return Completion(call_id, Status.EXPIRED, queued_ns, 0, b"")
@@ -190,6 +196,17 @@ class WorkerChannel:
         view = self.mapped.view
         inputs, outputs = [view(place) for place in call.inputs], [view(place) for place in call.outputs]
         return PreparedCall(op, inputs, outputs, arguments, single=single, repeatable=not call.metadata)
+
+    def publish(self) -> None:
+        """Tell in the client's segment what has been counted since the last time, for whoever looks."""
+        counters = self.counters
+        counted = counters.calls, counters.errors, counters.compute_ns, counters.queued_ns
+        if counted != self._told:
+            self._told = counted
+            segment = self.mapped.segment
+            block = StatisticsBlock(segment, segment.geometry.statistics_of(self.opened.index) + _WORKER_STATISTICS)
+            # What a client claims (when it submitted) must not make a number that has no room.
+            block.write((_clock_ns(), *[min(value, _WORD) for value in counted]))
 
     def close(self) -> None:
         """Let go of the client's memory."""

@@ -29,9 +29,13 @@ class _Places:
 
 
 def clear_channel(segment: Segment, index: int) -> None:
-    """Make a channel area as new, before it is opened again: header words and sequence numbers are zero."""
-    start = segment.geometry.channel_offset(index)
-    segment.map[start : start + segment.geometry.channel_bytes] = bytes(segment.geometry.channel_bytes)
+    """Make a channel area as new, before it is opened again: header words, sequence numbers and statistics are zero."""
+    geometry = segment.geometry
+    for start, nbytes in (
+        (geometry.channel_offset(index), geometry.channel_bytes),
+        (geometry.statistics_of(index), layout.STATISTICS_BYTES),
+    ):
+        segment.map[start : start + nbytes] = bytes(nbytes)
 
 
 class ShmClientLane:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import gc
+import heapq
 import threading
 import time
 from collections.abc import Iterator
@@ -55,6 +56,27 @@ class Place(NamedTuple):
     generation: int
 
 
+class Picture(NamedTuple):
+    """What an arena looks like at a moment, for the segment's header, in its order."""
+
+    held_bytes: int
+    held_blocks: int
+    high_water_bytes: int
+    largest_free_bytes: int
+    """Of what the ring has free; blocks that have just died and wait for the next of their size come on top."""
+    placed_blocks: int
+    waits: int
+    full: int
+    copied_bytes: int
+    cursor: int
+    blocks: tuple[tuple[int, int, int], ...]
+    """Offset, bytes, and when it was placed (ns), in order of address: the oldest and the largest."""
+
+    def words(self) -> tuple[int, ...]:
+        """As numbers in a row."""
+        return (*self[:-1], len(self.blocks), *[number for block in self.blocks for number in block])
+
+
 class Arena:
     """Blocks of one segment as tensors. Thread-safe."""
 
@@ -75,6 +97,12 @@ class Arena:
         self._idle: dict[int, list[Extent]] = {}
         """Blocks that have died and were not given back to the ring yet, by their size: the next of that size is placed in one step."""
         self._idle_count = 0
+        self.waits = 0
+        """How often a block had to be waited for."""
+        self.full = 0
+        """How often in vain."""
+        self.copied_bytes = 0
+        """What :meth:`copy_in` has copied."""
         self._leases: Leases | None = leases_over(segment.map)
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, timeout: float = DEFAULT_PLACE_SECONDS) -> torch.Tensor:
@@ -85,9 +113,12 @@ class Arena:
         """
         return self.place(room_for(shape, dtype), timeout)[0]
 
-    def place(self, room: Room, timeout: float = DEFAULT_PLACE_SECONDS) -> tuple[torch.Tensor, int, int]:
-        """A tensor in a fresh block, the block's offset in the segment, and its generation. Raises as :meth:`empty`."""
-        return self.place_now(room) or self._place_later(room, timeout)
+    def place(self, room: Room, timeout: float = DEFAULT_PLACE_SECONDS, *, counted: bool = False) -> tuple[torch.Tensor, int, int]:
+        """A tensor in a fresh block, the block's offset in the segment, and its generation. Raises as :meth:`empty`.
+
+        ``counted``: the caller has waited before, and has counted that.
+        """
+        return self.place_now(room) or self._place_later(room, timeout, counted)
 
     def place_now(self, room: Room) -> tuple[torch.Tensor, int, int] | None:
         """:meth:`place` where there is room at this moment, else None."""
@@ -116,8 +147,10 @@ class Arena:
             tensor = tensor.view(room.dtype)
         return tensor, offset, block.generation
 
-    def _place_later(self, room: Room, timeout: float) -> tuple[torch.Tensor, int, int]:
+    def _place_later(self, room: Room, timeout: float, counted: bool) -> tuple[torch.Tensor, int, int]:
         self.check_size(room)
+        if not counted:
+            self.count_wait()
         until = time.monotonic() + timeout
         if timeout > 0:
             gc.collect()  # tensors in reference cycles (an exception's traceback, most often) die only here
@@ -127,10 +160,17 @@ class Arena:
                 return placed
             left = until - time.monotonic()
             if left <= 0:
+                with self._lock:
+                    self.full += 1
                 raise ArenaFull(self._complaint(room.nbytes, timeout))
             leases = self._leases
             if leases is not None:
                 leases.wait(min(left, RECHECK_SECONDS))
+
+    def count_wait(self) -> None:
+        """There was no room, and somebody will wait for it."""
+        with self._lock:
+            self.waits += 1
 
     def check_size(self, room: Room) -> None:
         """Raise :class:`ArenaTooSmall` when the arena could never hold it."""
@@ -144,6 +184,8 @@ class Arena:
         """A contiguous copy of ``tensor`` in a fresh block: the one copy that a tensor from outside costs."""
         inside = self.place(room_for(tensor.shape, tensor.dtype), timeout)[0]
         inside.copy_(tensor.detach() if tensor.requires_grad else tensor)
+        with self._lock:
+            self.copied_bytes += inside.nbytes
         return inside
 
     def find(self, tensor: torch.Tensor) -> Place | None:
@@ -193,12 +235,7 @@ class Arena:
         """
         idle = self._idle
         while (block := leases.pop()) is not None:
-            same = idle.get(block.nbytes)
-            if same is None:
-                idle[block.nbytes] = [block]
-            else:
-                same.append(block)
-            self._idle_count += 1
+            self._lay_by(block)
         fitting = idle.get(nbytes)
         if fitting:
             self._idle_count -= 1
@@ -208,6 +245,15 @@ class Arena:
         if self._idle_count > IDLE_BLOCKS:
             self._settle(leases)
         return None
+
+    def _lay_by(self, block: Extent) -> None:
+        """Keep a block that has died for the next of its size."""
+        same = self._idle.get(block.nbytes)
+        if same is None:
+            self._idle[block.nbytes] = [block]
+        else:
+            same.append(block)
+        self._idle_count += 1
 
     def _settle(self, leases: Leases) -> None:
         """Give the ring back all that has died."""
@@ -243,6 +289,34 @@ class Arena:
         with self._alone():
             self.blocks = {}
             self._leases = None
+
+    def picture(self, most: int) -> Picture:
+        """What lies where, ``most`` blocks at most: half of them the oldest, half the largest of the others.
+
+        Gives nothing back to the ring, so that calls go on with the blocks that they know.
+        """
+        with self._alone():
+            leases = self._leases
+            while leases is not None and (block := leases.pop()) is not None:
+                self._lay_by(block)
+            dead = {block.offset for blocks in self._idle.values() for block in blocks}
+            held: list[tuple[float, int, int]] = []
+            largest = 0
+            for extent in self._ring.extents():
+                if not extent.held:
+                    largest = max(largest, extent.nbytes)
+                elif extent.offset not in dead:
+                    held.append((extent.placed_at, extent.nbytes, extent.offset))
+            ring = self._ring
+            figures = ring.high_water_bytes, largest, ring.placed, self.waits, self.full, self.copied_bytes, ring.cursor
+        held_bytes = sum([nbytes for _, nbytes, _ in held])
+        held_blocks = len(held)
+        if held_blocks > most:
+            held.sort()
+            oldest, rest = held[: most // 2], held[most // 2 :]
+            held = oldest + heapq.nlargest(most - len(oldest), rest, key=lambda block: block[1])
+        blocks = sorted([(offset, nbytes, int(placed_at * 1e9)) for placed_at, nbytes, offset in held])
+        return Picture(held_bytes, held_blocks, *figures, tuple(blocks))
 
     def occupancy(self) -> Occupancy:
         """Figures of the moment."""

@@ -18,6 +18,8 @@ _C_NAMES: dict[Any, str] = {
     ctypes.c_int64: "int64_t",
 }
 
+_STATISTICS = ("BUCKETS", "FIRST_BUCKET", "PICTURED_BLOCKS")
+
 
 def struct_name(structure: type[ctypes.Structure]) -> str:
     """``TensorDescriptor`` becomes ``shmbroker_tensor_descriptor``."""
@@ -40,7 +42,16 @@ def _lines() -> Iterator[str]:
     yield f"/* Layout of a shmbroker segment, version {layout.LAYOUT_VERSION}. Generated; see docs/memory-layout.md. Little-endian. */"
     yield "#ifndef SHMBROKER_H\n#define SHMBROKER_H\n\n#include <stddef.h>\n#include <stdint.h>\n"
     yield f'#define SHMBROKER_MAGIC "{layout.MAGIC.decode()}"'
-    for constant in ("LAYOUT_VERSION", "BYTE_ORDER_MARK", "ALIGNMENT", "MAX_DIMS", "MAX_TENSORS", "METADATA_BYTES", "TEXT_BYTES"):
+    for constant in (
+        "LAYOUT_VERSION",
+        "BYTE_ORDER_MARK",
+        "ALIGNMENT",
+        "MAX_DIMS",
+        "MAX_TENSORS",
+        "METADATA_BYTES",
+        "TEXT_BYTES",
+        *_STATISTICS,
+    ):
         yield f"#define SHMBROKER_{constant} {getattr(layout, constant)}"
     for enumeration in (layout.DTypeCode, layout.Space, layout.Status):
         prefix = "SHMBROKER" + re.sub(r"(?<![A-Z])([A-Z])", r"_\1", enumeration.__name__.replace("DTypeCode", "Dtype")).upper()

@@ -47,9 +47,18 @@ class Geometry:
         return self.completions_offset + self.depth * ctypes.sizeof(layout.CompletionFrame)
 
     @property
-    def channels_offset(self) -> int:
-        """Of the first channel area, from the start of the segment."""
+    def statistics_offset(self) -> int:
+        """Of the first channel's statistics, from the start of the segment."""
         return ctypes.sizeof(layout.SegmentHeader)
+
+    def statistics_of(self, index: int) -> int:
+        """Offset of the statistics of channel ``index``, from the start of the segment."""
+        return self.statistics_offset + index * layout.STATISTICS_BYTES
+
+    @property
+    def channels_offset(self) -> int:
+        """Of the first channel area, from the start of the segment; a whole number of pages."""
+        return layout.round_up(self.statistics_of(self.channel_count), layout.PAGE)
 
     def channel_offset(self, index: int) -> int:
         """Of channel area ``index``, from the start of the segment."""

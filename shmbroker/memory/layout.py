@@ -1,8 +1,9 @@
-"""The layout of a segment: the published ABI (``docs/memory-layout.md``), version 1.
+"""The layout of a segment: the published ABI (``docs/memory-layout.md``), version 2.
 
 A segment is one POSIX shared-memory object, little-endian throughout::
 
     0                  SegmentHeader, one page; the words in it have one writer each
+    statistics_offset  channel_count x ChannelStatistics, what the two ends tell whoever looks; nothing reads it back
     channels_offset    channel_count areas of channel_bytes, each:
                            ChannelHeader        512 bytes, one cache-line pair for each word that is written often
                            submission queue     submission_depth x SubmissionFrame  (client writes, worker reads)
@@ -17,6 +18,8 @@ L2  ``sequence`` is the last field of a frame to be written; position ``p`` (cou
 L3  Every word that changes while a channel is open has exactly one writer, but for the sleeping words, which whoever rings takes down. (The
     client clears the channel area before it opens it.)
 L4  Every scalar, also in an array, lies at a multiple of its own size, so an aligned 8-byte store is never seen in part.
+L5  A block of statistics begins with a ``revision``: odd while its one writer writes, then even. Who reads the same even value before and after
+    has read a whole block. Peers of a call read none of it.
 
 The structures are described once, here, with ctypes; the C header (``shmbroker.memory.cheader``), the hot path's offsets and the
 documentation are taken from them.
@@ -29,7 +32,7 @@ import enum
 from ctypes import c_char, c_int64, c_uint8, c_uint16, c_uint32, c_uint64
 
 MAGIC = b"SHMBROKR"
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 BYTE_ORDER_MARK = 0x01020304
 
 ALIGNMENT = 256
@@ -46,6 +49,16 @@ TEXT_BYTES = 960
 
 INSTANCE_BYTES = 32
 OWNER_BYTES = 32
+
+BUCKETS = 64
+"""Of a histogram of call times, two for each doubling."""
+
+FIRST_BUCKET = 19
+"""Bucket ``i`` counts times t (ns) with ``(t * t).bit_length() == i + FIRST_BUCKET``, the first and last also all below and above: from 724 ns
+to half an hour."""
+
+PICTURED_BLOCKS = 64
+"""Blocks that an arena's picture shows at most: the oldest half and the largest."""
 
 
 class DTypeCode(enum.IntEnum):
@@ -81,6 +94,96 @@ class Status(enum.IntEnum):
     DRAINING = 4
 
 
+class PicturedBlock(ctypes.LittleEndianStructure):
+    """A block that is held: where, how large, since when.
+
+    ::
+
+        0   offset     bytes from the start of the segment
+        8   nbytes
+        16  placed_ns  CLOCK_MONOTONIC
+    """
+
+    _fields_ = (
+        ("offset", c_uint64),
+        ("nbytes", c_uint64),
+        ("placed_ns", c_uint64),
+    )
+
+
+class ArenaStatistics(ctypes.LittleEndianStructure):
+    """What the arena holds, told by the client every 100 ms or so (L5). Blocks are listed in order of address.
+
+    ::
+
+        0    revision            8   published_ns (CLOCK_MONOTONIC)
+        16   held_bytes          24  held_blocks         32  high_water_bytes
+        40   largest_free_bytes  48  placed_blocks       56  waits
+        64   full                72  copied_bytes        80  cursor
+        88   block_count         96  blocks[64]
+    """
+
+    _fields_ = (
+        ("revision", c_uint64),
+        ("published_ns", c_uint64),
+        ("held_bytes", c_uint64),
+        ("held_blocks", c_uint64),
+        ("high_water_bytes", c_uint64),
+        ("largest_free_bytes", c_uint64),
+        ("placed_blocks", c_uint64),
+        ("waits", c_uint64),
+        ("full", c_uint64),
+        ("copied_bytes", c_uint64),
+        ("cursor", c_uint64),
+        ("block_count", c_uint64),
+        ("blocks", PicturedBlock * PICTURED_BLOCKS),
+    )
+
+
+class ChannelStatistics(ctypes.LittleEndianStructure):
+    """What a channel has done, told by its two ends every 100 ms or so (L5). All zero while the channel is not open.
+
+    ::
+
+        0    revision         of what follows, which the client writes
+        8    published_ns     CLOCK_MONOTONIC      16  opened_ns; 0 when the channel is not open
+        24   calls            32  errors           40  sent_bytes     48  received_bytes
+        56   call_ns          64  copied_bytes     72  outstanding    80  lane[8]
+        88   doorbell[8]      96  worker[32]       128 service[64]    192 buckets[64]
+        704  reserved
+        768  worker_revision  of what follows, which the worker writes
+        776  worker_published_ns
+        784  run_calls        792 failed_calls     800 compute_ns     808 queued_ns
+        816  reserved
+    """
+
+    _fields_ = (
+        ("revision", c_uint64),
+        ("published_ns", c_uint64),
+        ("opened_ns", c_uint64),
+        ("calls", c_uint64),
+        ("errors", c_uint64),
+        ("sent_bytes", c_uint64),
+        ("received_bytes", c_uint64),
+        ("call_ns", c_uint64),
+        ("copied_bytes", c_uint64),
+        ("outstanding", c_uint64),
+        ("lane", c_char * 8),
+        ("doorbell", c_char * 8),
+        ("worker", c_char * 32),
+        ("service", c_char * 64),
+        ("buckets", c_uint64 * BUCKETS),
+        ("reserved0", c_uint8 * 64),
+        ("worker_revision", c_uint64),
+        ("worker_published_ns", c_uint64),
+        ("run_calls", c_uint64),
+        ("failed_calls", c_uint64),
+        ("compute_ns", c_uint64),
+        ("queued_ns", c_uint64),
+        ("reserved1", c_uint8 * 208),
+    )
+
+
 class SegmentHeader(ctypes.LittleEndianStructure):
     """The first page of a segment.
 
@@ -93,9 +196,12 @@ class SegmentHeader(ctypes.LittleEndianStructure):
         72   completion_depth    76  completion_slot_bytes
         80   instance[32]        112 owner[32]
         144  maker_pid           148 owner_pid        152 made_at_ns (CLOCK_REALTIME)
-        160  reserved
+        160  statistics_offset   168 statistics_bytes (of one channel)
+        176  reserved
         256  client_sleeping     1 while the client is about to block on its doorbell (client writes)
-        264  reserved up to 4096
+        264  reserved
+        512  arena               ArenaStatistics (client writes)
+        2144 reserved up to 4096
     """
 
     _fields_ = (
@@ -118,9 +224,13 @@ class SegmentHeader(ctypes.LittleEndianStructure):
         ("maker_pid", c_uint32),
         ("owner_pid", c_uint32),
         ("made_at_ns", c_uint64),
-        ("reserved0", c_uint8 * 96),
+        ("statistics_offset", c_uint64),
+        ("statistics_bytes", c_uint64),
+        ("reserved0", c_uint8 * 80),
         ("client_sleeping", c_uint64),
-        ("reserved1", c_uint8 * (PAGE - 264)),
+        ("reserved1", c_uint8 * 248),
+        ("arena", ArenaStatistics),
+        ("reserved2", c_uint8 * (PAGE - 512 - ctypes.sizeof(ArenaStatistics))),
     )
 
 
@@ -235,7 +345,10 @@ class CompletionFrame(ctypes.LittleEndianStructure):
 
 
 STRUCTURES: tuple[type[ctypes.LittleEndianStructure], ...] = (
+    PicturedBlock,
+    ArenaStatistics,
     SegmentHeader,
+    ChannelStatistics,
     ChannelHeader,
     TensorDescriptor,
     SubmissionFrame,
@@ -255,3 +368,4 @@ def round_up(value: int, multiple: int) -> int:
 
 SUBMISSION_SLOT_BYTES = ctypes.sizeof(SubmissionFrame)
 COMPLETION_SLOT_BYTES = ctypes.sizeof(CompletionFrame)
+STATISTICS_BYTES = ctypes.sizeof(ChannelStatistics)

@@ -63,6 +63,8 @@ class RingAllocator:
         self.nbytes = nbytes
         self.held_bytes = 0
         self.block_count = 0
+        self.high_water_bytes = 0
+        """The most bytes that were ever placed at once."""
         self.placed = 0
         self._first = Extent(offset, nbytes)
         self._cursor = self._first
@@ -93,7 +95,9 @@ class RingAllocator:
             self._cursor = extent.after or self._first
         block.held = True
         self.place_again(block)
-        self.held_bytes += size
+        self.held_bytes = held = self.held_bytes + size
+        if held > self.high_water_bytes:
+            self.high_water_bytes = held
         self.block_count += 1
         return block
 

@@ -44,7 +44,7 @@ class Segment:
             # A lock belongs to the open file, and a mapping keeps its file open: the hold needs an open file of its own to end before it.
             if hold:
                 held = Hold(_open(name))
-            geometry, owner = _read_header(name, fd)
+            geometry, owner = read_header(name, fd)
             # Populating maps every page now: a first touch later would cost a fault for each 4 KiB, about 0.1 us apiece.
             populate = getattr(mmap, "MAP_POPULATE", 0)
             mapping = mmap.mmap(fd, geometry.total_bytes, flags=mmap.MAP_SHARED | populate)
@@ -121,6 +121,8 @@ def make_segment(name: str, geometry: Geometry, *, instance: str, owner: str, ow
             header.total_bytes = geometry.total_bytes
             header.arena_offset = geometry.arena_offset
             header.arena_bytes = geometry.arena_bytes
+            header.statistics_offset = geometry.statistics_offset
+            header.statistics_bytes = layout.STATISTICS_BYTES
             header.channels_offset = geometry.channels_offset
             header.channel_bytes = geometry.channel_bytes
             header.channel_count = geometry.channel_count
@@ -171,14 +173,21 @@ def _reserve(fd: int, nbytes: int, where: Place) -> None:
         ) from None
 
 
-def _read_header(name: str, fd: int) -> tuple[Geometry, str]:
+def read_header(name: str, fd: int) -> tuple[Geometry, str]:
+    """Geometry and owner of the segment that ``fd`` is open on, every size checked. Nothing stays mapped: its client may cut the file short.
+
+    Raises :class:`SegmentError` when it is still being made, of another layout, or spoilt.
+    """
     found = os.fstat(fd)
     true_bytes = found.st_size
     fixed = place().folder is None  # a file or device that may be larger than the segment in it
     if true_bytes < layout.PAGE and stat.S_ISREG(found.st_mode):
         raise SegmentError(f"segment {name} is still being made ({true_bytes} bytes so far): try again")
-    with mmap.mmap(fd, layout.PAGE, prot=mmap.PROT_READ) as page:
-        header = layout.SegmentHeader.from_buffer_copy(page)
+    if fixed:  # a device may be mapped, not read
+        with mmap.mmap(fd, layout.PAGE, prot=mmap.PROT_READ) as page:
+            header = layout.SegmentHeader.from_buffer_copy(page)
+    else:
+        header = layout.SegmentHeader.from_buffer_copy(os.pread(fd, layout.PAGE, 0).ljust(layout.PAGE, b"\0"))
     if header.version == 0:
         raise SegmentError(f"segment {name} is still being made: try again")
     if header.magic != layout.MAGIC or header.byte_order != layout.BYTE_ORDER_MARK:
@@ -195,6 +204,8 @@ def _read_header(name: str, fd: int) -> tuple[Geometry, str]:
     told = (
         header.total_bytes,
         header.arena_offset,
+        header.statistics_offset,
+        header.statistics_bytes,
         header.channels_offset,
         header.channel_bytes,
         header.completion_depth,
@@ -205,6 +216,8 @@ def _read_header(name: str, fd: int) -> tuple[Geometry, str]:
     expected = (
         geometry.total_bytes,
         geometry.arena_offset,
+        geometry.statistics_offset,
+        layout.STATISTICS_BYTES,
         geometry.channels_offset,
         geometry.channel_bytes,
         geometry.depth,

@@ -1,4 +1,4 @@
-/* Layout of a shmbroker segment, version 1. Generated; see docs/memory-layout.md. Little-endian. */
+/* Layout of a shmbroker segment, version 2. Generated; see docs/memory-layout.md. Little-endian. */
 #ifndef SHMBROKER_H
 #define SHMBROKER_H
 
@@ -6,13 +6,16 @@
 #include <stdint.h>
 
 #define SHMBROKER_MAGIC "SHMBROKR"
-#define SHMBROKER_LAYOUT_VERSION 1
+#define SHMBROKER_LAYOUT_VERSION 2
 #define SHMBROKER_BYTE_ORDER_MARK 16909060
 #define SHMBROKER_ALIGNMENT 256
 #define SHMBROKER_MAX_DIMS 8
 #define SHMBROKER_MAX_TENSORS 12
 #define SHMBROKER_METADATA_BYTES 128
 #define SHMBROKER_TEXT_BYTES 960
+#define SHMBROKER_BUCKETS 64
+#define SHMBROKER_FIRST_BUCKET 19
+#define SHMBROKER_PICTURED_BLOCKS 64
 
 enum shmbroker_dtype {
     SHMBROKER_DTYPE_FLOAT32 = 1,
@@ -41,6 +44,30 @@ enum shmbroker_status {
     SHMBROKER_STATUS_DRAINING = 4,
 };
 
+struct shmbroker_pictured_block {
+    uint64_t offset;                                        /* 0 */
+    uint64_t nbytes;                                        /* 8 */
+    uint64_t placed_ns;                                     /* 16 */
+};
+_Static_assert(sizeof(struct shmbroker_pictured_block) == 24, "size of PicturedBlock");
+
+struct shmbroker_arena_statistics {
+    uint64_t revision;                                      /* 0 */
+    uint64_t published_ns;                                  /* 8 */
+    uint64_t held_bytes;                                    /* 16 */
+    uint64_t held_blocks;                                   /* 24 */
+    uint64_t high_water_bytes;                              /* 32 */
+    uint64_t largest_free_bytes;                            /* 40 */
+    uint64_t placed_blocks;                                 /* 48 */
+    uint64_t waits;                                         /* 56 */
+    uint64_t full;                                          /* 64 */
+    uint64_t copied_bytes;                                  /* 72 */
+    uint64_t cursor;                                        /* 80 */
+    uint64_t block_count;                                   /* 88 */
+    struct shmbroker_pictured_block blocks[64];             /* 96 */
+};
+_Static_assert(sizeof(struct shmbroker_arena_statistics) == 1632, "size of ArenaStatistics");
+
 struct shmbroker_segment_header {
     char magic[8];                                          /* 0 */
     uint32_t version;                                       /* 8 */
@@ -61,11 +88,42 @@ struct shmbroker_segment_header {
     uint32_t maker_pid;                                     /* 144 */
     uint32_t owner_pid;                                     /* 148 */
     uint64_t made_at_ns;                                    /* 152 */
-    uint8_t reserved0[96];                                  /* 160 */
+    uint64_t statistics_offset;                             /* 160 */
+    uint64_t statistics_bytes;                              /* 168 */
+    uint8_t reserved0[80];                                  /* 176 */
     uint64_t client_sleeping;                               /* 256 */
-    uint8_t reserved1[3832];                                /* 264 */
+    uint8_t reserved1[248];                                 /* 264 */
+    struct shmbroker_arena_statistics arena;                /* 512 */
+    uint8_t reserved2[1952];                                /* 2144 */
 };
 _Static_assert(sizeof(struct shmbroker_segment_header) == 4096, "size of SegmentHeader");
+
+struct shmbroker_channel_statistics {
+    uint64_t revision;                                      /* 0 */
+    uint64_t published_ns;                                  /* 8 */
+    uint64_t opened_ns;                                     /* 16 */
+    uint64_t calls;                                         /* 24 */
+    uint64_t errors;                                        /* 32 */
+    uint64_t sent_bytes;                                    /* 40 */
+    uint64_t received_bytes;                                /* 48 */
+    uint64_t call_ns;                                       /* 56 */
+    uint64_t copied_bytes;                                  /* 64 */
+    uint64_t outstanding;                                   /* 72 */
+    char lane[8];                                           /* 80 */
+    char doorbell[8];                                       /* 88 */
+    char worker[32];                                        /* 96 */
+    char service[64];                                       /* 128 */
+    uint64_t buckets[64];                                   /* 192 */
+    uint8_t reserved0[64];                                  /* 704 */
+    uint64_t worker_revision;                               /* 768 */
+    uint64_t worker_published_ns;                           /* 776 */
+    uint64_t run_calls;                                     /* 784 */
+    uint64_t failed_calls;                                  /* 792 */
+    uint64_t compute_ns;                                    /* 800 */
+    uint64_t queued_ns;                                     /* 808 */
+    uint8_t reserved1[208];                                 /* 816 */
+};
+_Static_assert(sizeof(struct shmbroker_channel_statistics) == 1024, "size of ChannelStatistics");
 
 struct shmbroker_channel_header {
     uint64_t client_open;                                   /* 0 */

@@ -17,9 +17,12 @@ from shmbroker.memory import layout
 from shmbroker.memory.cheader import render, struct_name
 from shmbroker.memory.geometry import Geometry
 from shmbroker.memory.layout import (
+    ArenaStatistics,
     ChannelHeader,
+    ChannelStatistics,
     CompletionFrame,
     DTypeCode,
+    PicturedBlock,
     SegmentHeader,
     Space,
     Status,
@@ -35,6 +38,9 @@ LINE_PAIR = 128
 
 GOLDEN_SIZES: dict[Structure, int] = {
     SegmentHeader: 4096,
+    PicturedBlock: 24,
+    ArenaStatistics: 1632,
+    ChannelStatistics: 1024,
     ChannelHeader: 512,
     TensorDescriptor: 152,
     SubmissionFrame: 2048,
@@ -63,9 +69,58 @@ GOLDEN_FIELDS: dict[Structure, list[tuple[str, int, int]]] = {
         ("maker_pid", 144, 4),
         ("owner_pid", 148, 4),
         ("made_at_ns", 152, 8),
-        ("reserved0", 160, 96),
+        ("statistics_offset", 160, 8),
+        ("statistics_bytes", 168, 8),
+        ("reserved0", 176, 80),
         ("client_sleeping", 256, 8),
-        ("reserved1", 264, 3832),
+        ("reserved1", 264, 248),
+        ("arena", 512, 1632),
+        ("reserved2", 2144, 1952),
+    ],
+    PicturedBlock: [
+        ("offset", 0, 8),
+        ("nbytes", 8, 8),
+        ("placed_ns", 16, 8),
+    ],
+    ArenaStatistics: [
+        ("revision", 0, 8),
+        ("published_ns", 8, 8),
+        ("held_bytes", 16, 8),
+        ("held_blocks", 24, 8),
+        ("high_water_bytes", 32, 8),
+        ("largest_free_bytes", 40, 8),
+        ("placed_blocks", 48, 8),
+        ("waits", 56, 8),
+        ("full", 64, 8),
+        ("copied_bytes", 72, 8),
+        ("cursor", 80, 8),
+        ("block_count", 88, 8),
+        ("blocks", 96, 1536),
+    ],
+    ChannelStatistics: [
+        ("revision", 0, 8),
+        ("published_ns", 8, 8),
+        ("opened_ns", 16, 8),
+        ("calls", 24, 8),
+        ("errors", 32, 8),
+        ("sent_bytes", 40, 8),
+        ("received_bytes", 48, 8),
+        ("call_ns", 56, 8),
+        ("copied_bytes", 64, 8),
+        ("outstanding", 72, 8),
+        ("lane", 80, 8),
+        ("doorbell", 88, 8),
+        ("worker", 96, 32),
+        ("service", 128, 64),
+        ("buckets", 192, 512),
+        ("reserved0", 704, 64),
+        ("worker_revision", 768, 8),
+        ("worker_published_ns", 776, 8),
+        ("run_calls", 784, 8),
+        ("failed_calls", 792, 8),
+        ("compute_ns", 800, 8),
+        ("queued_ns", 808, 8),
+        ("reserved1", 816, 208),
     ],
     ChannelHeader: [
         ("client_open", 0, 8),
@@ -117,13 +172,16 @@ GOLDEN_FIELDS: dict[Structure, list[tuple[str, int, int]]] = {
 }
 
 GOLDEN_CONSTANTS = {
-    "LAYOUT_VERSION": 1,
+    "LAYOUT_VERSION": 2,
     "BYTE_ORDER_MARK": 0x01020304,
     "ALIGNMENT": 256,
     "MAX_DIMS": 8,
     "MAX_TENSORS": 12,
     "METADATA_BYTES": 128,
     "TEXT_BYTES": 960,
+    "BUCKETS": 64,
+    "FIRST_BUCKET": 19,
+    "PICTURED_BLOCKS": 64,
 }
 
 # Codes are never reused: lines may be added here, none may change or go.
@@ -290,17 +348,18 @@ def test_extremes_and_defaults_are_allowed(geometry: Geometry) -> None:
 def test_places_of_one_geometry_are_as_published() -> None:
     geometry = Geometry(arena_bytes=1 << 20, channel_count=3, depth=4)
     assert (geometry.submissions_offset, geometry.completions_offset, geometry.channel_bytes) == (512, 8704, 12800)
-    assert geometry.channels_offset == 4096
-    assert [geometry.channel_offset(index) for index in range(3)] == [4096, 16896, 29696]
-    assert geometry.arena_offset == 45056
-    assert geometry.total_bytes == 45056 + (1 << 20)
+    assert (geometry.statistics_offset, geometry.statistics_of(2), geometry.channels_offset) == (4096, 6144, 8192)
+    assert [geometry.channel_offset(index) for index in range(3)] == [8192, 20992, 33792]
+    assert geometry.arena_offset == 49152
+    assert geometry.total_bytes == 49152 + (1 << 20)
 
 
 @settings(deadline=None, max_examples=200)
 @given(geometries)
 def test_areas_of_any_geometry_are_aligned_and_follow_each_other_without_overlap(geometry: Geometry) -> None:
     last = geometry.channel_count - 1
-    assert geometry.channel_offset(0) == geometry.channels_offset == ctypes.sizeof(SegmentHeader)
+    assert geometry.statistics_offset == ctypes.sizeof(SegmentHeader)
+    assert geometry.channel_offset(0) == geometry.channels_offset >= geometry.statistics_of(last) + ctypes.sizeof(ChannelStatistics)
     assert geometry.channel_offset(1) - geometry.channel_offset(0) == geometry.channel_bytes
     assert geometry.submissions_offset >= ctypes.sizeof(ChannelHeader)
     assert geometry.completions_offset >= geometry.submissions_offset + geometry.depth * layout.SUBMISSION_SLOT_BYTES

@@ -319,6 +319,8 @@ SIZES = [
     "total_bytes",
     "arena_offset",
     "arena_bytes",
+    "statistics_offset",
+    "statistics_bytes",
     "channels_offset",
     "channel_bytes",
     "channel_count",

@@ -1,0 +1,1 @@
+"""Tests of what looks at an instance: metrics, top, map."""
