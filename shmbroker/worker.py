@@ -31,9 +31,13 @@ from shmbroker.control.access import Access
 from shmbroker.control.curve import ANY_PORT
 from shmbroker.control.liveness import Watch, process_of, this_process
 from shmbroker.control.sockets import Requester, Responder
+from shmbroker.device_memory import DeviceMemory
 from shmbroker.errors import BadInput, ChannelError, ProtocolMismatch
+from shmbroker.kept import DEFAULT_KEPT_BYTES, KeptTensors
+from shmbroker.landing import Landing, landed
 from shmbroker.lane.doorbell import PollingBell, SemaphoreBell, shm_lane_supported
 from shmbroker.lane.ends import Receiver
+from shmbroker.lane.frames import CompletionFields
 from shmbroker.lane.kinds import Doorbell, Lane
 from shmbroker.lane.shm_lane import ShmWorkerLane
 from shmbroker.lane.waiter import DEFAULT_SPIN_SECONDS, Waiter
@@ -75,7 +79,8 @@ class Worker:
 
     ``spin``: seconds to look for the next frame before sleeping; 0 to sleep at once. ``device``: a word for ``shmbroker status``.
     ``until_exit``: stop when the process with this pid ends. ``identity``: a word for what the answers depend on beside the inputs (weights,
-    say); only a worker of the same identity takes over from another.
+    say); only a worker of the same identity takes over from another. ``memory``: of the device that ops compute on, where that is not the CPU.
+    ``kept_bytes``: what each channel may have kept here.
     """
 
     def __init__(
@@ -88,6 +93,8 @@ class Worker:
         device: str = "cpu",
         until_exit: int = 0,
         identity: str = "",
+        memory: DeviceMemory | None = None,
+        kept_bytes: int = DEFAULT_KEPT_BYTES,
     ) -> None:
         self.service = service
         self.instance = resolve_instance(instance)
@@ -116,6 +123,10 @@ class Worker:
         self._done = ChannelCounters()
         """Of channels that are closed."""
         self._stopping = False
+        self._memory = memory
+        self._kept_bytes = kept_bytes
+        self._landing: Landing | None = None
+        """For a device that still works when an op has returned."""
         self._running = threading.Lock()
         """Held while an op runs: the device does one thing at a time, whichever lane asks."""
 
@@ -168,8 +179,15 @@ class Worker:
         Raises :class:`BrokerUnreachable` when there is no broker. ``ready`` is called once clients can come.
         """
         with self._signals(), self._joined():
+            if self._memory is not None and self._memory.asynchronous:
+                self._landing = Landing()
             ready()
-            self._serve_shm()
+            try:
+                self._serve_shm()
+            finally:
+                if self._landing is not None:
+                    self._landing.stop()
+                    self._landing = None
 
     def stop(self) -> None:
         """Make :meth:`serve` return soon. Callable from any thread and from signal handlers."""
@@ -302,6 +320,8 @@ class Worker:
         receivers: tuple[Receiver, ...] = ()
         while not self._stopping:
             if not changes.empty():
+                if self._landing is not None:
+                    self._landing.drain()  # nothing is unmapped that a device still copies to
                 while not changes.empty():
                     changes.get()()
                 receivers = tuple([lane.receiver for _, lane in lanes])
@@ -326,11 +346,20 @@ class Worker:
                 busy = True
                 with self._running:
                     completion = channel.run(taken, stopping)
-                if not lane.complete(completion):
-                    log.warning("client %s left its completion queue full: its channel is closed", channel.opened.client_name)
-                    self._broken.put(channel)
-                    self._changes.put(functools.partial(self._stop_serving, channel))
+                if self._landing is not None:
+                    self._landing.put(completion, functools.partial(self._complete, channel, lane))
+                elif not lane.complete(completion):  # type: ignore[arg-type]  # nothing is in flight without a device
+                    self._overfull(channel)
         return busy
+
+    def _complete(self, channel: WorkerChannel, lane: ShmWorkerLane, completion: CompletionFields) -> None:
+        if not lane.complete(completion):
+            self._overfull(channel)
+
+    def _overfull(self, channel: WorkerChannel) -> None:
+        log.warning("client %s left its completion queue full: its channel is closed", channel.opened.client_name)
+        self._broken.put(channel)
+        self._changes.put(functools.partial(self._stop_serving, channel))
 
     def _stop_serving(self, channel: WorkerChannel) -> None:
         """Look at its queues no more. In the thread that serves them."""
@@ -358,7 +387,7 @@ class Worker:
             log.warning("a frame with a token that no channel has was dropped")
             return
         with self._running:
-            completion = channel.run_frame(frame, stopping)
+            completion = landed(channel.run_frame(frame, stopping))
         self._zmq.complete(token, completion)
 
     # --- control ------------------------------------------------------------------------------------------------------------------------
@@ -367,6 +396,7 @@ class Worker:
         handlers: dict[type, Callable[[Any], m.Message]] = {
             m.OpenChannel: self._open_channel,
             m.CloseChannel: self._close_channel,
+            m.OpenDeviceArena: self._open_device_arena,
             m.Bind: self._bind,
             m.AskOutSpec: self._ask_out_spec,
         }
@@ -413,7 +443,7 @@ class Worker:
         mapped.users += 1
         self._end_of(opening)
         self._mapped[opening.segment] = mapped
-        channel = WorkerChannel(secrets.randbits(63), opening, mapped, Watch(opening.process))
+        channel = WorkerChannel(secrets.randbits(63), opening, mapped, Watch(opening.process), kept=KeptTensors(self._kept_bytes))
         self._channels[channel.number] = channel
         if end is not None:
             served = channel, end
@@ -450,7 +480,7 @@ class Worker:
         named = names.segment_name(self.instance, client), names.bell_name(self.instance, client)
         if names.parse(named[0][1:]) is None or (opening.segment, opening.bell) != named:
             raise ChannelError(f"segment {opening.segment!r} and doorbell {opening.bell!r} are not those of client {client!r}")
-        mapped = self._mapped.get(opening.segment) or MappedSegment(Segment.attach(opening.segment, hold=False))
+        mapped = self._mapped.get(opening.segment) or MappedSegment(Segment.attach(opening.segment, hold=False), self._memory)
         if mapped.segment.owner != client:
             raise ChannelError(f"segment {opening.segment} belongs to {mapped.segment.owner!r}, not to {client!r}")
         if not 0 <= opening.index < mapped.segment.geometry.channel_count:
@@ -505,6 +535,10 @@ class Worker:
             raise BadInput(f"op {op.name!r} cannot take {', '.join(map(str, inputs))}: {describe(error)}") from None
         return m.OutSpecs(tuple(m.SpecInfo(spec.shape, NAME_OF[spec.dtype]) for spec in outputs.specs), outputs.single)
 
+    def _open_device_arena(self, request: m.OpenDeviceArena) -> m.Done:
+        self._channel(request.channel).mapped.open_device(request.handle, request.nbytes)
+        return m.Done()
+
     def _close_channel(self, request: m.CloseChannel) -> m.Done:
         self._drop(self._channel(request.channel))
         return m.Done()
@@ -530,7 +564,8 @@ class Worker:
             self._stop_serving(channel)
             channel.close()
             if unused:
-                mapped.close()
+                with self._running:  # the zmq lane has a thread of its own
+                    mapped.close()
 
         self._change(drop)
 

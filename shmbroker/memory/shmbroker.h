@@ -1,4 +1,4 @@
-/* Layout of a shmbroker segment, version 1. Generated; see docs/memory-layout.md. Little-endian. */
+/* Layout of a shmbroker segment, version 2. Generated; see docs/memory-layout.md. Little-endian. */
 #ifndef SHMBROKER_H
 #define SHMBROKER_H
 
@@ -6,7 +6,7 @@
 #include <stdint.h>
 
 #define SHMBROKER_MAGIC "SHMBROKR"
-#define SHMBROKER_LAYOUT_VERSION 1
+#define SHMBROKER_LAYOUT_VERSION 2
 #define SHMBROKER_BYTE_ORDER_MARK 16909060
 #define SHMBROKER_ALIGNMENT 256
 #define SHMBROKER_MAX_DIMS 8
@@ -31,6 +31,8 @@ enum shmbroker_dtype {
 
 enum shmbroker_space {
     SHMBROKER_SPACE_SEGMENT = 0,
+    SHMBROKER_SPACE_DEVICE = 1,
+    SHMBROKER_SPACE_KEPT = 2,
 };
 
 enum shmbroker_status {

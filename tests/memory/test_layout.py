@@ -117,7 +117,7 @@ GOLDEN_FIELDS: dict[Structure, list[tuple[str, int, int]]] = {
 }
 
 GOLDEN_CONSTANTS = {
-    "LAYOUT_VERSION": 1,
+    "LAYOUT_VERSION": 2,
     "BYTE_ORDER_MARK": 0x01020304,
     "ALIGNMENT": 256,
     "MAX_DIMS": 8,
@@ -141,7 +141,7 @@ GOLDEN_DTYPE_CODES = {
     "FLOAT8_E4M3FN": 11,
     "FLOAT8_E5M2": 12,
 }
-GOLDEN_SPACES = {"SEGMENT": 0}
+GOLDEN_SPACES = {"SEGMENT": 0, "DEVICE": 1, "KEPT": 2}
 GOLDEN_STATUSES = {"OK": 0, "OP_ERROR": 1, "BAD_FRAME": 2, "EXPIRED": 3, "DRAINING": 4}
 
 geometries = st.builds(
