@@ -162,8 +162,9 @@ class RemoteOp:
         return call, offsets, generations
 
     def _bring_in(self, tensor: Any, timeout: float | None, copied: list[int]) -> tuple[Any, int, int, int]:
-        """A tensor that does not begin where a block does, its place and space: a view inside a block as it is, and what lies in another space;
-        any other as a copy, noted in ``copied``.
+        """A tensor that does not begin where a block does, as it goes into the frame, with offset, generation and space.
+
+        A view inside a block goes as it is, and so does what lies in another space; any other as a copy, noted in ``copied``.
         """
         if isinstance(tensor, Kept):
             return tensor, tensor.number_on(self._channel), 1, Space.KEPT
