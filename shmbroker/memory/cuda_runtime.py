@@ -133,7 +133,10 @@ class CudaRuntime:
 
     def size(self, pointer: int) -> int:
         """See :class:`Cuda`."""
-        error, _, nbytes = _bindings("driver").cuMemGetAddressRange(pointer)
+        try:
+            error, _, nbytes = _bindings("driver").cuMemGetAddressRange(pointer)
+        except RuntimeError as missing:  # of the bindings, which look for the driver only now
+            raise CudaRefused(f"cuMemGetAddressRange: {missing}") from None
         if int(error):
             raise CudaRefused(f"cuMemGetAddressRange: {error.name} ({int(error)})", int(error))
         return int(nbytes)
