@@ -1,4 +1,5 @@
 # make run: everything from nothing, ending in the demo.  make test: everything that must hold.  make bench: how fast it is here.
+# make test-gpu: on a machine with an NVIDIA GPU.
 # make model-check: the queues' protocol, by SPIN.
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +8,7 @@ SEED ?= 1
 MINUTES ?= 10
 BIN := $(VENV)/bin
 
-.PHONY: run test lint types unit bench kill-matrix chaos soak model-check clean
+.PHONY: run test test-gpu lint types unit bench kill-matrix chaos soak model-check clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/ready
@@ -24,6 +25,10 @@ types: $(VENV)/ready
 
 unit: $(VENV)/ready
 	$(BIN)/python -m pytest
+
+test-gpu: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cuda]'
+	$(BIN)/python -m pytest -rs tests/gpu tests/cuda
 
 $(VENV)/ready: setup.cfg setup.py pyproject.toml constraints.txt $(wildcard shmbroker/*/*.c shmbroker/*/*.h)
 	$(PYTHON) -m venv $(VENV)

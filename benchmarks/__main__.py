@@ -10,7 +10,7 @@ from typing import Any
 import click
 import torch
 
-from benchmarks import alloc, copies, model, replay, rtt, steps, throughput, waiting
+from benchmarks import alloc, copies, cuda, model, replay, rtt, steps, throughput, waiting
 from benchmarks.measure import PEER_CPU, machine, pin
 
 FULL: dict[str, Callable[[], dict[str, Any]]] = {
@@ -22,6 +22,7 @@ FULL: dict[str, Callable[[], dict[str, Any]]] = {
     "throughput": throughput.run,
     "alloc": alloc.run,
     "model": model.run,
+    "cuda": cuda.run,
 }
 QUICK: dict[str, Callable[[], dict[str, Any]]] = {
     "rtt": lambda: rtt.run(0.1, [64, 1 << 20]),
@@ -32,6 +33,7 @@ QUICK: dict[str, Callable[[], dict[str, Any]]] = {
     "throughput": lambda: throughput.run(0.1),
     "alloc": lambda: alloc.run(0.1),
     "model": lambda: model.run(1, lengths=1),
+    "cuda": lambda: cuda.run(0.1),
 }
 
 

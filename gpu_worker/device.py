@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from shmbroker.errors import BadInput
+from shmbroker.device_memory import DeviceMemory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Device(Protocol):
     """What ops need of a device. Every ``out`` lies in the client's segment and is written there."""
 
     name: str
+    memory: DeviceMemory | None
+    """What its worker must ask of it; None where it computes in the clients' memory."""
+
+    def take(self, model: PreTrainedModel) -> None:
+        """Bring a model's modules to where the device computes."""
+
+    def staged(self, function: Callable[..., Any], on_host: Collection[int] = ()) -> Callable[..., Any]:
+        """``function(*inputs, out=..., **arguments)`` with its tensors brought to where the device computes, but for the inputs ``on_host``."""
 
     def hold(self, tensor: torch.Tensor) -> torch.Tensor:
         """A weight, kept where the device computes."""
@@ -33,6 +43,14 @@ class CpuDevice:
     """Computes on the CPU, straight from the client's blocks into the client's blocks."""
 
     name = "cpu"
+    memory: DeviceMemory | None = None
+
+    def take(self, model: PreTrainedModel) -> None:
+        """It is there."""
+
+    def staged(self, function: Callable[..., Any], on_host: Collection[int] = ()) -> Callable[..., Any]:
+        """The function as it is."""
+        return function
 
     def hold(self, tensor: torch.Tensor) -> torch.Tensor:
         """The weight as it is."""
@@ -53,12 +71,3 @@ class CpuDevice:
     def matmul(self, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
         """A batch of matrix products."""
         torch.bmm(a, b, out=out)
-
-
-def open_device(text: str) -> Device:
-    """``cpu``, ``cuda`` or ``cuda:1`` to a device. Raises :class:`BadInput` for one that is not there."""
-    if text == "cpu":
-        return CpuDevice()
-    if re.fullmatch(r"cuda(:\d+)?", text):
-        raise BadInput(f"device {text!r}: this release computes on the CPU only; use --device cpu")
-    raise BadInput(f"device {text!r} is not known; there are: cpu, cuda, cuda:N")

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.cache_utils import DynamicCache
 
+READ_ON_HOST = (1, 2)
+"""Inputs of an op with a session that are read here before the device has anything to do: positions and session."""
+
 _CACHES = "caches"
 """Where the sessions of a channel are in its state."""
 
@@ -35,6 +38,8 @@ class Layers:
         self._types: Sequence[str] = getattr(model.config.get_text_config(), "layer_types", None) or ()
         self._turned: dict[tuple[str, ...], tuple[torch.Tensor, Any]] = {}
         """The last positions with their rotary embedding, by kind of layer: those of a pass are the same for each of its layers."""
+        self._placed: tuple[torch.Tensor, torch.Tensor] | None = None
+        """The last positions as the client gave them, and where the model computes."""
 
     def full_layer(self, layer: int, channel_state: dict[str, Any]) -> Callable[..., None]:
         """The op of a whole layer."""
@@ -92,14 +97,15 @@ class Layers:
                 caches.pop(one, None)
             number, past = session.tolist()
             cache = self._cache(caches, number, layer, past) if number else None
+            positions = self._positions(position_ids)
             arguments: dict[str, Any] = {
                 "attention_mask": mask[0] if mask else None,
-                "position_ids": position_ids,
+                "position_ids": positions,
                 "past_key_values": cache,
                 "use_cache": cache is not None,
             }
             if "position_embeddings" in parameters:
-                arguments["position_embeddings"] = self._embedded(hidden, position_ids, kind)
+                arguments["position_embeddings"] = self._embedded(hidden, positions, kind)
             result = module(hidden, **{name: value for name, value in arguments.items() if name in parameters})
             out.copy_(result[0] if isinstance(result, tuple) else result)
 
@@ -108,9 +114,18 @@ class Layers:
     def _embedded(self, hidden: torch.Tensor, position_ids: torch.Tensor, kind: tuple[str, ...]) -> Any:
         assert self._rotary is not None
         known = self._turned.get(kind)
-        if known is None or not torch.equal(known[0], position_ids):
-            known = self._turned[kind] = position_ids.clone(), self._rotary(hidden, position_ids, *kind)
+        # Positions that are the same are the same object (_positions): comparing values would wait for a device.
+        if known is None or known[0] is not position_ids:
+            known = self._turned[kind] = position_ids, self._rotary(hidden, position_ids, *kind)
         return known[1]
+
+    def _positions(self, position_ids: torch.Tensor) -> torch.Tensor:
+        """A pass's positions where the model computes, the same tensor for each of its layers."""
+        placed = self._placed
+        if placed is None or not torch.equal(placed[0], position_ids):
+            own = position_ids.clone()
+            placed = self._placed = own, own.to(self._model.device)
+        return placed[1]
 
     def _cache(self, caches: dict[int, DynamicCache], session: int, layer: int, past: int) -> DynamicCache:
         from transformers.cache_utils import DynamicCache

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from gpu_worker.device import Device
-from gpu_worker.layers import Layers
+from gpu_worker.layers import READ_ON_HOST, Layers
 from gpu_worker.weights import Weights
 from shmbroker import model_ops
 from shmbroker.worker import Worker
@@ -25,7 +25,7 @@ def register(worker: Worker, weights: Weights, device: Device) -> None:
         def run(ids: torch.Tensor, *, out: torch.Tensor) -> None:
             device.rows(table, ids.reshape(-1), out.view(-1, width))
 
-        return run
+        return device.staged(run)
 
     def linear(*, module: str, in_features: int, out_features: int) -> Callable[..., None]:
         layers = [weights.linear(module, in_features, out_features)]
@@ -33,7 +33,7 @@ def register(worker: Worker, weights: Weights, device: Device) -> None:
         def run(x: torch.Tensor, *, out: torch.Tensor) -> None:
             device.linear(x.reshape(-1, in_features), layers, [out.view(-1, out_features)])
 
-        return run
+        return device.staged(run)
 
     worker.bound_op(model_ops.LINEAR, out_spec=model_ops.linear)(linear)
     worker.bound_op(model_ops.LM_HEAD, out_spec=model_ops.linear)(linear)
@@ -45,20 +45,21 @@ def register(worker: Worker, weights: Weights, device: Device) -> None:
         def run(x: torch.Tensor, *, out: Sequence[torch.Tensor]) -> None:
             device.linear(x.reshape(-1, in_features), layers, [one.view(-1, one.shape[-1]) for one in out])
 
-        return run
+        return device.staged(run)
 
-    @worker.op(model_ops.MATMUL, out_spec=model_ops.matmul)
     def matmul(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor) -> None:
         device.matmul(a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:]), out.view(-1, *out.shape[-2:]))
 
+    worker.op(model_ops.MATMUL, out_spec=model_ops.matmul)(device.staged(matmul))
+
     @worker.bound_op(model_ops.FULL_LAYER, out_spec=model_ops.full_layer)
     def full_layer(*, layer: int, channel_state: dict[str, Any]) -> Callable[..., None]:
-        return layers.full_layer(layer, channel_state)
+        return device.staged(layers.full_layer(layer, channel_state), READ_ON_HOST)
 
     @worker.bound_op(model_ops.ATTENTION_BLOCK, out_spec=model_ops.attention_block)
     def attention_block(*, layer: int, channel_state: dict[str, Any]) -> Callable[..., None]:
-        return layers.attention_block(layer, channel_state)
+        return device.staged(layers.attention_block(layer, channel_state), READ_ON_HOST)
 
     @worker.bound_op(model_ops.MLP_BLOCK, out_spec=model_ops.mlp_block)
     def mlp_block(*, layer: int) -> Callable[..., None]:
-        return layers.mlp_block(layer)
+        return device.staged(layers.mlp_block(layer))

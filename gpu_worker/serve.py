@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from gpu_worker.device import open_device
+from gpu_worker.choice import open_device
 from gpu_worker.ops import register
 from gpu_worker.weights import Weights
 from shmbroker.checkpoint import model_dtype
@@ -45,7 +45,15 @@ def serve(
     weights = Weights.load(checkpoint, wanted, target)
     log.info("%s of weights in %s on %s after %.1f s", mib(weights.nbytes), dtype, target.name, time.monotonic() - begun)
     worker = Worker(
-        service, instance=instance, name=name, device=target.name, spin=spin, until_exit=until_exit, identity=weights.identity, trace=trace
+        service,
+        instance=instance,
+        name=name,
+        device=target.name,
+        spin=spin,
+        until_exit=until_exit,
+        identity=weights.identity,
+        trace=trace,
+        memory=target.memory,
     )
     register(worker, weights, target)
     with torch.no_grad():  # not inference mode, whose tensors do not tell when they were changed

@@ -34,6 +34,7 @@ class Weights:
     def load(cls, source: ModelSource, dtype: torch.dtype, device: Device) -> Weights:
         """Take everything from ``source``: whole layers need the small parameters too."""
         model = source.model(dtype)
+        device.take(model)
         weights = cls(dtype, model)
         held: dict[int, torch.Tensor] = {}
 

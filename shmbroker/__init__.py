@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         CallError,
         CallTimeout,
         ChannelError,
+        CudaRefused,
         InstanceInUse,
         NoSuchService,
         PeerRefused,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
         WorkerDraining,
         WorkerLost,
     )
+    from shmbroker.kept import Kept
     from shmbroker.local import LocalBroker, local_broker
     from shmbroker.memory.spec import TensorSpec
     from shmbroker.worker import Worker
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Client": "shmbroker.client",
     "connect": "shmbroker.client",
+    "Kept": "shmbroker.kept",
     "LocalBroker": "shmbroker.local",
     "local_broker": "shmbroker.local",
     "TensorSpec": "shmbroker.memory.spec",
@@ -55,7 +58,9 @@ __all__ = [
     "CallTimeout",
     "ChannelError",
     "Client",
+    "CudaRefused",
     "InstanceInUse",
+    "Kept",
     "LocalBroker",
     "NoSuchService",
     "PeerRefused",

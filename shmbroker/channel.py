@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -10,17 +11,20 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from shmbroker.calls import Call, clock_ns
+from shmbroker.calls import Call, Plan, clock_ns
 from shmbroker.completions import CompletionLoop
 from shmbroker.control import messages as m
 from shmbroker.control.endpoint import transport_of
 from shmbroker.control.liveness import Watch
 from shmbroker.control.sockets import Requester
-from shmbroker.errors import BadInput, CallTimeout, ChannelError, ShmBrokerError, WorkerLost
+from shmbroker.errors import BadInput, CallTimeout, ChannelError, CudaRefused, PeerRefused, ShmBrokerError, WorkerLost
+from shmbroker.kept import KEPT_OP, KeptBooks
 from shmbroker.lane.doorbell import RECHECK_SECONDS
 from shmbroker.lane.frames import FrameTemplate
 from shmbroker.lane.shm_lane import ShmClientLane
 from shmbroker.lane.zmq_lane import ZmqClientLane
+from shmbroker.memory import layout
+from shmbroker.memory.arena import Place
 from shmbroker.memory.room import Room
 from shmbroker.memory.spec import NAME_OF, TensorSpec, dtype_named
 from shmbroker.ops import Outputs, OutSpec
@@ -86,6 +90,11 @@ class Channel:
         self.opened_ns = clock_ns()
         self._counted_before = (0,) * len(_COUNTED)
         """By the channel that this one took over from, on the same counters."""
+        self.kept = KeptBooks(self)
+        self._kept_dropped = self.kept.dropped
+        self._kept_statistics = OpStatistics("free")
+        self._device_opened: bool | None = None
+        """Whether the worker has opened the client's device arena; None until it was asked."""
         completions.add(self)
 
     # --- binding --------------------------------------------------------------------------------------------------------------------
@@ -144,6 +153,8 @@ class Channel:
         """Write the frame of ``call`` and ring. Waits for a free slot until the call's deadline when the queue is full."""
         lane = self._lane
         lock = self._submit_lock
+        if self._kept_dropped:
+            self.let_go()
         while True:
             lock.acquire()
             try:
@@ -160,6 +171,43 @@ class Channel:
             finally:
                 lock.release()
             self._wait_for_slot(call)
+
+    def let_go(self) -> None:
+        """Tell the worker which kept tensors are dropped, in frames of their own, as far as its queue has room. Their answers are not waited for."""
+        dropped = self._kept_dropped
+        spec = TensorSpec((0,), torch.uint8)
+        while dropped and self._lost is None and not self._closed:
+            numbers: list[int] = []
+            with contextlib.suppress(IndexError):
+                while len(numbers) < layout.MAX_TENSORS:
+                    numbers.append(dropped.popleft())
+            plan = Plan(
+                self, self._kept_statistics, KEPT_OP, [torch.empty(spec.shape, dtype=spec.dtype)] * len(numbers), Outputs((), False), b"",
+                [layout.Space.KEPT] * len(numbers),
+            )  # fmt: skip
+            call = Call(plan, (), (), clock_ns(), 0)
+            with self._submit_lock:
+                sent = False
+                if self._lost is None and len(self._outstanding) < self._lane.depth:
+                    self._last_call_id = call.call_id = call_id = self._last_call_id + 1
+                    call.submitted_ns = now = clock_ns()
+                    self._outstanding[call_id] = call
+                    sent = self._lane.submit(plan.template, call_id, 0, now, numbers, [1] * len(numbers))
+                    if not sent:
+                        del self._outstanding[call_id]
+            if not sent:
+                dropped.extend(numbers)
+                return
+
+    def kept_op(self) -> RemoteOp:
+        """The op that copies kept tensors to where the client reads them."""
+
+        def same(inputs: Sequence[TensorSpec], arguments: dict[str, Any]) -> Outputs:
+            return Outputs(tuple(inputs), len(inputs) == 1)
+
+        statistics = OpStatistics("fetch")
+        self._statistics.append(statistics)
+        return RemoteOp(self, "fetch", KEPT_OP, same, statistics)
 
     def _wait_for_slot(self, call: Call) -> None:
         left = (call.deadline_ns - clock_ns()) / 1e9 if call.deadline_ns else RECHECK_SECONDS
@@ -270,6 +318,39 @@ class Channel:
                 waited = True
                 arena.count_wait()
             self.completions.wait_any(left)
+
+    def place_elsewhere(self, plan: Plan, timeout: float | None, outputs: list[Any], offsets: list[int], generations: list[int]) -> None:
+        """Room for the outputs of a call that has them kept on the worker, or in the client's device arena."""
+        if plan.output_space == layout.Space.KEPT:
+            for spec in plan.specs:
+                kept = self.kept.new(spec)
+                outputs.append(kept)
+                offsets.append(kept.number)
+                generations.append(1)
+            return
+        arena = self.client.device
+        assert arena is not None
+        limit = self.client.place_timeout if timeout is None else min(timeout, self.client.place_timeout)
+        for room in plan.rooms:
+            output, offset, generation = arena.place(room, limit)
+            outputs.append(output)
+            offsets.append(offset)
+            generations.append(generation)
+
+    def find_on_device(self, tensor: torch.Tensor) -> Place | None:
+        """Where ``tensor`` lies in the client's device arena, once the worker has opened it; else None, and the tensor is copied."""
+        arena = self.client.device
+        place = None if arena is None else arena.find(tensor)
+        if place is None or arena is None:
+            return None
+        if self._device_opened is None:
+            try:
+                self._ask(m.OpenDeviceArena(self._opened.channel, arena.handle, arena.nbytes), m.Done)
+                self._device_opened = True
+            except (PeerRefused, CudaRefused, BadInput) as error:
+                self._device_opened = False
+                log.warning("%s cannot use the device arena: its tensors are copied through shared memory (%s)", self.peer_text(), error)
+        return place if self._device_opened else None
 
     # --- the rest -----------------------------------------------------------------------------------------------------------------------
 

@@ -31,6 +31,8 @@ from shmbroker.lane.waiter import Waiter
 from shmbroker.lane.zmq_lane import ZmqClientLane
 from shmbroker.memory import layout, names
 from shmbroker.memory.arena import Arena
+from shmbroker.memory.cuda_runtime import Cuda, CudaRuntime
+from shmbroker.memory.device_arena import DeviceArena
 from shmbroker.memory.geometry import Geometry
 from shmbroker.memory.hold import Hold, unlink_own
 from shmbroker.memory.place import place
@@ -154,6 +156,8 @@ class Client:
             stack.callback(self.arena.close)
             self._publisher = Publisher(self._segment, self.arena, lambda: list(self._channels))
             stack.callback(self._publisher.close)
+            self.device: DeviceArena | None = None
+            stack.callback(self._close_device)
             self._spin = spin
             self._loops: dict[Doorbell, CompletionLoop] = {}
             self._link = BrokerLink(self._context, access.endpoint, self._hello, self._stats, self._peer_gone, self._publisher.publish)
@@ -182,13 +186,48 @@ class Client:
 
     # --- tensors ----------------------------------------------------------------------------------------------------------------------
 
-    def empty(self, shape: int | tuple[int, ...] | list[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    def empty(
+        self, shape: int | tuple[int, ...] | list[int], dtype: torch.dtype = torch.float32, *, device: str | torch.device = "cpu"
+    ) -> torch.Tensor:
         """A tensor of ``shape`` in shared memory, values undefined: write into it, and no call will copy it.
 
-        Its block is free again when the last view of it dies. Raises :class:`ArenaFull`, :class:`ArenaTooSmall`, :class:`BadInput`.
+        ``device``: ``cuda`` for one in the device arena (:meth:`device_arena`). Its block is free again when the last view of it dies.
+        Raises :class:`ArenaFull`, :class:`ArenaTooSmall`, :class:`BadInput`.
         """
         self._check_open()
-        return self.arena.empty((shape,) if isinstance(shape, int) else tuple(shape), dtype, self.place_timeout)
+        arena: Arena | DeviceArena = self.arena if device == "cpu" else self._device_for(device)
+        return arena.empty((shape,) if isinstance(shape, int) else tuple(shape), dtype, self.place_timeout)
+
+    def device_arena(self, nbytes: int | str, device: str = "cuda", *, cuda: Cuda | None = None) -> DeviceArena:
+        """Allocate memory on a GPU, once, for ``client.empty(..., device="cuda")``: workers on this machine's GPUs see it too, by CUDA IPC.
+
+        ``nbytes``: or a text like ``"512M"``. ``cuda``: another driver than NVIDIA's. A call with an input there has its results there. What
+        you wrote on the current stream is waited for before a call is published. Raises :class:`CudaRefused`, :class:`BadInput`.
+        """
+        self._check_open()
+        if self.device is not None:
+            raise BadInput(f"this client has a device arena of {self.device.nbytes} bytes already: a client has one")
+        size = layout.round_up(parse_bytes(nbytes), layout.PAGE)
+        if not size > 0:
+            raise BadInput("a device arena has at least one byte")
+        self.device = DeviceArena(cuda or CudaRuntime.of(device), size)
+        return self.device
+
+    def _device_for(self, device: str | torch.device) -> DeviceArena:
+        if self.device is None:
+            raise BadInput(f"client.empty(device={str(device)!r}) needs memory there: call client.device_arena(nbytes) first")
+        if torch.device(device).type != "cuda":
+            raise BadInput(f"device {str(device)!r}: tensors lie on the cpu, or in the device arena (cuda)")
+        return self.device
+
+    def device_written(self) -> None:
+        """Wait until what was written to the device arena on the current stream is there, for a worker to read."""
+        if self.device is not None:
+            self.device.written()
+
+    def _close_device(self) -> None:
+        if self.device is not None:
+            self.device.close()
 
     def copy_in(self, tensor: torch.Tensor) -> torch.Tensor:
         """A contiguous copy of ``tensor`` in shared memory, for several calls to use."""
@@ -197,7 +236,9 @@ class Client:
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether ``tensor`` lies in this client's arena, so that handing it over copies nothing."""
-        return isinstance(tensor, torch.Tensor) and self.arena.find(tensor) is not None
+        if not isinstance(tensor, torch.Tensor):
+            return False
+        return self.arena.find(tensor) is not None or (self.device is not None and self.device.find(tensor) is not None)
 
     # --- channels -----------------------------------------------------------------------------------------------------------------------
 

@@ -70,6 +70,14 @@ class WorkerLost(ChannelError, ConnectionError):
     """The worker died or went away while calls were outstanding or before one was sent."""
 
 
+class CudaRefused(ShmBrokerError):
+    """The CUDA driver refused what was asked of it, or there is none. ``code``: its number for the reason, 0 when it was never asked."""
+
+    def __init__(self, message: str, code: int = 0) -> None:
+        super().__init__(message)
+        self.code = code
+
+
 class CallError(ShmBrokerError):
     """A call that did not succeed."""
 

@@ -11,6 +11,8 @@ import torch
 
 from shmbroker.calls import Call, CallFuture, Plan, Result, clock_ns
 from shmbroker.errors import BadInput
+from shmbroker.kept import Kept
+from shmbroker.memory.layout import Space
 from shmbroker.memory.room import room_for
 from shmbroker.memory.spec import TensorSpec, spec_of
 from shmbroker.ops import Outputs
@@ -83,6 +85,17 @@ class RemoteOp:
         channel.submit(call, call.plan.template, offsets, generations)
         return self.future_of(call)
 
+    def keep(self, *inputs: torch.Tensor | Kept, timeout: Timeout = _UNSET, **arguments: Any) -> Any:
+        """Call and wait, with the results staying on the worker: a :class:`Kept`, or a tuple of them, to be inputs of later calls on this channel.
+
+        Raises as :meth:`__call__`; the worker bounds how much it keeps.
+        """
+        channel = self._channel
+        seconds = channel.client.timeout if timeout is _UNSET else timeout
+        call, offsets, generations = self._prepare(inputs, seconds, arguments, Space.KEPT)
+        channel.submit(call, call.plan.template, offsets, generations)
+        return self.wait(call)
+
     def capture(self, *inputs: torch.Tensor, **arguments: Any) -> CapturedCall:
         """Place inputs and outputs and pack the frame once, to be replayed many times on the same blocks."""
         call, offsets, generations = self._prepare(inputs, None, arguments)
@@ -98,7 +111,7 @@ class RemoteOp:
         return future
 
     def _prepare(
-        self, inputs: tuple[torch.Tensor, ...], timeout: float | None, arguments: dict[str, Any]
+        self, inputs: tuple[Any, ...], timeout: float | None, arguments: dict[str, Any], output_space: int = Space.SEGMENT
     ) -> tuple[Call, list[int], list[int]]:
         """Place whatever has no place yet. The hot path: its steps and their cost are in docs/performance.md."""
         begun_ns = clock_ns()
@@ -108,6 +121,7 @@ class RemoteOp:
         offsets: list[int] = []
         generations: list[int] = []
         copied: list[int] = []
+        spaces: list[int] = []
         placed: list[torch.Tensor] | tuple[torch.Tensor, ...] = inputs
         for index, tensor in enumerate(inputs):
             try:
@@ -120,17 +134,22 @@ class RemoteOp:
             else:
                 if isinstance(placed, tuple):
                     placed = list(inputs)
-                placed[index], offset, generation = self._bring_in(tensor, timeout, copied)
+                placed[index], offset, generation, space = self._bring_in(tensor, timeout, copied)
                 generations.append(generation)
+                if space:
+                    spaces = spaces or [Space.SEGMENT] * len(inputs)
+                    spaces[index] = space
             offsets.append(offset)
-        plan = self._plans.get(_signature(placed)) if not arguments else None
+        plan = self._plans.get(_signature(placed)) if not (arguments or spaces or output_space) else None
         if plan is None:
             planning_ns = clock_ns()
-            plan = self._plan(placed, arguments)
+            plan = self._plan(placed, arguments, spaces, output_space)
             begun_ns += clock_ns() - planning_ns  # done once for such inputs: no part of the call
         channel.nudge()
-        outputs: list[torch.Tensor] = []
-        for room in plan.rooms:
+        outputs: list[Any] = []
+        if plan.output_space:
+            channel.place_elsewhere(plan, timeout, outputs, offsets, generations)
+        for room in plan.rooms if not plan.output_space else ():
             output, offset, generation = arena.place_now(room) or channel.place(room, timeout)
             outputs.append(output)
             offsets.append(offset)
@@ -138,24 +157,34 @@ class RemoteOp:
         call = Call(plan, placed, outputs, begun_ns, self._deadline(begun_ns, timeout))
         if copied:
             call.copied_bytes, call.copy_ns = sum(copied[::2]), sum(copied[1::2])
+        if plan.before is not None:
+            plan.before()
         return call, offsets, generations
 
-    def _bring_in(self, tensor: torch.Tensor, timeout: float | None, copied: list[int]) -> tuple[torch.Tensor, int, int]:
-        """A tensor that does not begin where a block does: a view inside a block as it is; any other as a copy, noted in ``copied``."""
+    def _bring_in(self, tensor: Any, timeout: float | None, copied: list[int]) -> tuple[Any, int, int, int]:
+        """A tensor that does not begin where a block does, as it goes into the frame, with offset, generation and space.
+
+        A view inside a block goes as it is, and so does what lies in another space; any other as a copy, noted in ``copied``.
+        """
+        if isinstance(tensor, Kept):
+            return tensor, tensor.number_on(self._channel), 1, Space.KEPT
         if not isinstance(tensor, torch.Tensor):
             tensor = as_tensor(tensor)
         place = self._channel.arena.find(tensor)
         if place is not None:
-            return tensor, place.offset, place.generation
+            return tensor, place.offset, place.generation, Space.SEGMENT
+        place = self._channel.find_on_device(tensor)
+        if place is not None:
+            return tensor, place.offset, place.generation, Space.DEVICE
         if tensor.is_meta or tensor.layout is not torch.strided:
             raise BadInput(f"op {self.name!r}: a {tensor.layout} tensor on {tensor.device} has no bytes to hand over")
         begun_ns = clock_ns()
         inside, offset, generation = self._channel.place(room_for(tensor.shape, tensor.dtype), timeout)
         inside.copy_(tensor.detach() if tensor.requires_grad else tensor)
         copied += (tensor.nbytes, clock_ns() - begun_ns)
-        return inside, offset, generation
+        return inside, offset, generation, Space.SEGMENT
 
-    def _plan(self, inputs: Sequence[torch.Tensor], arguments: dict[str, Any]) -> Plan:
+    def _plan(self, inputs: Sequence[torch.Tensor], arguments: dict[str, Any], spaces: Sequence[int] = (), output_space: int = 0) -> Plan:
         packed = b""
         if arguments:
             try:
@@ -164,7 +193,13 @@ class RemoteOp:
                 raise BadInput(
                     f"op {self.name!r}: a call's own arguments are numbers, strings, booleans, None and lists of these; {error}"
                 ) from None
-        key = (packed, _signature(inputs)) if packed else _signature(inputs)
+        before = None
+        if Space.DEVICE in spaces:
+            before = self._channel.client.device_written
+            output_space = output_space or Space.DEVICE  # results lie where inputs do
+        key: object = (packed, _signature(inputs)) if packed else _signature(inputs)
+        if spaces or output_space:
+            key = (key, tuple(spaces), output_space)
         plan = self._plans.get(key)
         if plan is None:
             plan = Plan(
@@ -174,6 +209,9 @@ class RemoteOp:
                 inputs,
                 self._outputs([spec_of(tensor) for tensor in inputs], arguments),
                 packed,
+                spaces,
+                output_space,
+                before,
             )
             if len(self._plans) >= _KNOWN_PLANS:
                 self._plans.clear()
@@ -186,6 +224,8 @@ class RemoteOp:
         seconds = channel.client.timeout if timeout is _UNSET else timeout
         begun_ns = clock_ns()
         call = Call(like.plan, like.inputs, like.outputs, begun_ns, self._deadline(begun_ns, seconds))
+        if like.plan.before is not None:
+            like.plan.before()
         channel.submit(call, like.plan.template, offsets, generations)
         return call
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shmbroker.errors import BadFrame
+from shmbroker.landing import InFlight
 from shmbroker.lane.frames import CompletionFields, Taken
 from shmbroker.memory.layout import Status
 from shmbroker.trace import Trace, number_of, numbers_of
@@ -24,15 +25,18 @@ class TracedWorkerChannel(WorkerChannel):
     trace: Trace | None = None
     _labels: dict[bytes, tuple[str, dict[str, Any]]] = field(default_factory=dict)
 
-    def run(self, taken: Taken, draining: bool) -> CompletionFields:
-        """As the channel's."""
+    def run(self, taken: Taken, draining: bool) -> CompletionFields | InFlight:
+        """As the channel's. Of what a device goes on with, the launch is told, and no end."""
         begun_ns = _clock_ns()
         completion = WorkerChannel.run(self, taken, draining)
         ended_ns = _clock_ns()
         trace = self.trace
         assert trace is not None
         call_id, _, _, key, frame = taken
-        _, status, queued_ns, compute_ns, _ = completion
+        if isinstance(completion, InFlight):
+            status, queued_ns, compute_ns = int(Status.OK), 0, 0
+        else:
+            _, status, queued_ns, compute_ns, _ = completion
         name, details = self._label(key, frame)
         number = number_of(numbers_of(self.number), call_id)
         client = self.opened.client_name

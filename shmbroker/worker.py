@@ -31,10 +31,14 @@ from shmbroker.control.access import Access
 from shmbroker.control.curve import ANY_PORT
 from shmbroker.control.liveness import Watch, process_of, this_process
 from shmbroker.control.sockets import Requester, Responder
+from shmbroker.device_memory import DeviceMemory
 from shmbroker.echo import BUILT_IN_OPS, RESERVED
 from shmbroker.errors import BadInput, ChannelError, ProtocolMismatch
+from shmbroker.kept import DEFAULT_KEPT_BYTES, KeptTensors
+from shmbroker.landing import Landing, landed
 from shmbroker.lane.doorbell import PollingBell, SemaphoreBell, shm_lane_supported
 from shmbroker.lane.ends import Receiver
+from shmbroker.lane.frames import CompletionFields
 from shmbroker.lane.kinds import Doorbell, Lane
 from shmbroker.lane.shm_lane import ShmWorkerLane
 from shmbroker.lane.waiter import Waiter
@@ -79,7 +83,8 @@ class Worker:
     ``service`` and ``instance``: as the settings say where not given (docs/configuration.md).
     ``spin``: seconds to look for the next frame before sleeping; 0 to sleep at once. ``device``: a word for ``shmbroker status``.
     ``until_exit``: stop when the process with this pid ends. ``identity``: a word for what the answers depend on beside the inputs (weights,
-    say); only a worker of the same identity takes over from another. ``trace``: a file that tells of every call (docs/traces.md).
+    say); only a worker of the same identity takes over from another. ``trace``: a file that tells of every call (docs/traces.md). ``memory``: of the
+    device that ops compute on, where that is not the CPU. ``kept_bytes``: what each channel may have kept here.
     """
 
     def __init__(
@@ -93,6 +98,8 @@ class Worker:
         until_exit: int = 0,
         identity: str = "",
         trace: str | os.PathLike[str] | None = None,
+        memory: DeviceMemory | None = None,
+        kept_bytes: int = DEFAULT_KEPT_BYTES,
     ) -> None:
         settings = current()
         self.service = service = settings.service if service is None else service
@@ -127,6 +134,10 @@ class Worker:
         self._stopping = False
         self._watchdog = notify.Watchdog.of_environment()
         """Fed while all threads that serve clients turn; None where nobody watches."""
+        self._memory = memory
+        self._kept_bytes = kept_bytes
+        self._landing: Landing | None = None
+        """For a device that still works when an op has returned."""
         self._running = threading.Lock()
         """Held while an op runs: the device does one thing at a time, whichever lane asks."""
 
@@ -181,9 +192,16 @@ class Worker:
         Raises :class:`BrokerUnreachable` when there is no broker. ``ready`` is called once clients can come.
         """
         with self._signals(), self._joined():
+            if self._memory is not None and self._memory.asynchronous:
+                self._landing = Landing()
             ready()
             notify.ready(f"service {self.service!r} on {self.device}")
-            self._serve_shm()
+            try:
+                self._serve_shm()
+            finally:
+                if self._landing is not None:
+                    self._landing.stop()
+                    self._landing = None
             notify.stopping()
 
     def stop(self) -> None:
@@ -323,6 +341,8 @@ class Worker:
             if watchdog is not None:
                 watchdog.turning("frames")
             if not changes.empty():
+                if self._landing is not None:
+                    self._landing.drain()  # nothing is unmapped that a device still copies to
                 while not changes.empty():
                     changes.get()()
                 receivers = tuple([lane.receiver for _, lane in lanes])
@@ -347,11 +367,20 @@ class Worker:
                 busy = True
                 with self._running:
                     completion = channel.run(taken, stopping)
-                if not lane.complete(completion):
-                    log.warning("client %s left its completion queue full: its channel is closed", channel.opened.client_name)
-                    self._broken.put(channel)
-                    self._changes.put(functools.partial(self._stop_serving, channel))
+                if self._landing is not None:
+                    self._landing.put(completion, functools.partial(self._complete, channel, lane))
+                elif not lane.complete(completion):  # type: ignore[arg-type]  # nothing is in flight without a device
+                    self._overfull(channel)
         return busy
+
+    def _complete(self, channel: WorkerChannel, lane: ShmWorkerLane, completion: CompletionFields) -> None:
+        if not lane.complete(completion):
+            self._overfull(channel)
+
+    def _overfull(self, channel: WorkerChannel) -> None:
+        log.warning("client %s left its completion queue full: its channel is closed", channel.opened.client_name)
+        self._broken.put(channel)
+        self._changes.put(functools.partial(self._stop_serving, channel))
 
     def _stop_serving(self, channel: WorkerChannel) -> None:
         """Look at its queues no more. In the thread that serves them."""
@@ -381,7 +410,7 @@ class Worker:
             log.warning("a frame with a token that no channel has was dropped")
             return
         with self._running:
-            completion = channel.run_frame(frame, stopping)
+            completion = landed(channel.run_frame(frame, stopping))
         self._zmq.complete(token, completion)
 
     # --- control ------------------------------------------------------------------------------------------------------------------------
@@ -390,6 +419,7 @@ class Worker:
         handlers: dict[type, Callable[[Any], m.Message]] = {
             m.OpenChannel: self._open_channel,
             m.CloseChannel: self._close_channel,
+            m.OpenDeviceArena: self._open_device_arena,
             m.Bind: self._bind,
             m.AskOutSpec: self._ask_out_spec,
         }
@@ -476,8 +506,8 @@ class Worker:
         if self._trace is not None:
             from shmbroker.traced_worker_channel import TracedWorkerChannel
 
-            return TracedWorkerChannel(number, opening, mapped, watch, trace=self._trace)
-        return WorkerChannel(number, opening, mapped, watch)
+            return TracedWorkerChannel(number, opening, mapped, watch, kept=KeptTensors(self._kept_bytes), trace=self._trace)
+        return WorkerChannel(number, opening, mapped, watch, kept=KeptTensors(self._kept_bytes))
 
     def _segment_of(self, opening: m.OpenChannel) -> MappedSegment:
         """The client's segment, mapped. Names follow from the client's id: nobody may have anything else opened here."""
@@ -485,7 +515,7 @@ class Worker:
         named = names.segment_name(self.instance, client), names.bell_name(self.instance, client)
         if names.parse(named[0][1:]) is None or (opening.segment, opening.bell) != named:
             raise ChannelError(f"segment {opening.segment!r} and doorbell {opening.bell!r} are not those of client {client!r}")
-        mapped = self._mapped.get(opening.segment) or MappedSegment(Segment.attach(opening.segment, hold=False))
+        mapped = self._mapped.get(opening.segment) or MappedSegment(Segment.attach(opening.segment, hold=False), self._memory)
         if mapped.segment.owner != client:
             raise ChannelError(f"segment {opening.segment} belongs to {mapped.segment.owner!r}, not to {client!r}")
         if not 0 <= opening.index < mapped.segment.geometry.channel_count:
@@ -540,6 +570,10 @@ class Worker:
             raise BadInput(f"op {op.name!r} cannot take {', '.join(map(str, inputs))}: {describe(error)}") from None
         return m.OutSpecs(tuple(m.SpecInfo(spec.shape, NAME_OF[spec.dtype]) for spec in outputs.specs), outputs.single)
 
+    def _open_device_arena(self, request: m.OpenDeviceArena) -> m.Done:
+        self._channel(request.channel).mapped.open_device(request.handle, request.nbytes)
+        return m.Done()
+
     def _close_channel(self, request: m.CloseChannel) -> m.Done:
         self._drop(self._channel(request.channel))
         return m.Done()
@@ -565,7 +599,8 @@ class Worker:
             self._stop_serving(channel)
             channel.close()
             if unused:
-                mapped.close()
+                with self._running:  # the zmq lane has a thread of its own
+                    mapped.close()
 
         self._change(drop)
 

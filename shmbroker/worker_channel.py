@@ -5,16 +5,19 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import torch
 
 from shmbroker.control.liveness import Watch
 from shmbroker.control.messages import OpenChannel
+from shmbroker.device_memory import DeviceMemory, HostMemory, Launched, nothing
 from shmbroker.errors import BadFrame, BadInput
+from shmbroker.kept import DEFAULT_KEPT_BYTES, KEPT_OP, KeptTensors
+from shmbroker.landing import InFlight
 from shmbroker.lane.frames import (
     SUBMISSION_HEADER,
     Completion,
@@ -26,11 +29,11 @@ from shmbroker.lane.frames import (
     pack_text,
     taken_of,
 )
-from shmbroker.memory.layout import ChannelStatistics, Status, offset_of
+from shmbroker.memory.layout import ChannelStatistics, Space, Status, offset_of
 from shmbroker.memory.segment import Segment
 from shmbroker.memory.spec import TensorSpec
 from shmbroker.memory.statistics_block import StatisticsBlock
-from shmbroker.ops import BoundOp, Static
+from shmbroker.ops import BoundOp, OpDefinition, Static
 
 log = logging.getLogger(__name__)
 
@@ -47,17 +50,38 @@ _clock_ns = time.monotonic_ns
 class MappedSegment:
     """A client's segment as a worker maps it: one flat tensor for each dtype, of which every tensor of a frame is a view."""
 
-    def __init__(self, segment: Segment) -> None:
+    def __init__(self, segment: Segment, memory: DeviceMemory | None = None) -> None:
+        """``memory``: of the device that is told of the segment for as long as it is mapped."""
         self.segment = segment
+        self.memory: DeviceMemory = memory or HostMemory()
         geometry = segment.geometry
         self.reader = SubmissionReader(geometry.arena_offset, geometry.total_bytes)
         self._flat: dict[torch.dtype, torch.Tensor] = {}
         self.users = 0
+        self._device: torch.Tensor | None = None
+        self._device_opened: tuple[bytes, int] | None = None
+        self._close_device = nothing
+        self._unmap = nothing
+        if memory is not None:
+            self._unmap = memory.map(torch.frombuffer(segment.map, dtype=torch.uint8).data_ptr(), geometry.total_bytes)
+
+    def open_device(self, handle: bytes, nbytes: int) -> None:
+        """Open the client's device arena, once. Raises what the device refuses it with; :class:`BadInput` for a second one."""
+        if self._device_opened is None:
+            self._device, self._close_device = self.memory.open_arena(handle, nbytes)
+            self._device_opened = handle, nbytes
+            self.reader.device_bytes = nbytes
+        elif self._device_opened != (handle, nbytes):
+            raise BadInput("this client has another device arena open here: a client has one")
 
     def view(self, descriptor: Descriptor) -> torch.Tensor:
         """The tensor that a checked descriptor names, in place."""
         form = descriptor.form
         dtype = form.spec.dtype
+        if form.space == Space.DEVICE:
+            assert self._device is not None
+            begin = self._device[descriptor.offset : descriptor.offset + max(form.extent_bytes, dtype.itemsize)].view(dtype)
+            return begin.as_strided(form.spec.shape, form.strides).data
         flat = self._flat.get(dtype)
         if flat is None:
             flat = self._flat[dtype] = torch.frombuffer(self.segment.map, dtype=dtype)
@@ -65,8 +89,12 @@ class MappedSegment:
         return torch.as_strided(flat, form.spec.shape, form.strides, descriptor.offset // dtype.itemsize).data
 
     def close(self) -> None:
-        """Unmap, once no tensor of it lives."""
+        """Unmap, once no tensor of it lives. Not while a device still copies."""
         self._flat.clear()
+        self._device = None
+        self._close_device()
+        self._unmap()
+        self._close_device = self._unmap = nothing
         self.segment.close()
 
 
@@ -103,7 +131,7 @@ class PreparedCall:
         self.inputs = tuple(inputs) if telling else ()
         self.versions = [tensor._version for tensor in self.inputs]
         """Of the inputs, while nothing has changed them."""
-        self.run = op.prepare(inputs, outputs, arguments, single=single)
+        self.run: Callable[[], object] = op.prepare(inputs, outputs, arguments, single=single)
         self.repeatable = repeatable and telling
         """Per-call arguments lie behind what a frame is recognised by."""
 
@@ -122,6 +150,7 @@ class WorkerChannel:
     """What ops keep for this channel."""
     counters: ChannelCounters = field(default_factory=ChannelCounters)
     _told: tuple[int, ...] = ()
+    kept: KeptTensors = field(default_factory=lambda: KeptTensors(DEFAULT_KEPT_BYTES))
     _op_ids: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
     _prepared: dict[bytes, PreparedCall] = field(default_factory=dict)
 
@@ -131,7 +160,7 @@ class WorkerChannel:
         self.ops[op_id] = op
         return op_id
 
-    def run_frame(self, frame: bytes, draining: bool) -> CompletionFields:
+    def run_frame(self, frame: bytes, draining: bool) -> CompletionFields | InFlight:
         """:meth:`run` for a frame that may be of any length."""
         if len(frame) < SUBMISSION_HEADER.size:
             self.counters.calls += 1
@@ -140,7 +169,7 @@ class WorkerChannel:
             return Completion(int.from_bytes(frame[_call_id_bytes], "little"), Status.BAD_FRAME, 0, 0, text)
         return self.run(taken_of(frame), draining)
 
-    def run(self, taken: Taken, draining: bool) -> CompletionFields:
+    def run(self, taken: Taken, draining: bool) -> CompletionFields | InFlight:
         """Run a call that was taken. Every outcome, also of a frame that makes no sense, is a completion."""
         taken_ns = _clock_ns()
         call_id, deadline_ns, submitted_ns, key, frame = taken
@@ -161,28 +190,48 @@ class WorkerChannel:
                 prepared = self._open(frame)
                 begun_ns = _clock_ns()
             # fault: before op running
-            prepared.run()
+            launched = prepared.run()
             # fault: after result written
         except BadFrame as error:
             counters.errors += 1
             return Completion(call_id, Status.BAD_FRAME, queued_ns, 0, pack_text(str(error)))
         except BaseException as error:  # whatever the op raises, SystemExit too, is the answer to the call; the worker lives on
-            counters.errors += 1
-            self._prepared.pop(key, None)
-            log.info("call %d of %s failed: %s", call_id, self.opened.client_name, describe(error))
-            text = pack_text(f"{type(error).__name__}\n{text_of(error)}")
-            return Completion(call_id, Status.OP_ERROR, queued_ns, _clock_ns() - begun_ns, text)
+            return self._failed(call_id, key, queued_ns, begun_ns, error)
         compute_ns = _clock_ns() - begun_ns
         counters.compute_ns += compute_ns
         if [tensor._version for tensor in prepared.inputs] != prepared.versions:
             self._prepared.pop(key, None)
         elif not known and prepared.repeatable:
             self._keep(key, prepared)
+        if launched is not None and self.mapped.memory.asynchronous and hasattr(launched, "wait"):
+            return self._in_flight(cast(Launched, launched), call_id, key, queued_ns, begun_ns)
         return call_id, 0, queued_ns, compute_ns, b""
+
+    def _failed(self, call_id: int, key: bytes, queued_ns: int, begun_ns: int, error: BaseException) -> CompletionFields:
+        self.counters.errors += 1
+        self._prepared.pop(key, None)
+        log.info("call %d of %s failed: %s", call_id, self.opened.client_name, describe(error))
+        text = pack_text(f"{type(error).__name__}\n{text_of(error)}")
+        return Completion(call_id, Status.OP_ERROR, queued_ns, _clock_ns() - begun_ns, text)
+
+    def _in_flight(self, launched: Launched, call_id: int, key: bytes, queued_ns: int, begun_ns: int) -> InFlight:
+        """A call that its device still works on; computing, here, is all until its last copy is done."""
+        launched_ns = _clock_ns()
+
+        def finish(error: BaseException | None) -> CompletionFields:
+            if error is not None:
+                return self._failed(call_id, key, queued_ns, begun_ns, error)
+            done_ns = _clock_ns()
+            self.counters.compute_ns += done_ns - launched_ns
+            return call_id, 0, queued_ns, done_ns - begun_ns, b""
+
+        return InFlight(launched, finish)
 
     def _open(self, frame: bytes) -> PreparedCall:
         """Check a frame that was not met before. Raises :class:`BadFrame`."""
         call = self.mapped.reader.read(frame)
+        if call.op_id == KEPT_OP:
+            return self._about_kept(call)
         op = self.ops.get(call.op_id)
         if op is None:
             raise BadFrame(f"op id {call.op_id} is not bound on this channel")
@@ -194,6 +243,8 @@ class WorkerChannel:
         except Exception as error:  # an out_spec that fails on odd shapes, or metadata that is none, is the frame's fault too
             raise BadFrame(describe(error)) from None
         view = self.mapped.view
+        if any(place.form.space == Space.KEPT for place in (*call.inputs, *call.outputs)):
+            return self._with_kept(op, call, arguments, single)
         inputs, outputs = [view(place) for place in call.inputs], [view(place) for place in call.outputs]
         return PreparedCall(op, inputs, outputs, arguments, single=single, repeatable=not call.metadata)
 
@@ -208,15 +259,66 @@ class WorkerChannel:
             # What a client claims (when it submitted) must not make a number that has no room.
             block.write((_clock_ns(), *[min(value, _WORD) for value in counted]))
 
+    def _with_kept(self, op: BoundOp, call: Submission, arguments: Static, single: bool) -> PreparedCall:
+        """A call with inputs that are kept here, or outputs that are to be. Such calls are not remembered: they would outlive what they name."""
+        new = [place for place in call.outputs if place.form.space == Space.KEPT]
+        try:
+            inputs = [self._input(place) for place in call.inputs]
+            self.kept.check_new((place.offset, place.form.spec) for place in new)
+        except BadInput as error:
+            raise BadFrame(str(error)) from None
+        made = {place.offset: self.mapped.memory.empty(place.form.spec) for place in new}
+        outputs = [made[place.offset] if place.form.space == Space.KEPT else self.mapped.view(place) for place in call.outputs]
+        prepared = PreparedCall(op, inputs, outputs, arguments, single=single, repeatable=False)
+        run = prepared.run
+
+        def run_and_keep() -> object:
+            launched = run()
+            self.kept.add(made)
+            return launched
+
+        prepared.run = run_and_keep
+        return prepared
+
+    def _input(self, place: Descriptor) -> torch.Tensor:
+        if place.form.space == Space.KEPT:
+            return self.kept.find(place.offset, place.form.spec)
+        return self.mapped.view(place)
+
+    def _about_kept(self, call: Submission) -> PreparedCall:
+        """Copy kept tensors to the outputs of their places, or, without outputs, let them go."""
+        if any(place.form.space != Space.KEPT for place in call.inputs) or any(place.form.space == Space.KEPT for place in call.outputs):
+            raise BadFrame(f"op id {KEPT_OP} copies from kept tensors, or lets them go, and nothing else")
+        if not call.outputs:
+            for place in call.inputs:
+                self.kept.let_go(place.offset)
+            return PreparedCall(_NO_OP, (), (), {}, single=False, repeatable=False)
+        if [place.form.spec for place in call.inputs] != [place.form.spec for place in call.outputs]:
+            raise BadFrame(f"op id {KEPT_OP} copies each input to an output of its form")
+        try:
+            inputs = [self._input(place) for place in call.inputs]
+        except BadInput as error:
+            raise BadFrame(str(error)) from None
+        return PreparedCall(_NO_OP, inputs, [self.mapped.view(place) for place in call.outputs], {}, single=False, repeatable=False)
+
     def close(self) -> None:
-        """Let go of the client's memory."""
+        """Let go of the client's memory, and of what was kept for it."""
         self._prepared.clear()
+        self.kept.clear()
         self.watch.close()
 
     def _keep(self, key: bytes, prepared: PreparedCall) -> None:
         if len(self._prepared) >= _KNOWN_CALLS:
             self._prepared.clear()
         self._prepared[key] = prepared
+
+
+def _copy_all(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Each input, to be copied to the output of its place."""
+    return inputs
+
+
+_NO_OP = OpDefinition("fetch", _copy_all).bind({}, {})
 
 
 def _check(op: BoundOp, call: Submission, arguments: Static) -> bool:

@@ -4,7 +4,7 @@ Who asks whom::
 
     client, worker -> broker   Hello, Heartbeat, Goodbye, MakeSegment, MakeBell, FindService, GetStatus
     broker -> worker, client   PeerGone
-    client -> worker           OpenChannel, CloseChannel, Bind, AskOutSpec
+    client -> worker           OpenChannel, CloseChannel, OpenDeviceArena, Bind, AskOutSpec
 
 Every request is answered once, by its answer or by ``Refused``; heartbeats and PeerGone are not answered.
 """
@@ -17,7 +17,7 @@ import msgspec
 
 from shmbroker.errors import ProtocolMismatch
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 MAX_MESSAGE_BYTES = 1 << 20
 """No control message comes near this; a longer one is refused before it is read."""
@@ -250,6 +250,14 @@ class Done(Message, frozen=True):
     """It is done."""
 
 
+class OpenDeviceArena(Message, frozen=True):
+    """My tensors lie in this device allocation too: open it by its CUDA IPC handle. Answered by Done; ends with the client's last channel."""
+
+    channel: int
+    handle: Annotated[bytes, msgspec.Meta(max_length=256)]
+    nbytes: Annotated[int, msgspec.Meta(ge=1, le=(1 << 48))]
+
+
 class Bind(Message, frozen=True):
     """Give op ``op`` with these static arguments a number."""
 
@@ -313,6 +321,7 @@ AnyMessage = (
     | OpenChannel
     | ChannelOpened
     | CloseChannel
+    | OpenDeviceArena
     | Done
     | Bind
     | Bound

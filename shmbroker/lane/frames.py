@@ -10,6 +10,7 @@ The structures are those of :mod:`shmbroker.memory.layout`; a test compares ever
 
 from __future__ import annotations
 
+import itertools
 import math
 import struct
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ import torch
 
 from shmbroker.errors import BadFrame, BadInput
 from shmbroker.memory import layout
-from shmbroker.memory.spec import CODE_OF, DTYPE_OF, TensorSpec, extent_elements
+from shmbroker.memory.spec import CODE_OF, DTYPE_OF, TensorSpec, contiguous_strides, extent_elements
 
 SUBMISSION_HEADER = struct.Struct(f"<QQQQ{layout.MAX_TENSORS}IIHHII")
 DESCRIPTOR = struct.Struct("<QQBBBBI8q8q")
@@ -53,6 +54,7 @@ _KNOWN_FORMS = 4096
 """Forms remembered; a process whose peer sends ever new ones starts over rather than growing."""
 
 _INT64_MAX = (1 << 63) - 1
+_SPACES = frozenset(layout.Space)
 
 
 class Slot:
@@ -88,8 +90,12 @@ class FrameTemplate:
         inputs: Sequence[tuple[TensorSpec, tuple[int, ...]]],
         outputs: Sequence[tuple[TensorSpec, tuple[int, ...]]],
         metadata: bytes = b"",
+        spaces: Sequence[int] = (),
     ) -> None:
-        """``inputs`` and ``outputs`` as pairs of spec and strides (elements). Raises :class:`BadInput` for what no frame can carry."""
+        """``inputs`` and ``outputs`` as pairs of spec and strides (elements), ``spaces`` of each where not all lie in the segment.
+
+        Raises :class:`BadInput` for what no frame can carry.
+        """
         tensors = [*inputs, *outputs]
         if len(tensors) > layout.MAX_TENSORS:
             raise BadInput(f"{len(tensors)} tensors in one call (inputs and outputs); a frame carries at most {layout.MAX_TENSORS}")
@@ -102,12 +108,10 @@ class FrameTemplate:
         SUBMISSION_HEADER.pack_into(frame, 0, 0, 0, 0, 0, *none, op_id, len(inputs), len(outputs), 0, len(metadata))
         offset_words = []
         at = _HEADER_BYTES
-        for spec, strides in tensors:
+        for (spec, strides), space in zip(tensors, spaces or itertools.repeat(layout.Space.SEGMENT), strict=False):
             pad = (0,) * (layout.MAX_DIMS - len(spec.shape))
             code = int(CODE_OF[spec.dtype])
-            DESCRIPTOR.pack_into(
-                frame, at, 0, spec.nbytes, code, len(spec.shape), layout.Space.SEGMENT, 0, 0, *spec.shape, *pad, *strides, *pad
-            )
+            DESCRIPTOR.pack_into(frame, at, 0, spec.nbytes, code, len(spec.shape), space, 0, 0, *spec.shape, *pad, *strides, *pad)
             offset_words.append(at // 8)
             at += DESCRIPTOR.size
         self.nbytes = at
@@ -147,6 +151,7 @@ class Form:
     strides: tuple[int, ...]
     nbytes: int
     extent_bytes: int
+    space: int = layout.Space.SEGMENT
 
     @property
     def dtype(self) -> torch.dtype:
@@ -193,14 +198,18 @@ def taken_of(frame: bytes) -> Taken:
 
 
 class SubmissionReader:
-    """Checks and reads frames whose tensors must lie in ``[first_byte, end_byte)`` of a segment."""
+    """Checks and reads frames whose tensors must lie in ``[first_byte, end_byte)`` of a segment, or in other spaces where there are any.
 
-    __slots__ = ("_end", "_first", "_forms")
+    ``device_bytes``: size of the client's arena on a device, 0 without one. Which tensors are kept is the channel's to know.
+    """
+
+    __slots__ = ("_end", "_first", "_forms", "device_bytes")
 
     def __init__(self, first_byte: int, end_byte: int) -> None:
         self._first = first_byte
         self._end = end_byte
         self._forms: dict[bytes, Form] = {}
+        self.device_bytes = 0
 
     def read(self, frame: bytes) -> Submission:
         """The call in ``frame``, a private copy (F1). Raises :class:`BadFrame` that says what is wrong with it."""
@@ -230,7 +239,15 @@ class SubmissionReader:
             form = self._check_form(frame, at, index)
         if nbytes != form.nbytes:
             raise BadFrame(f"tensor {index} ({form.spec}) says {nbytes} bytes; its shape makes {form.nbytes}")
-        if offset < self._first or offset + form.extent_bytes > self._end:
+        if form.space == layout.Space.KEPT:
+            return Descriptor(offset, form)
+        if form.space == layout.Space.DEVICE:
+            if offset + form.extent_bytes > self.device_bytes:
+                raise BadFrame(
+                    f"tensor {index} ({form.spec}) at {offset} reaches over {form.extent_bytes} bytes, outside the device arena of "
+                    f"{self.device_bytes} bytes"
+                )
+        elif offset < self._first or offset + form.extent_bytes > self._end:
             raise BadFrame(
                 f"tensor {index} ({form.spec}) at {offset} reaches over {form.extent_bytes} bytes, outside the arena "
                 f"[{self._first}, {self._end})"
@@ -244,8 +261,10 @@ class SubmissionReader:
         dtype = DTYPE_OF.get(code)
         if dtype is None:
             raise BadFrame(f"tensor {index} has dtype code {code}, which is not known")
-        if space != layout.Space.SEGMENT:
+        if space not in _SPACES:
             raise BadFrame(f"tensor {index} lies in space {space}, which is not known")
+        if space == layout.Space.DEVICE and not self.device_bytes:
+            raise BadFrame(f"tensor {index} lies in a device arena, and this client has opened none here")
         if flags or reserved:
             raise BadFrame(f"tensor {index} has flags {flags:#x} (reserved {reserved:#x}), which are not known")
         if ndim > layout.MAX_DIMS:
@@ -258,12 +277,19 @@ class SubmissionReader:
         if math.prod(max(size, 1) for size in shape) * dtype.itemsize > _INT64_MAX:
             raise BadFrame(f"tensor {index} ({dtype}, {list(shape)}) has a shape whose elements cannot be counted in 63 bits")
         spec = TensorSpec(shape, dtype)
-        if spec.nbytes > self._end - self._first:  # strides of 0 reach nowhere, and an op would still be at it in a hundred years
+        if space == layout.Space.KEPT:
+            if strides != contiguous_strides(shape):
+                raise BadFrame(f"tensor {index} ({spec}) is kept by the worker, where all are contiguous, with strides {list(strides)}")
+            return self._remember(frame, at, Form(spec, strides, spec.nbytes, spec.nbytes, space))
+        room = self.device_bytes if space == layout.Space.DEVICE else self._end - self._first
+        if spec.nbytes > room:  # strides of 0 reach nowhere, and an op would still be at it in a hundred years
             raise BadFrame(f"tensor {index} ({spec}) has {spec.nbytes} bytes of elements, more than the arena")
         extent = extent_elements(shape, strides) * dtype.itemsize
-        if extent > self._end - self._first:
+        if extent > room:
             raise BadFrame(f"tensor {index} ({spec}, strides {list(strides)}) reaches over {extent} bytes, more than the arena")
-        form = Form(spec, strides, spec.nbytes, extent)
+        return self._remember(frame, at, Form(spec, strides, spec.nbytes, extent, space))
+
+    def _remember(self, frame: bytes, at: int, form: Form) -> Form:
         if len(self._forms) >= _KNOWN_FORMS:
             self._forms.clear()
         self._forms[frame[at + _FORM_OFFSET : at + DESCRIPTOR.size]] = form

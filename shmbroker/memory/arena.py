@@ -82,9 +82,14 @@ class Arena:
 
     def __init__(self, segment: Segment) -> None:
         geometry = segment.geometry
-        self.nbytes = geometry.arena_bytes
-        self._offset = geometry.arena_offset
-        self.address: int = torch.frombuffer(segment.map, dtype=torch.uint8).data_ptr()
+        address = torch.frombuffer(segment.map, dtype=torch.uint8).data_ptr()
+        self._set_up(geometry.arena_offset, geometry.arena_bytes, address, leases_over(segment.map))
+
+    def _set_up(self, offset: int, nbytes: int, address: int, leases: Leases) -> None:
+        """For any memory: ``address`` is where offset 0 lies."""
+        self.nbytes = nbytes
+        self._offset = offset
+        self.address = address
         self._first_address = self.address + self._offset
         self._end_address = self._first_address + self.nbytes
         self._ring = RingAllocator(self._offset, self.nbytes)
@@ -103,7 +108,7 @@ class Arena:
         """How often in vain."""
         self.copied_bytes = 0
         """What :meth:`copy_in` has copied."""
-        self._leases: Leases | None = leases_over(segment.map)
+        self._leases: Leases | None = leases
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, timeout: float = DEFAULT_PLACE_SECONDS) -> torch.Tensor:
         """A tensor in a fresh block, values undefined, strides contiguous.

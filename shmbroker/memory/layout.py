@@ -79,9 +79,15 @@ class DTypeCode(enum.IntEnum):
 
 
 class Space(enum.IntEnum):
-    """Which memory a descriptor's offset lies in."""
+    """Which memory a descriptor's offset lies in.
+
+    ``DEVICE``: the client's arena on a GPU; offsets count from its start. ``KEPT``: the worker's own memory; the offset is the number that the client
+    gave the tensor when a call kept it there, and no address at all.
+    """
 
     SEGMENT = 0
+    DEVICE = 1
+    KEPT = 2
 
 
 class Status(enum.IntEnum):
@@ -262,7 +268,7 @@ class TensorDescriptor(ctypes.LittleEndianStructure):
 
     ::
 
-        0   offset      of the first element, bytes from the start of the segment
+        0   offset      of the first element, bytes from the start of its space; the number of a kept tensor
         8   nbytes      of the elements (not of the extent that strides span)
         16  dtype   17  ndim   18  space   19  flags (0)
         24  shape[8]    elements; dimensions from ndim on are 0

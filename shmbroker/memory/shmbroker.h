@@ -34,6 +34,8 @@ enum shmbroker_dtype {
 
 enum shmbroker_space {
     SHMBROKER_SPACE_SEGMENT = 0,
+    SHMBROKER_SPACE_DEVICE = 1,
+    SHMBROKER_SPACE_KEPT = 2,
 };
 
 enum shmbroker_status {

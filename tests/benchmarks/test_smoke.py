@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 
-from benchmarks import alloc, copies, replay
+import pytest
+import torch
+
+from benchmarks import alloc, copies, cuda, replay
 from benchmarks.contenders import missing, semaphore_calls, shared_memory_calls, shmbroker_calls, spin_calls, torch_queue_calls
 from benchmarks.measure import Case, alternate
 from shmbroker.sizes import MIB
@@ -39,3 +42,10 @@ def test_a_contender_that_is_not_installed_is_left_out_with_the_reason() -> None
 def test_allocation_and_copies_run() -> None:
     assert "ring, first in first out" in alloc.run(0.01)
     assert copies.run(0.01)
+
+
+def test_without_a_gpu_the_cuda_benchmark_says_so_and_is_no_failure(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here: make test-gpu and python -m benchmarks cuda measure it")
+    assert "nothing is measured" in cuda.run()["left_out"]
+    assert capsys.readouterr().out.count("\n") == 1

@@ -57,7 +57,7 @@ def broker() -> Iterator[shmbroker.LocalBroker]:
 
 @pytest.fixture(scope="package")
 def worker(broker: shmbroker.LocalBroker) -> Iterator[Footprint]:
-    with worker_process() as process:
+    with worker_process(KEPT_BYTES=str(1 << 20)) as process:  # whose memory is not to grow
         yield Footprint(process.pid)
 
 

@@ -122,6 +122,7 @@ MESSAGES: list[m.Message] = [
     m.GetStatus(),
     m.OpenChannel(ME, "name", PROCESS, f"/shmbroker.x.segment.{ME}", 0, "test", "shm", "sem", f"/shmbroker.x.bell.{ME}"),
     m.CloseChannel(1),
+    m.OpenDeviceArena(1, b"\0" * 64, 4096),
     m.Bind(1, "double", {"a": [1, "x", None, {"b": 2.5}]}),
     m.AskOutSpec(1, 1, (m.SpecInfo((1, 2), "float32"),), {"a": 1}),
     m.Welcome("b", "e", "v"),

@@ -17,7 +17,9 @@ if "DRAIN_SECONDS" in os.environ:
 
     shmbroker.worker.DRAIN_SECONDS = float(os.environ["DRAIN_SECONDS"])
 
-worker = shmbroker.Worker(sys.argv[1] if len(sys.argv) > 1 else "test", name="test-worker", trace=os.environ.get("TRACE"))
+KEPT = {"kept_bytes": int(os.environ["KEPT_BYTES"])} if "KEPT_BYTES" in os.environ else {}
+
+worker = shmbroker.Worker(sys.argv[1] if len(sys.argv) > 1 else "test", name="test-worker", trace=os.environ.get("TRACE"), **KEPT)
 
 
 @worker.op
