@@ -132,9 +132,7 @@ def load() -> Loaded:
     for path in files:
         for name, value in _read(path).items():
             if name not in _FIELDS:
-                raise BadInput(
-                    f"{path}: there is no setting {name!r}{_nearest(name, _FIELDS)}; 'shmbroker config' lists all, once this is mended"
-                )
+                raise BadInput(f"{path}: there is no setting {name!r}{_nearest(name, _FIELDS)}; docs/configuration.md lists all")
             values[name] = _converted(name, value, f"{path}: {name}", strict=True)
             origins[name] = f"file {path}"
     for variable, text in _variables():
