@@ -38,14 +38,14 @@ class Observation:
         return next((peer.name for peer in self.status.peers if peer.peer == peer_id), peer_id)
 
 
-def observe(status: m.StatusReport) -> Observation:
-    """Read the header of every client's segment."""
-    clients = tuple(_observe(peer) for peer in status.peers if peer.role == "client")
+def observe(status: m.StatusReport, most_channels: int = 1024) -> Observation:
+    """Read the header of every client's segment, and of each the first ``most_channels`` open channels."""
+    clients = tuple(_observe(peer, most_channels) for peer in status.peers if peer.role == "client")
     return Observation(status, time.monotonic(), clients)
 
 
-def _observe(peer: m.PeerStatus) -> ObservedClient:
+def _observe(peer: m.PeerStatus, most_channels: int) -> ObservedClient:
     try:
-        return ObservedClient(peer, read_figures(peer.segment))
+        return ObservedClient(peer, read_figures(peer.segment, most_channels))
     except SegmentError as error:
         return ObservedClient(peer, None, str(error))

@@ -10,7 +10,7 @@ import ctypes
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shmbroker.errors import SegmentError
@@ -89,12 +89,13 @@ class SegmentFigures:
     owner: str
     geometry: Geometry
     arena: ArenaFigures
+    open_channels: int
     channels: tuple[ChannelFigures, ...]
-    """Those that are open."""
+    """Of them, those that were asked for."""
 
 
-def read_figures(name: str) -> SegmentFigures:
-    """Look at the segment ``name``. Raises :class:`SegmentError` when it is gone, spoilt, or not for us to see."""
+def read_figures(name: str, most_channels: int = 1024) -> SegmentFigures:
+    """Look at the segment ``name``, and at the first ``most_channels`` open channels. Raises :class:`SegmentError` when it is gone, spoilt, or not for us to see."""
     try:
         fd = os.open(place().path("/" + name.lstrip("/")), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except PermissionError:
@@ -108,41 +109,42 @@ def read_figures(name: str) -> SegmentFigures:
         page, channels = _settled(fd, geometry)
     finally:
         os.close(fd)
+    opened = [index for index in range(geometry.channel_count) if channels[index].opened_ns]
     now_ns = time.monotonic_ns()
     return SegmentFigures(
         name=name,
         owner=owner,
         geometry=geometry,
         arena=_arena(page.arena, geometry, now_ns),
-        channels=tuple(_channel(index, one) for index, one in enumerate(channels) if one.opened_ns),
+        open_channels=len(opened),
+        channels=tuple(_channel(index, channels[index]) for index in opened[:most_channels]),
     )
 
 
 def _settled(fd: int, geometry: Geometry) -> _Told:
     """Header and statistics, of a moment when nobody wrote, if there was one."""
     for attempt in range(ATTEMPTS):
-        before, after = _read(fd, geometry), _read(fd, geometry)
-        if attempt == ATTEMPTS - 1 or all(
-            first == second and first % 2 == 0 for first, second in zip(_revisions(before), _revisions(after), strict=True)
-        ):
+        told = _read(fd, geometry)
+        if attempt == ATTEMPTS - 1 or (_even(told) and _revisions(told) == _revisions(_read(fd, geometry))):
             break
         time.sleep(_PAUSE_SECONDS)
-    return before
+    return told
 
 
 def _read(fd: int, geometry: Geometry) -> _Told:
     kind = layout.ChannelStatistics * geometry.channel_count
     nbytes = geometry.statistics_offset + ctypes.sizeof(kind)
-    data = os.pread(fd, nbytes, 0).ljust(nbytes, b"\0")
-    return layout.SegmentHeader.from_buffer_copy(data), kind.from_buffer_copy(data, geometry.statistics_offset)
+    data = bytearray(os.pread(fd, nbytes, 0).ljust(nbytes, b"\0"))
+    return layout.SegmentHeader.from_buffer(data), kind.from_buffer(data, geometry.statistics_offset)
 
 
-def _revisions(read: _Told) -> Iterator[int]:
-    page, channels = read
-    yield page.arena.revision
-    for channel in channels:
-        yield channel.revision
-        yield channel.worker_revision
+def _revisions(told: _Told) -> list[int]:
+    page, channels = told
+    return [page.arena.revision, *[revision for one in channels for revision in (one.revision, one.worker_revision)]]
+
+
+def _even(told: _Told) -> bool:
+    return not any(revision % 2 for revision in _revisions(told))
 
 
 def _arena(told: layout.ArenaStatistics, geometry: Geometry, now_ns: int) -> ArenaFigures:
