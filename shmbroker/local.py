@@ -19,6 +19,7 @@ from shmbroker.errors import BrokerUnreachable
 from shmbroker.memory import names
 from shmbroker.memory.reaper import reap
 from shmbroker.process import INSTANCE_VARIABLE
+from shmbroker.settings import variable_of
 
 if TYPE_CHECKING:
     from shmbroker.client import Client
@@ -63,7 +64,9 @@ def local_broker(*, log_level: str = "warning") -> Iterator[LocalBroker]:
     before = {variable: os.environ.get(variable) for variable in environment}
     command = [sys.executable, "-m", "shmbroker", "--log-level", log_level, "serve", "--instance", instance]
     command += ["--until-exit", str(os.getpid()), "--group", ""]  # for this user, whatever the settings say
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, env={**os.environ, **environment})
+    # Of settings of the machine that are meant for its own broker, this one would take the port.
+    private = {**os.environ, **environment, variable_of("metrics_port"): "0"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, env=private)
     try:
         _await_ready(process)
         os.environ.update(environment)
