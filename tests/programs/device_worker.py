@@ -13,6 +13,8 @@ from gpu_worker import serve
 from gpu_worker.cuda import CudaDevice
 from gpu_worker.staging import Staging
 from shmbroker import TensorSpec
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.cuda.fake_cuda import FakeCuda, FakeStreams
 
 folder, service, *model = sys.argv[1:]
@@ -26,7 +28,7 @@ if model:
     serve.open_device = lambda text: device
     serve.serve(
         model=model[0], shape=None, seed=0, device="cuda", dtype="float32", service=service, instance=None, name=None, threads=1, spin=0.0,
-        until_exit=0,
+        until_exit=0, trace=None,
     )  # fmt: skip
     sys.exit()
 

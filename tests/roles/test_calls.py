@@ -294,7 +294,7 @@ def test_a_deadline_holds_whoever_else_waits_on_the_channel(channel: Channel) ->
 
 
 def test_a_future_that_is_awaited_or_has_a_callback_keeps_its_deadline(channel: Channel) -> None:
-    slow = channel.bind("sleep", seconds=1.0)
+    slow = channel.bind("sleep", seconds=5.0)
 
     async def wait() -> None:
         await slow.submit(torch.ones(1), timeout=0.1)
