@@ -6,8 +6,10 @@ import contextlib
 import itertools
 import multiprocessing
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from multiprocessing.context import ForkProcess
+from pathlib import Path
 
 import pytest
 import torch
@@ -46,6 +48,13 @@ def _nothing_is_left_in_shared_memory() -> Iterator[None]:
 def instance() -> str:
     """The name of an instance that nobody else uses."""
     return f"{INSTANCE_PREFIX}{next(_numbers)}"
+
+
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """A folder whose name leaves room for a socket's."""
+    with tempfile.TemporaryDirectory(prefix="shmbroker-") as folder:
+        yield Path(folder)
 
 
 @pytest.fixture

@@ -90,7 +90,8 @@ def nothing_else_touched(hostile: HostileClient) -> Iterator[None]:
     raw = hostile.raw
     start = raw.bytes.size - len(hostile.arena)
     assert start == hostile.arena.start
-    untouched = raw.bytes[4096 : 4096 + 2 * hostile.client._segment.geometry.channel_bytes]
+    geometry = hostile.client._segment.geometry
+    untouched = raw.bytes[geometry.channels_offset : geometry.channels_offset + 2 * geometry.channel_bytes]
     untouched[:] = np.random.default_rng(1).integers(256, size=untouched.size, dtype=np.uint8)  # two areas that are not open
     before, header = untouched.copy(), raw.bytes[:256].copy()
     yield

@@ -62,12 +62,12 @@ MeteredBroker = Callable[..., contextlib.AbstractContextManager[Metered]]
 
 
 @pytest.fixture
-def metered_broker(instance: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MeteredBroker:
+def metered_broker(instance: str, short_folder: Path, monkeypatch: pytest.MonkeyPatch) -> MeteredBroker:
     """Starts a broker that serves metrics on any port."""
 
     @contextlib.contextmanager
     def start(port: int = 0) -> Iterator[Metered]:
-        environment = {"SHMBROKER_INSTANCE": instance, "SHMBROKER_RUNTIME_DIR": str(tmp_path)}
+        environment = {"SHMBROKER_INSTANCE": instance, "SHMBROKER_RUNTIME_DIR": str(short_folder)}
         for variable, value in environment.items():
             monkeypatch.setenv(variable, value)
         command = [sys.executable, "-m", "shmbroker", "serve", "--until-exit", str(os.getpid()), "--metrics-port", str(port)]

@@ -9,9 +9,7 @@ import re
 import socket
 import subprocess
 import sys
-import tempfile
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -49,17 +47,12 @@ def ready(command: str) -> bool:
     return False
 
 
-@pytest.fixture
-def short() -> Iterator[Path]:
-    """A folder whose name leaves room for a socket's."""
-    with tempfile.TemporaryDirectory(prefix="shmbroker-") as folder:
-        yield Path(folder)
-
-
-def test_the_tutorials_commands_do_what_it_says(tmp_path: Path, short: Path, embedded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tutorials_commands_do_what_it_says(
+    tmp_path: Path, short_folder: Path, embedded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     monkeypatch.setenv("SHMBROKER_INSTANCE", INSTANCE)
-    monkeypatch.setenv("SHMBROKER_RUNTIME_DIR", str(short / "run"))
+    monkeypatch.setenv("SHMBROKER_RUNTIME_DIR", str(short_folder / "run"))
     monkeypatch.setenv("MODEL", str(embedded))
     outputs: dict[str, str] = {}
     with contextlib.ExitStack() as stack:

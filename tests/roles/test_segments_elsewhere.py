@@ -77,7 +77,9 @@ def test_one_file_holds_one_segment_after_another(one_file: Path) -> None:
     with shmbroker.local_broker(), worker_process():
         call("shm")
         with running(sys.executable, "-c", CLIENT) as other:
-            wait_until(lambda: _refused())
+            assert other.stdout is not None
+            assert other.stdout.readline() == b"ready\n"
+            assert _refused()
             os.kill(other.pid, signal.SIGKILL)
             other.wait()
         call("shm")  # over what the dead one left
