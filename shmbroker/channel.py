@@ -58,6 +58,7 @@ class Channel:
         self.worker_name = worker.name
         self.worker_pid = worker.process.pid
         self.worker_id = worker.peer
+        self.device = worker.device
         self.lane = lane.kind.value
         self.doorbell = lane.doorbell.value
         self.control = transport_of(worker.endpoint)
@@ -356,7 +357,7 @@ class Channel:
 
     def report(self) -> Report:
         """Calls, times and bytes of this channel so far, per op and in all."""
-        return Report.of(self._statistics, self.lane, self.doorbell, self.control, self._lane.socket_bytes)
+        return Report.of(self._statistics, self.lane, self.doorbell, self.control, self._lane.socket_bytes, device=self.device)
 
     def forget_statistics(self) -> None:
         """Let the report begin anew from here. Not while calls are outstanding."""

@@ -167,7 +167,7 @@ class FailoverChannel:
         """As :meth:`Channel.report`, over all workers so far; tells how often another one took over."""
         channel = self.channel
         socket_bytes = self._socket_bytes + channel.report().socket_bytes
-        return Report.of(self._statistics, channel.lane, channel.doorbell, channel.control, socket_bytes, self.failovers)
+        return Report.of(self._statistics, channel.lane, channel.doorbell, channel.control, socket_bytes, self.failovers, channel.device)
 
     def close(self) -> None:
         """Close the channel in use; nobody takes over any more."""

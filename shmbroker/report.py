@@ -56,17 +56,26 @@ class Report(msgspec.Struct, frozen=True):
     ops: tuple[Line, ...]
     failovers: int = 0
     """How often another worker took over."""
+    device: str = "cpu"
+    """What the worker computes on, and which way its copies go: ``cpu``, or e.g. ``cuda:0 NAME, pageable``."""
 
     @classmethod
     def of(
-        cls, statistics: Sequence[OpStatistics], lane: str, doorbell: str, control: str, socket_bytes: int, failovers: int = 0
+        cls,
+        statistics: Sequence[OpStatistics],
+        lane: str,
+        doorbell: str,
+        control: str,
+        socket_bytes: int,
+        failovers: int = 0,
+        device: str = "cpu",
     ) -> Report:
         """From the counters of all ops bound on a channel; ops of one name are added up."""
         by_name: dict[str, list[OpStatistics]] = {}
         for one in statistics:
             by_name.setdefault(one.name, []).append(one)
         lines = tuple(_line(name, group) for name, group in by_name.items() if any(one.calls or one.errors for one in group))
-        return cls(lane, doorbell, control, socket_bytes, _line("all", statistics), lines, failovers)
+        return cls(lane, doorbell, control, socket_bytes, _line("all", statistics), lines, failovers, device)
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -93,6 +102,8 @@ class Report(msgspec.Struct, frozen=True):
             f"{mib(self.total.sent_bytes)} out and {mib(self.total.received_bytes)} back through shared memory, "
             f"{self.socket_bytes} bytes of frames over a socket, where tensors never go"
         )
+        if self.device != "cpu":
+            foot += f"; computed on {self.device}: {self.total.calls} calls"
         if self.total.errors:
             foot += f"; {self.total.errors} calls failed"
         if self.failovers:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -38,7 +37,6 @@ def doctor(context: click.Context, instance: str | None, lane: str | None, doorb
     from shmbroker.doctor.transport import Asked
 
     loaded = load()
-    logging.getLogger("shmbroker.client").setLevel(logging.WARNING)  # the probe's connections are told by its check
 
     def asked(name: str, told: str | None, set_to: str) -> tuple[str, str]:
         by_flag = context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE

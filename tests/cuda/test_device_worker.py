@@ -80,6 +80,7 @@ def test_a_driver_that_refuses_to_pin_means_pageable_copies(client: shmbroker.Cl
         channel = client.channel("fake")
         assert channel.bind("double")(torch.ones(3)).tolist() == [2, 2, 2]
         assert channel.bind("books")(torch.ones(1)).tolist() == [0, 0]
+        assert "computed on cpu Stand-in, pageable: 2 calls" in " ".join(str(channel.report()).split())
 
 
 def test_an_error_that_the_device_tells_late_is_the_answer_to_its_call(client: shmbroker.Client, tmp_path: Path) -> None:
