@@ -23,16 +23,12 @@ from shmbroker.errors import ChannelError, NoSuchService, ShmBrokerError, Worker
 from shmbroker.ops import OutSpec
 from shmbroker.remote_op import CapturedCall, RemoteOp
 from shmbroker.report import Report
-from shmbroker.settings import DEFAULTS
 from shmbroker.statistics import OpStatistics
 
 if TYPE_CHECKING:
     from shmbroker.client import Client
 
 log = logging.getLogger(__name__)
-
-DEFAULT_PATIENCE_SECONDS = DEFAULTS.failover
-"""How long to wait for a worker that can take over: systemd starts one again in a second, its weights take longer."""
 
 _LOOK_SECONDS = 0.05
 

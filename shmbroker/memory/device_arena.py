@@ -7,7 +7,6 @@ is killed. The driver frees the allocation when its client has ended and no work
 from __future__ import annotations
 
 import contextlib
-import queue
 import weakref
 
 import torch
@@ -15,6 +14,7 @@ import torch
 from shmbroker.errors import CudaRefused
 from shmbroker.memory.arena import Arena
 from shmbroker.memory.cuda_runtime import Cuda
+from shmbroker.memory.leases import WeakLeases
 from shmbroker.memory.ring import Extent
 from shmbroker.memory.room import Room
 from shmbroker.memory.spec import contiguous_strides
@@ -35,47 +35,20 @@ def _free(cuda: Cuda, pointer: int) -> None:
         cuda.free(pointer)
 
 
-class _Lease(weakref.ref[object]):
-    """Tells that the memory under a block's tensors has died."""
-
-    __slots__ = ("block",)
-
-    block: Extent
-
-
-class DeviceLeases:
+class DeviceLeases(WeakLeases):
     """:class:`~shmbroker.memory.leases.Leases` of blocks on a device."""
 
     def __init__(self, allocation: Allocation) -> None:
+        super().__init__()
         self._allocation = allocation
-        self._living: dict[int, _Lease] = {}
-        self._dead: queue.SimpleQueue[_Lease] = queue.SimpleQueue()
-        self._bury = self._dead.put
 
     def tensor(self, room: Room, offset: int, block: Extent) -> torch.Tensor:
         """A tensor over ``block``, whose death gives the block back. Of bytes where ``room.as_bytes``."""
         allocation = self._allocation
         flat, memory = allocation.cuda.tensor(allocation.pointer + offset, room.nbytes, allocation)
-        lease = _Lease(memory, self._bury)
-        lease.block = block
-        self._living[offset] = lease
+        self.lend(memory, offset, block)
         del memory
         return flat.view(room.dtype).as_strided(room.shape, contiguous_strides(room.shape))
-
-    def pop(self) -> Extent | None:
-        """A block whose last tensor has died, the longest dead first, or None."""
-        try:
-            lease = self._dead.get_nowait()
-        except queue.Empty:
-            return None
-        if self._living.get(lease.block.offset) is lease:
-            del self._living[lease.block.offset]
-        return lease.block
-
-    def wait(self, seconds: float) -> None:
-        """Wait until a lease dies, for so many seconds at most."""
-        with contextlib.suppress(queue.Empty):
-            self._dead.put(self._dead.get(timeout=seconds))
 
 
 class DeviceArena(Arena):
