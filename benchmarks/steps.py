@@ -13,7 +13,6 @@ import shmbroker
 from benchmarks.contenders import shmbroker_calls
 from benchmarks.table import Table
 from shmbroker.calls import Call, Plan, clock_ns
-from shmbroker.channel import Channel
 from shmbroker.completions import CompletionLoop
 from shmbroker.control.liveness import Watch, this_process
 from shmbroker.control.messages import OpenChannel
@@ -26,7 +25,7 @@ from shmbroker.memory.arena import Arena
 from shmbroker.memory.geometry import Geometry
 from shmbroker.memory.segment import Segment, make_segment, unlink_segment
 from shmbroker.ops import OpDefinition, Outputs
-from shmbroker.statistics import OpStatistics
+from shmbroker.statistics import OpStatistics, no_calls
 from shmbroker.worker_channel import MappedSegment, WorkerChannel
 
 ROUNDS = 5
@@ -45,6 +44,13 @@ def _segment(geometry: Geometry) -> Iterator[Segment]:
         unlink_segment(name)
     yield segment
     segment.close()
+
+
+class _Uncarried:
+    """Stands for the channel of calls that are made and finished, and never sent."""
+
+    def __init__(self) -> None:
+        self.buckets = no_calls()
 
 
 class _AlwaysThere:
@@ -84,10 +90,16 @@ def run(calls: int = 50_000) -> dict[str, Any]:
             client="00", client_name="steps", process=process, segment=segment.name, index=0, service="", lane="", doorbell="", bell=""
         )
         channel = WorkerChannel(1, opening, MappedSegment(segment), Watch(process))
-        op_id = channel.bind(OpDefinition("echo", lambda x, *, out: None, lambda x: x).bind({}))
+        op_id = channel.bind(OpDefinition("echo", lambda x, *, out: None, lambda x: x).bind({}, {}))
         x = arena.empty(SHAPE, torch.float32)
-        nobody: Channel = None  # type: ignore[assignment]
-        plan = Plan(nobody, OpStatistics("echo"), op_id, [x], Outputs((shmbroker.TensorSpec(x.shape, x.dtype),), True), b"")
+        plan = Plan(
+            _Uncarried(),  # type: ignore[arg-type]
+            OpStatistics("echo"),
+            op_id,
+            [x],
+            Outputs((shmbroker.TensorSpec(x.shape, x.dtype),), True),
+            b"",
+        )
         y, offset, generation = arena.place(plan.rooms[0])
         place = arena.find(x)
         assert place is not None
