@@ -33,9 +33,9 @@ def running(*command: str, **environment: str) -> Iterator[subprocess.Popen[byte
 
 
 @contextlib.contextmanager
-def worker_process(service: str = "test", **environment: str) -> Iterator[subprocess.Popen[bytes]]:
-    """The worker of ``tests/programs/worker.py``, ready."""
-    command = [sys.executable, str(PROGRAMS / "worker.py"), service]
+def ready_program(name: str, *arguments: str, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A program of ``tests/programs`` that has said that it is ready."""
+    command = [sys.executable, str(PROGRAMS / name), *arguments]
     process = subprocess.Popen(command, env={**os.environ, **environment}, stdout=subprocess.PIPE)
     try:
         assert process.stdout is not None
@@ -43,6 +43,11 @@ def worker_process(service: str = "test", **environment: str) -> Iterator[subpro
         yield process
     finally:
         stop_process(process)
+
+
+def worker_process(service: str = "test", **environment: str) -> contextlib.AbstractContextManager[subprocess.Popen[bytes]]:
+    """The worker of ``tests/programs/worker.py``, ready."""
+    return ready_program("worker.py", service, **environment)
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from tee_worker.parts import own_part
 from tests.cuda.fake_cuda import FakeCuda
 from tests.model.conftest import save_random, tiny_llama
 from tests.model.test_offload import PROMPT, generate
-from tests.processes import PROGRAMS, START_SECONDS, running, stop_process, wait_until
+from tests.processes import PROGRAMS, START_SECONDS, ready_program, running, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -38,16 +38,8 @@ def client(broker: shmbroker.LocalBroker) -> Iterator[shmbroker.Client]:
         yield client
 
 
-@contextlib.contextmanager
-def device_worker(folder: Path, service: str, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
-    command = [sys.executable, str(PROGRAMS / "device_worker.py"), str(folder), service]
-    process = subprocess.Popen(command, env={**os.environ, **environment}, stdout=subprocess.PIPE)
-    try:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"ready\n"
-        yield process
-    finally:
-        stop_process(process)
+def device_worker(folder: Path, service: str, **environment: str) -> contextlib.AbstractContextManager[subprocess.Popen[bytes]]:
+    return ready_program("device_worker.py", str(folder), service, **environment)
 
 
 def device_of(service: str) -> str:

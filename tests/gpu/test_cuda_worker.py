@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ import torch
 
 import shmbroker
 from shmbroker.status import ask
-from tests.processes import PROGRAMS, wait_until
+from tests.processes import ready_program, wait_until
 
 LARGE = 8 << 20
 """float32: 32 MiB, a copy of milliseconds."""
@@ -34,18 +33,8 @@ while True:
 """
 
 
-@contextlib.contextmanager
-def cuda_worker(**environment: str) -> Iterator[subprocess.Popen[bytes]]:
-    from shmbroker.local import stop_process
-
-    command = [sys.executable, str(PROGRAMS / "cuda_worker.py"), "cuda"]
-    process = subprocess.Popen(command, env={**os.environ, **environment}, stdout=subprocess.PIPE)
-    try:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"ready\n"
-        yield process
-    finally:
-        stop_process(process)
+def cuda_worker(**environment: str) -> contextlib.AbstractContextManager[subprocess.Popen[bytes]]:
+    return ready_program("cuda_worker.py", "cuda", **environment)
 
 
 @pytest.mark.parametrize("pageable", ["", "1"], ids=["pinned", "pageable"])

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import shmbroker
 from shmbroker import embedded_model
@@ -63,6 +63,19 @@ def tiny_worker(broker: shmbroker.LocalBroker, tiny: Path) -> Iterator[str]:
     """A GPU worker with the tiny model; its service's name."""
     with gpu_worker(tiny, "tiny"):
         yield "tiny"
+
+
+@pytest.fixture
+def client(broker: shmbroker.LocalBroker) -> Iterator[shmbroker.Client]:
+    with shmbroker.connect(arena="64M") as client:
+        yield client
+
+
+@pytest.fixture
+def whole(tiny: Path) -> PreTrainedModel:
+    """The tiny model in this process alone."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(tiny)
+    return model
 
 
 def gpu_worker(model: Path, service: str, *options: str):  # type: ignore[no-untyped-def]

@@ -5,12 +5,11 @@ from __future__ import annotations
 import gc
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
+from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 import shmbroker
 from shmbroker.checkpoint import Checkpoint
@@ -18,18 +17,6 @@ from tee_worker import Split, offload
 from tee_worker.parts import own_part
 from tests.model.conftest import gpu_worker
 from tests.model.test_offload import PROMPT, generate
-
-
-@pytest.fixture
-def client(broker: shmbroker.LocalBroker) -> Iterator[shmbroker.Client]:
-    with shmbroker.connect(arena="32M") as client:
-        yield client
-
-
-@pytest.fixture
-def whole(tiny: Path) -> PreTrainedModel:
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(tiny)
-    return model
 
 
 @pytest.fixture

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 import shmbroker
 from shmbroker.checkpoint import Checkpoint
@@ -23,18 +22,6 @@ from tee_worker.traffic import generation_traffic
 TOKENS = 5 * SHORTEST_CHUNK + 3
 NEW_TOKENS = 6
 MIXED = "fused:0,op:1,layer:2"
-
-
-@pytest.fixture
-def client(broker: shmbroker.LocalBroker) -> Iterator[shmbroker.Client]:
-    with shmbroker.connect(arena="64M") as client:
-        yield client
-
-
-@pytest.fixture
-def whole(tiny: Path) -> PreTrainedModel:
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(tiny)
-    return model
 
 
 def prompt(rows: int, tokens: int) -> torch.Tensor:
