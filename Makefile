@@ -28,7 +28,7 @@ unit: $(VENV)/ready
 
 test-gpu: $(VENV)/ready
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cuda]'
-	$(BIN)/python -m pytest -rs tests/gpu tests/cuda
+	$(BIN)/python -m pytest -rs tests/gpu_hardware tests/gpu_worker
 
 $(VENV)/ready: setup.cfg setup.py pyproject.toml constraints.txt $(wildcard shmbroker/*/*.c shmbroker/*/*.h)
 	$(PYTHON) -m venv $(VENV)

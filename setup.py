@@ -14,4 +14,4 @@ def compiled(name: str) -> Extension:
     )
 
 
-setup(ext_modules=[compiled("lane._ends"), compiled("memory._leases")])
+setup(ext_modules=[compiled("lane._ends"), compiled("arena._leases")])

@@ -13,7 +13,7 @@ import shmbroker
 from benchmarks.contenders import Call
 from benchmarks.measure import Case, alternate
 from benchmarks.table import Table
-from shmbroker.memory.ring import Extent, RingAllocator
+from shmbroker.arena.ring import Extent, RingAllocator
 
 ARENA = 256 << 20
 BLOCK = 1 << 20

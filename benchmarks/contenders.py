@@ -21,7 +21,7 @@ import torch
 import shmbroker
 from benchmarks import echo
 from benchmarks.measure import size_text
-from shmbroker.local import stop_process
+from shmbroker.client.local_broker import stop_process
 from shmbroker.memory.names import new_id
 
 

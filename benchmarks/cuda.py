@@ -16,12 +16,12 @@ import torch
 import shmbroker
 from benchmarks.measure import size_text
 from benchmarks.table import Table
-from shmbroker import embedded_model
-from shmbroker.checkpoint import Checkpoint
+from shmbroker.client.local_broker import stop_process
 from shmbroker.errors import ShmBrokerError
-from shmbroker.local import stop_process
+from shmbroker.models import embedded
+from shmbroker.models.checkpoint import Checkpoint
 from tee_worker import Split, offload
-from tee_worker.parts import own_part
+from tee_worker.planning.own_part import own_part
 
 COPY_SIZES = (64 << 10, 1 << 20, 8 << 20, 64 << 20)
 ROUND_TRIP_BYTES = 8 << 20
@@ -58,7 +58,7 @@ def _median(call: Callable[[], object], seconds: float) -> float:
 
 def _copies(seconds: float) -> dict[str, Any]:
     """From the arena, registered as a worker registers it, against torch's own pinned memory and pageable memory."""
-    from gpu_worker.cuda import open_cuda
+    from gpu_worker.cuda.device import open_cuda
 
     device = open_cuda("cuda:0")
     assert device.memory is not None
@@ -126,7 +126,7 @@ def _round_trips(seconds: float) -> dict[str, Any]:
 
 def _prefills() -> dict[str, Any]:
     """The embedded model, 512 tokens, against the same model on the same GPU in one process."""
-    folder = embedded_model.ensure()
+    folder = embedded.ensure()
     ids = torch.arange(PREFILL_TOKENS).unsqueeze(0) + 1000
     table = Table(f"prefill of {PREFILL_TOKENS} tokens, SmolLM2-135M", ["split", *[f"{dtype} ms" for dtype in DTYPES]])
     result: dict[str, Any] = {}
@@ -156,7 +156,7 @@ def _prefills() -> dict[str, Any]:
 
 def _serve() -> None:
     """The peer of the round trips."""
-    from gpu_worker.cuda import open_cuda
+    from gpu_worker.cuda.device import open_cuda
     from shmbroker import TensorSpec
 
     device = open_cuda("cuda:0")

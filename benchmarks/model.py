@@ -16,11 +16,11 @@ import torch
 
 import shmbroker
 from benchmarks.table import Table
-from shmbroker import embedded_model
-from shmbroker.checkpoint import Checkpoint
-from shmbroker.local import stop_process
+from shmbroker.client.local_broker import stop_process
+from shmbroker.models import embedded
+from shmbroker.models.checkpoint import Checkpoint
 from tee_worker import Split, offload
-from tee_worker.parts import own_part
+from tee_worker.planning.own_part import own_part
 
 PREFILL_TOKENS = 512
 DECODE_TOKENS = 32
@@ -71,7 +71,7 @@ def _prompt(tokens: int) -> torch.Tensor:
 @contextlib.contextmanager
 def _worker(threads: int) -> Iterator[None]:
     """A broker and a GPU worker with the embedded model."""
-    model = str(embedded_model.ensure())
+    model = str(embedded.ensure())
     command = [sys.executable, "-m", "gpu_worker", "--log-level", "warning", "serve", "--model", model, "--threads", str(threads)]
     with _everywhere(threads), shmbroker.local_broker():
         worker = subprocess.Popen(command, stdin=subprocess.DEVNULL)
@@ -93,14 +93,14 @@ def _alone(threads: int) -> dict[str, float]:
 def measure_alone(threads: int) -> None:
     """In the process of :func:`_alone`: one line of JSON."""
     with _everywhere(threads):
-        model = Checkpoint.at(embedded_model.ensure()).model(torch.float32)
+        model = Checkpoint.at(embedded.ensure()).model(torch.float32)
         times = [(_prefill(model, _prompt(PREFILL_TOKENS)), _decode(model, _prompt(PROMPT_TOKENS))) for _ in range(4)][1:]
     print(json.dumps({"prefill": statistics.median(one[0] for one in times), "decode": statistics.median(one[1] for one in times)}))
 
 
 def splits(rounds: int, threads: int) -> dict[str, Any]:
     """Seconds of prefill and decode of each split, in turns with the whole model in this process."""
-    source = Checkpoint.at(embedded_model.ensure())
+    source = Checkpoint.at(embedded.ensure())
     alone = [_alone(threads)]
     with _worker(threads), shmbroker.connect(arena="1G", timeout=120.0) as client:
         models: dict[str, Any] = {WHOLE: source.model(torch.float32)}
@@ -139,7 +139,7 @@ def splits(rounds: int, threads: int) -> dict[str, Any]:
 
 def pipelines(rounds: int, lengths: int) -> list[dict[str, Any]]:
     """Prefill with one thread in each process, with and without parts on their way at once."""
-    source = Checkpoint.at(embedded_model.ensure())
+    source = Checkpoint.at(embedded.ensure())
     table = Table(
         "Prefill in parts, one thread in each process", ["split", "tokens", "--pipeline", "prefill s", "speed-up", "worker computes"]
     )

@@ -23,9 +23,9 @@ from benchmarks import echo
 from benchmarks.contenders import missing, peer
 from benchmarks.table import Table
 from shmbroker import TensorSpec
-from shmbroker.channel import Channel
-from shmbroker.remote_op import RemoteOp
-from shmbroker.sizes import MIB
+from shmbroker.call.remote_op import RemoteOp
+from shmbroker.client.channel import Channel
+from shmbroker.settings.sizes import MIB
 
 LAYERS, TOKENS, HIDDEN, HEADS, HEAD, INTERMEDIATE, KEYS, VOCABULARY = 16, 1024, 2048, 32, 64, 8192, 512, 128256
 

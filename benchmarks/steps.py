@@ -12,21 +12,24 @@ import torch
 import shmbroker
 from benchmarks.contenders import shmbroker_calls
 from benchmarks.table import Table
-from shmbroker.calls import Call, Plan, clock_ns
-from shmbroker.completions import CompletionLoop
+from shmbroker.arena.arena import Arena
+from shmbroker.call.call import Call, clock_ns
+from shmbroker.call.completions import CompletionLoop
+from shmbroker.call.plan import Plan
+from shmbroker.call.statistics import OpStatistics, no_calls
 from shmbroker.control.liveness import Watch, this_process
 from shmbroker.control.messages import OpenChannel
-from shmbroker.lane.core import COMPILED
 from shmbroker.lane.doorbell import PollingBell
+from shmbroker.lane.ends import COMPILED
+from shmbroker.lane.outputs import Outputs
 from shmbroker.lane.shm_lane import ShmClientLane, ShmWorkerLane
 from shmbroker.lane.waiter import Waiter
 from shmbroker.memory import names
-from shmbroker.memory.arena import Arena
 from shmbroker.memory.geometry import Geometry
 from shmbroker.memory.segment import Segment, make_segment, unlink_segment
-from shmbroker.ops import OpDefinition, Outputs
-from shmbroker.statistics import OpStatistics, no_calls
-from shmbroker.worker_channel import MappedSegment, WorkerChannel
+from shmbroker.worker.channel import WorkerChannel
+from shmbroker.worker.mapped_segment import MappedSegment
+from shmbroker.worker.ops import OpDefinition
 
 ROUNDS = 5
 SHAPE = (1, 1024, 2048)

@@ -19,7 +19,7 @@ import shmbroker
 from benchmarks.contenders import ROOT, peer
 from benchmarks.measure import size_text
 from benchmarks.table import Table
-from shmbroker.local import stop_process
+from shmbroker.client.local_broker import stop_process
 
 IN_FLIGHT = (1, 8, 32)
 SIZES = (4 << 10, 1 << 20)

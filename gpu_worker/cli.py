@@ -6,8 +6,9 @@ from typing import Any
 
 import click
 
-from shmbroker import __version__, console
-from shmbroker.settings import DEFAULTS
+from shmbroker import console
+from shmbroker.settings.schema import DEFAULTS
+from shmbroker.version import __version__
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})

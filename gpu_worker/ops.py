@@ -10,15 +10,15 @@ import torch
 from gpu_worker.device import Device
 from gpu_worker.layers import READ_ON_HOST, Layers
 from gpu_worker.weights import Weights
-from shmbroker import model_ops
-from shmbroker.worker import Worker
+from shmbroker.models import ops
+from shmbroker.worker.worker import Worker
 
 
 def register(worker: Worker, weights: Weights, device: Device) -> None:
     """Register ``embed``, ``linear``, ``batch_linear``, ``matmul``, ``lm_head``, ``attention_block``, ``mlp_block`` and ``full_layer``."""
     layers = Layers(weights.model)
 
-    @worker.bound_op(model_ops.EMBED, out_spec=model_ops.embed)
+    @worker.bound_op(ops.EMBED, out_spec=ops.embed)
     def embed(*, module: str, width: int, dtype: str) -> Callable[..., None]:
         table = weights.embedding(module, width, dtype)
 
@@ -35,10 +35,10 @@ def register(worker: Worker, weights: Weights, device: Device) -> None:
 
         return device.staged(run)
 
-    worker.bound_op(model_ops.LINEAR, out_spec=model_ops.linear)(linear)
-    worker.bound_op(model_ops.LM_HEAD, out_spec=model_ops.linear)(linear)
+    worker.bound_op(ops.LINEAR, out_spec=ops.linear)(linear)
+    worker.bound_op(ops.LM_HEAD, out_spec=ops.linear)(linear)
 
-    @worker.bound_op(model_ops.BATCH_LINEAR, out_spec=model_ops.batch_linear)
+    @worker.bound_op(ops.BATCH_LINEAR, out_spec=ops.batch_linear)
     def batch_linear(*, modules: Sequence[str], in_features: int, out_features: Sequence[int]) -> Callable[..., None]:
         layers = [weights.linear(module, in_features, width) for module, width in zip(modules, out_features, strict=True)]
 
@@ -50,16 +50,16 @@ def register(worker: Worker, weights: Weights, device: Device) -> None:
     def matmul(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor) -> None:
         device.matmul(a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:]), out.view(-1, *out.shape[-2:]))
 
-    worker.op(model_ops.MATMUL, out_spec=model_ops.matmul)(device.staged(matmul))
+    worker.op(ops.MATMUL, out_spec=ops.matmul)(device.staged(matmul))
 
-    @worker.bound_op(model_ops.FULL_LAYER, out_spec=model_ops.full_layer)
+    @worker.bound_op(ops.FULL_LAYER, out_spec=ops.full_layer)
     def full_layer(*, layer: int, channel_state: dict[str, Any]) -> Callable[..., None]:
         return device.staged(layers.full_layer(layer, channel_state), READ_ON_HOST)
 
-    @worker.bound_op(model_ops.ATTENTION_BLOCK, out_spec=model_ops.attention_block)
+    @worker.bound_op(ops.ATTENTION_BLOCK, out_spec=ops.attention_block)
     def attention_block(*, layer: int, channel_state: dict[str, Any]) -> Callable[..., None]:
         return device.staged(layers.attention_block(layer, channel_state), READ_ON_HOST)
 
-    @worker.bound_op(model_ops.MLP_BLOCK, out_spec=model_ops.mlp_block)
+    @worker.bound_op(ops.MLP_BLOCK, out_spec=ops.mlp_block)
     def mlp_block(*, layer: int) -> Callable[..., None]:
         return device.staged(layers.mlp_block(layer))

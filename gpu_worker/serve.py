@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 
 import torch
 
-from gpu_worker.choice import open_device
+from gpu_worker.cuda.device import open_cuda
+from gpu_worker.device import CpuDevice, Device
 from gpu_worker.ops import register
 from gpu_worker.weights import Weights
-from shmbroker.checkpoint import model_dtype
-from shmbroker.model_source import model_source
-from shmbroker.sizes import mib
-from shmbroker.status import ask
-from shmbroker.worker import Worker
+from shmbroker.control.status import ask
+from shmbroker.errors import BadInput
+from shmbroker.models.checkpoint import model_dtype
+from shmbroker.models.source import model_source
+from shmbroker.settings.sizes import mib
+from shmbroker.worker.worker import Worker
 
 log = logging.getLogger(__name__)
 
@@ -58,3 +61,12 @@ def serve(
     register(worker, weights, target)
     with torch.no_grad():  # not inference mode, whose tensors do not tell when they were changed
         worker.serve()
+
+
+def open_device(text: str) -> Device:
+    """``cpu``, ``cuda`` or ``cuda:1`` to a device. Raises :class:`BadInput` for one that is not there."""
+    if text == "cpu":
+        return CpuDevice()
+    if re.fullmatch(r"cuda(:\d+)?", text):
+        return open_cuda(text)
+    raise BadInput(f"device {text!r} is not known; there are: cpu, cuda, cuda:N")

@@ -10,8 +10,8 @@ import torch
 
 from gpu_worker.device import Device
 from shmbroker.errors import BadInput
-from shmbroker.model_parts import is_linear, weight_and_bias
-from shmbroker.model_source import ModelSource
+from shmbroker.models.parts import is_linear, weight_and_bias
+from shmbroker.models.source import ModelSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

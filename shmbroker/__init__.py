@@ -5,10 +5,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+from shmbroker.version import __version__
 
 if TYPE_CHECKING:
-    from shmbroker.client import Client, connect
+    from shmbroker.arena.spec import TensorSpec
+    from shmbroker.call.kept import Kept
+    from shmbroker.client.client import Client, connect
+    from shmbroker.client.local_broker import LocalBroker, local_broker
     from shmbroker.errors import (
         ArenaFull,
         ArenaTooSmall,
@@ -32,20 +35,17 @@ if TYPE_CHECKING:
         WorkerDraining,
         WorkerLost,
     )
-    from shmbroker.kept import Kept
-    from shmbroker.local import LocalBroker, local_broker
-    from shmbroker.memory.spec import TensorSpec
-    from shmbroker.worker import Worker
+    from shmbroker.worker.worker import Worker
 
 # The broker imports this package too, and must not pay for torch: public names are loaded when they are first asked for.
 _HOME = {
-    "Client": "shmbroker.client",
-    "connect": "shmbroker.client",
-    "Kept": "shmbroker.kept",
-    "LocalBroker": "shmbroker.local",
-    "local_broker": "shmbroker.local",
-    "TensorSpec": "shmbroker.memory.spec",
-    "Worker": "shmbroker.worker",
+    "Client": "shmbroker.client.client",
+    "connect": "shmbroker.client.client",
+    "Kept": "shmbroker.call.kept",
+    "LocalBroker": "shmbroker.client.local_broker",
+    "local_broker": "shmbroker.client.local_broker",
+    "TensorSpec": "shmbroker.arena.spec",
+    "Worker": "shmbroker.worker.worker",
 }
 
 __all__ = [

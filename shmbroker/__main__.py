@@ -1,5 +1,5 @@
 """``python -m shmbroker``: the same as the console script."""
 
-from shmbroker.cli import main
+from shmbroker.commands.cli import main
 
 main()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from shmbroker.errors import ShmBrokerError
-from shmbroker.settings import load
+from shmbroker.settings.load import load
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -100,3 +100,16 @@ class CallTimeout(CallError, TimeoutError):
 
 class WorkerDraining(CallError):
     """The worker is shutting down and takes no new calls."""
+
+
+def text_of(error: BaseException) -> str:
+    """The error's text, also of an error that cannot tell it."""
+    try:
+        return str(error)
+    except Exception:
+        return "(its text cannot be told)"
+
+
+def describe(error: BaseException) -> str:
+    """Type and text."""
+    return f"{type(error).__name__}: {text_of(error)}"

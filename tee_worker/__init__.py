@@ -6,17 +6,17 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tee_worker.offloading import Offloaded, offload
-    from tee_worker.splits import Split, Splits
+    from tee_worker.offloading.offload import Offloaded, offload
+    from tee_worker.planning.splits import Split, Splits
 
 __all__ = ["Offloaded", "Split", "Splits", "offload"]
 
 # The command line sets variables that torch reads when it is loaded, so nothing here may load it early.
 _HOME = {
-    "Offloaded": "tee_worker.offloading",
-    "offload": "tee_worker.offloading",
-    "Split": "tee_worker.splits",
-    "Splits": "tee_worker.splits",
+    "Offloaded": "tee_worker.offloading.offload",
+    "offload": "tee_worker.offloading.offload",
+    "Split": "tee_worker.planning.splits",
+    "Splits": "tee_worker.planning.splits",
 }
 
 

@@ -8,8 +8,9 @@ from typing import Any, TypeVar
 
 import click
 
-from shmbroker import __version__, console
-from shmbroker.settings import DEFAULTS, OWN_DEFAULTS
+from shmbroker import console
+from shmbroker.settings.schema import DEFAULTS, OWN_DEFAULTS
+from shmbroker.version import __version__
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 _GENERATE = OWN_DEFAULTS["tee-worker generate"]
@@ -137,10 +138,10 @@ def plan(model: str | None, shape: str | None, tokens: int, dtype: str, as_json:
     """Tell calls, bytes each way and the largest block of every split, without running anything."""
     import msgspec
 
-    from shmbroker.checkpoint import model_dtype
-    from shmbroker.model_source import model_source
-    from tee_worker import plan as planning
-    from tee_worker.splits import Splits
+    from shmbroker.models.checkpoint import model_dtype
+    from shmbroker.models.source import model_source
+    from tee_worker.planning import plan as planning
+    from tee_worker.planning.splits import Splits
 
     _quiet_transformers()
     wanted = None if detailed is None else Splits.named(detailed)
@@ -213,8 +214,8 @@ def serve(until_exit: int, **options: Any) -> None:
     """Answer OpenAI-compatible HTTP requests until SIGTERM."""
     console.share_cpus()
     console.end_with(until_exit)
-    from shmbroker import notify
-    from tee_worker import serve as serving
+    from shmbroker.systemd import notify
+    from tee_worker.serving import serve as serving
 
     _quiet_transformers()
     serving.serve(serving.Options(**options), notify.ready, notify.watchdog)

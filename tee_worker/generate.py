@@ -9,28 +9,24 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import torch
 
-from shmbroker.channel import Channel
-from shmbroker.checkpoint import Checkpoint, model_dtype
-from shmbroker.client import connect
-from shmbroker.errors import ArenaTooSmall, BadInput
-from shmbroker.failover import FailoverChannel
-from shmbroker.memory.layout import PAGE, round_up
-from shmbroker.report import Report
-from shmbroker.sizes import MIB, mib, parse_bytes
-from shmbroker.status import ask
-from tee_worker.offloading import offload
-from tee_worker.parts import own_part
-from tee_worker.splits import Split, Splits
-from tee_worker.structure import structure_of
-from tee_worker.traffic import Traffic, generation_traffic
+from shmbroker.call.report import Report
+from shmbroker.client.channel import Channel
+from shmbroker.client.client import connect
+from shmbroker.client.failover import FailoverChannel
+from shmbroker.control.status import ask
+from shmbroker.errors import BadInput
+from shmbroker.models.checkpoint import Checkpoint, model_dtype
+from shmbroker.settings.sizes import mib
+from tee_worker.offloading.offload import offload
+from tee_worker.planning.own_part import own_part
+from tee_worker.planning.splits import Split, Splits
+from tee_worker.planning.structure import structure_of
+from tee_worker.planning.traffic import generation_traffic
+from tee_worker.split_run import Analytic, arena_bytes, compare, private_bytes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-ARENA_FLOOR = 64 * MIB
-ARENA_LARGEST_TENSORS = 4
-"""The arena that is asked for when none is told: room for so many tensors of the largest size of the run, on top of the floor. Attention has
-scores, keys, values and a result at once."""
 
 OnText = Callable[[str], None]
 
@@ -55,15 +51,6 @@ class Options(msgspec.Struct, frozen=True):
     failover: float = 30.0
     threads: int | None = None
     trace: str | None = None
-
-
-class Analytic(msgspec.Struct, frozen=True):
-    """The analytic model of the run, and whether what was counted equals it."""
-
-    calls: int
-    sent_bytes: int
-    received_bytes: int
-    equal: bool
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -169,23 +156,6 @@ def check_context(config: PretrainedConfig, prompt_tokens: int, new_tokens: int)
         )
 
 
-def arena_bytes(told: str | None, planned: Traffic, pipeline: int = 1) -> int:
-    """Size of the arena: as told, if the run's largest tensor fits in it; else enough for the run. Raises :class:`ArenaTooSmall`."""
-    assert planned.largest is not None
-    assert planned.largest_tensor is not None
-    largest = planned.largest_tensor.nbytes
-    if told is None:
-        return round_up(ARENA_FLOOR + ARENA_LARGEST_TENSORS * pipeline * largest, PAGE)
-    size = parse_bytes(told)
-    if size < largest:
-        raise ArenaTooSmall(
-            f"--arena {told} is {size} bytes; the largest tensor of this run, {planned.largest_tensor} of op {planned.largest.op!r}, takes "
-            f"{largest} bytes: give --arena at least {round_up(ARENA_LARGEST_TENSORS * largest, MIB) // MIB}M (room for "
-            f"{ARENA_LARGEST_TENSORS} of them), or leave it out"
-        )
-    return size
-
-
 def run(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor, new_tokens: int, on_text: OnText | None
 ) -> list[int]:
@@ -208,23 +178,6 @@ def _streamer(tokenizer: PreTrainedTokenizerBase, on_text: OnText) -> Any:
             on_text(text)
 
     return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-
-
-def compare(expected: Traffic, report: Report) -> Analytic:
-    """The analytic model beside what was counted."""
-    counted = (report.total.calls, report.total.sent_bytes, report.total.received_bytes)
-    told = (expected.calls, expected.sent_bytes, expected.received_bytes)
-    by_op = {line.op: line.calls for line in report.ops}
-    return Analytic(*told, equal=told == counted and by_op == expected.calls_by_op)
-
-
-def private_bytes() -> int:
-    """Resident memory of this process that it shares with nobody."""
-    with open("/proc/self/status") as status:
-        for line in status:
-            if line.startswith("RssAnon:"):
-                return int(line.split()[1]) * 1024
-    return 0
 
 
 def summary(outcome: Outcome) -> str:

@@ -12,21 +12,21 @@ from typing import TYPE_CHECKING
 import msgspec
 import torch
 
-from shmbroker.checkpoint import model_dtype
-from shmbroker.client import connect
+from shmbroker.call.report import Report
+from shmbroker.client.client import connect
+from shmbroker.client.local_broker import local_broker, stop_process
+from shmbroker.control.status import ask
 from shmbroker.errors import BadInput, BrokerUnreachable
-from shmbroker.local import local_broker, stop_process
 from shmbroker.memory.layout import PAGE, round_up
-from shmbroker.model_source import model_source
-from shmbroker.report import Report
-from shmbroker.sizes import MIB
-from shmbroker.status import ask
-from tee_worker.generate import ARENA_FLOOR, ARENA_LARGEST_TENSORS, Analytic, compare, private_bytes
-from tee_worker.offloading import offload
-from tee_worker.parts import own_part
-from tee_worker.splits import Split, Splits
-from tee_worker.structure import structure_of
-from tee_worker.traffic import generation_traffic
+from shmbroker.models.checkpoint import model_dtype
+from shmbroker.models.source import model_source
+from shmbroker.settings.sizes import MIB
+from tee_worker.offloading.offload import offload
+from tee_worker.planning.own_part import own_part
+from tee_worker.planning.splits import Split, Splits
+from tee_worker.planning.structure import structure_of
+from tee_worker.planning.traffic import generation_traffic
+from tee_worker.split_run import ARENA_FLOOR, ARENA_LARGEST_TENSORS, Analytic, compare, private_bytes
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from shmbroker.channel import Channel
-from shmbroker.local import stop_process
+from shmbroker.client.channel import Channel
+from shmbroker.client.local_broker import stop_process
 from shmbroker.memory import layout
 
 PROGRAMS = Path(__file__).parent / "programs"

@@ -11,7 +11,7 @@ from shmbroker.control.curve import CurveContext, is_loopback
 from shmbroker.control.endpoint import broker_endpoint
 from shmbroker.control.keys import Keys
 from shmbroker.errors import BadInput
-from shmbroker.settings import current
+from shmbroker.settings.load import current
 
 CONTROL_VARIABLE = "SHMBROKER_CONTROL"
 KEYS_VARIABLE = "SHMBROKER_KEYS"

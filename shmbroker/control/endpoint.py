@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from shmbroker.errors import BadInput, BrokerUnreachable
-from shmbroker.settings import current
+from shmbroker.settings.load import current
 
 SYSTEM_DIR = Path("/run/shmbroker")
 """Made by systemd (``RuntimeDirectory=``) or by a broker that runs as root."""

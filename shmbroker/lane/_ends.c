@@ -1,6 +1,6 @@
-/* The ends of the queues, compiled: what shmbroker/lane/ends.py says, for a tenth of its cost.
+/* The ends of the queues, compiled: what shmbroker/lane/python_ends.py says, for a tenth of its cost.
  *
- * Optional: without a compiler, or with SHMBROKER_PURE_PYTHON=1, the classes of ends.py do the same, and the same tests run on both. The queues'
+ * Optional: without a compiler, or with SHMBROKER_PURE_PYTHON=1, the classes of python_ends.py do the same, and the same tests run on both. The queues'
  * rules Q1..Q3 are told in queue.py, the fence D1 in doorbell.py, the frames' rules F1..F3 in frames.py; the layout is shmbroker.h.
  *
  * Nothing here believes the other side: every position is counted privately, every frame is copied before it is looked at, and every count in
@@ -554,7 +554,7 @@ static PyModuleDef_Slot module_slots[] = {{Py_mod_exec, module_exec}, {0, NULL}}
 static struct PyModuleDef module_def = {
     PyModuleDef_HEAD_INIT,
     .m_name = "shmbroker.lane._ends",
-    .m_doc = "The ends of the queues, compiled. Used through shmbroker.lane.core.",
+    .m_doc = "The ends of the queues, compiled. Used through shmbroker.lane.ends.",
     .m_size = sizeof(State),
     .m_methods = module_methods,
     .m_slots = module_slots,

@@ -1,7 +1,7 @@
-from shmbroker.lane.ends import CompletionReceiver as CompletionReceiver
-from shmbroker.lane.ends import CompletionSender as CompletionSender
-from shmbroker.lane.ends import SubmissionReceiver as SubmissionReceiver
-from shmbroker.lane.ends import SubmissionSender as SubmissionSender
-from shmbroker.lane.ends import spin as spin
+from shmbroker.lane.python_ends import CompletionReceiver as CompletionReceiver
+from shmbroker.lane.python_ends import CompletionSender as CompletionSender
+from shmbroker.lane.python_ends import SubmissionReceiver as SubmissionReceiver
+from shmbroker.lane.python_ends import SubmissionSender as SubmissionSender
+from shmbroker.lane.python_ends import spin as spin
 
 LAYOUT_VERSION: int

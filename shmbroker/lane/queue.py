@@ -16,7 +16,8 @@ A peer that writes nonsense into its words can lose its own frames, nothing else
 
 from __future__ import annotations
 
-from shmbroker.lane.frames import SEQUENCE_WORD, Slot
+from shmbroker.lane.frame_layout import SEQUENCE_WORD
+from shmbroker.lane.frames import Slot
 from shmbroker.memory.segment import Segment
 
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from shmbroker.lane.core import spin
 from shmbroker.lane.doorbell import RECHECK_SECONDS, PollingBell, SemaphoreBell, fence
-from shmbroker.lane.ends import Receiver
-from shmbroker.settings import DEFAULTS
+from shmbroker.lane.ends import spin
+from shmbroker.lane.python_ends import Receiver
+from shmbroker.settings.schema import DEFAULTS
 
 DEFAULT_SPIN_SECONDS = DEFAULTS.spin * 1e-6
 

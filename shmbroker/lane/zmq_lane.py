@@ -17,9 +17,10 @@ import secrets
 import zmq
 
 from shmbroker.errors import ChannelError
-from shmbroker.lane.ends import Receiver
-from shmbroker.lane.frames import CompletionFields, FrameTemplate, private_slot, read_completion, write_completion
+from shmbroker.lane.completion_frames import CompletionFields, read_completion, write_completion
+from shmbroker.lane.frames import FrameTemplate, private_slot
 from shmbroker.lane.kinds import Doorbell, Lane
+from shmbroker.lane.python_ends import Receiver
 from shmbroker.memory import layout
 
 SUBMIT = b"s"

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from shmbroker.settings import current
+from shmbroker.settings.load import current
 
 WANTED = not current().pure_python

@@ -6,8 +6,8 @@ import ctypes
 from dataclasses import dataclass
 
 from shmbroker.memory import layout
-from shmbroker.settings import DEFAULTS
-from shmbroker.sizes import parse_bytes
+from shmbroker.settings.schema import DEFAULTS
+from shmbroker.settings.sizes import parse_bytes
 
 DEFAULT_ARENA_BYTES = parse_bytes(DEFAULTS.arena)
 

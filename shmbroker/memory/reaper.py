@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from shmbroker.memory import names
 from shmbroker.memory.hold import unlink_if_unheld
-from shmbroker.memory.place import place
+from shmbroker.memory.stores import place
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from shmbroker.errors import SegmentError, SharedMemoryFull
 from shmbroker.memory import layout
 from shmbroker.memory.geometry import Geometry
 from shmbroker.memory.hold import Hold
-from shmbroker.memory.place import VARIABLE, Place, place
+from shmbroker.memory.stores import VARIABLE, Place, place
 
 
 class Segment:

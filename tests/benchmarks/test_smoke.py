@@ -10,7 +10,7 @@ import torch
 from benchmarks import alloc, copies, cuda, replay
 from benchmarks.contenders import missing, semaphore_calls, shared_memory_calls, shmbroker_calls, spin_calls, torch_queue_calls
 from benchmarks.measure import Case, alternate
-from shmbroker.sizes import MIB
+from shmbroker.settings.sizes import MIB
 
 
 def test_the_replay_is_the_prototypes_prefill_and_every_touched_byte_arrives() -> None:

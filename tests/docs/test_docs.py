@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 import shmbroker
+from shmbroker.arena.spec import CODE_OF, NAME_OF
 from shmbroker.memory import layout
 from shmbroker.memory.cheader import _declaration
-from shmbroker.memory.spec import CODE_OF, NAME_OF
 from tests.processes import run, running, wait_until
 
 ROOT = Path(__file__).parents[2]

@@ -10,7 +10,7 @@ import random
 import sys
 import time
 
-from shmbroker.lane.core import COMPILED
+from shmbroker.lane.ends import COMPILED
 from shmbroker.memory.names import new_id
 from tests.faults.world import Process, World, wait_for, world
 

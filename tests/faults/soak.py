@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 import shmbroker
-from shmbroker.lane.core import COMPILED
+from shmbroker.lane.ends import COMPILED
 from shmbroker.memory.names import new_id
 from tests.faults.world import SERVICE, Board, Process, World, wait_for, world
 

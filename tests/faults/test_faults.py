@@ -31,5 +31,5 @@ def test_killing_at_random_under_load_spoils_nothing_hangs_nobody_and_leaves_not
 
 
 def test_a_fault_point_is_a_comment_in_a_program_that_is_not_under_test() -> None:
-    code = "import shmbroker.client, shmbroker.worker, builtins; print(hasattr(builtins, '__fault_point__'))"
+    code = "import shmbroker.client.client, shmbroker.worker.worker, builtins; print(hasattr(builtins, '__fault_point__'))"
     assert run(sys.executable, "-c", code).stdout == "False\n"

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 import torch
 
 import shmbroker
-from shmbroker.broker import Broker
+from shmbroker.broker.broker import Broker
 from shmbroker.control import endpoint
 from shmbroker.errors import BrokerUnreachable, NoSuchService, ShmBrokerError, WorkerLost
 from shmbroker.memory.hold import is_held

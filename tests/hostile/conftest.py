@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 import shmbroker
-from shmbroker.local import stop_process
+from shmbroker.client.local_broker import stop_process
 from tests.hostile.peer import Footprint
 from tests.processes import PROGRAMS, worker_process
 

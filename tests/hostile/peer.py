@@ -21,7 +21,7 @@ import numpy.typing as npt
 import zmq
 
 import shmbroker
-from shmbroker.channel import Channel
+from shmbroker.client.channel import Channel
 from shmbroker.control import messages as m
 from shmbroker.control.liveness import this_process
 from shmbroker.control.sockets import Requester

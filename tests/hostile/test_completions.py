@@ -13,14 +13,14 @@ import pytest
 import torch
 
 import shmbroker
-from shmbroker.channel import Channel
+from shmbroker.call.remote_op import RemoteOp
+from shmbroker.client.channel import Channel
+from shmbroker.client.local_broker import stop_process
 from shmbroker.control import messages as m
 from shmbroker.lane.doorbell import SemaphoreBell
-from shmbroker.local import stop_process
 from shmbroker.memory import layout, names
 from shmbroker.memory.layout import CompletionFrame, Status, SubmissionFrame
 from shmbroker.memory.names import bell_path
-from shmbroker.remote_op import RemoteOp
 from tests.hostile.conftest import HonestClient
 from tests.hostile.peer import HostileWorker, RawSegment, repeating, words_of
 from tests.processes import PROGRAMS, wait_until

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import shmbroker
-from shmbroker.lane.frames import read_completion
+from shmbroker.lane.completion_frames import read_completion
 from shmbroker.lane.zmq_lane import COMPLETE, READY, SUBMIT
 from shmbroker.memory import layout
 from shmbroker.memory.layout import Status, SubmissionFrame

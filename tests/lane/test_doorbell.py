@@ -16,17 +16,19 @@ import posix_ipc
 import pytest
 import torch
 
-from shmbroker.lane import doorbell, ends, shm_lane, waiter
+from shmbroker.arena.spec import TensorSpec
+from shmbroker.lane import doorbell, python_ends, shm_lane, waiter
+from shmbroker.lane.completion_frames import Completion
 from shmbroker.lane.doorbell import RECHECK_SECONDS, PollingBell, SemaphoreBell, fence
-from shmbroker.lane.frames import Completion, FrameTemplate, SubmissionReader, Taken, taken_of
+from shmbroker.lane.frames import FrameTemplate, Taken, taken_of
 from shmbroker.lane.kinds import Doorbell, Lane
 from shmbroker.lane.shm_lane import CLIENT_SLEEPING, Bell, ShmClientLane, ShmWorkerLane, clear_channel
+from shmbroker.lane.submission_reader import SubmissionReader
 from shmbroker.lane.waiter import Waiter
 from shmbroker.memory import layout, names
 from shmbroker.memory.geometry import Geometry
 from shmbroker.memory.layout import ChannelHeader, SegmentHeader
 from shmbroker.memory.segment import Segment
-from shmbroker.memory.spec import TensorSpec
 from tests.conftest import END_SECONDS, SegmentOf, StartChild
 
 GEOMETRY = Geometry(arena_bytes=layout.PAGE, channel_count=2, depth=2)
@@ -68,7 +70,7 @@ class RecordingBell(SemaphoreBell):
 def flavour(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Everything here holds for the ends in Python and for the compiled ones alike."""
     flavour = str(request.param)
-    source = ends if flavour == "python" else pytest.importorskip("shmbroker.lane._ends", reason="built without a C compiler")
+    source = python_ends if flavour == "python" else pytest.importorskip("shmbroker.lane._ends", reason="built without a C compiler")
     for name in ("SubmissionSender", "SubmissionReceiver", "CompletionSender", "CompletionReceiver"):
         monkeypatch.setattr(shm_lane, name, getattr(source, name))
     monkeypatch.setattr(waiter, "spin", source.spin)
@@ -160,7 +162,7 @@ def test_what_comes_on_any_of_several_channels_ends_the_spinning(segment: Segmen
         worker.take()
 
 
-def _spin(receivers: tuple[ends.Receiver, ...], seconds: float) -> bool:
+def _spin(receivers: tuple[python_ends.Receiver, ...], seconds: float) -> bool:
     return waiter.spin(receivers, seconds)
 
 
@@ -413,9 +415,9 @@ def test_a_frame_is_published_before_the_word_is_looked_at(segment: Segment, mon
     order: list[str] = []
     client = ShmClientLane(segment, 0, RecordingBell())
     worker = ShmWorkerLane(segment, 0, RecordingBell())
-    monkeypatch.setattr(ends, "fence", lambda: order.append(f"fence, published {worker.ready()}"))
+    monkeypatch.setattr(python_ends, "fence", lambda: order.append(f"fence, published {worker.ready()}"))
     _submit(client, 1)
-    assert order == (["fence, published True"] if shm_lane.SubmissionSender is ends.SubmissionSender else [])
+    assert order == (["fence, published True"] if shm_lane.SubmissionSender is python_ends.SubmissionSender else [])
 
 
 def test_the_words_to_sleep_under_are_those_of_the_layout(segment: Segment) -> None:

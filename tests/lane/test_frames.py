@@ -14,29 +14,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shmbroker.arena.spec import CODE_OF, DTYPE_OF, TensorSpec, contiguous_strides, extent_elements, spec_of
 from shmbroker.errors import BadFrame, BadInput
 from shmbroker.lane import frames
-from shmbroker.lane.frames import (
-    COMPLETION_HEADER,
-    DESCRIPTOR,
-    HEAD_BYTES,
-    SUBMISSION_HEADER,
-    Completion,
-    FrameTemplate,
-    Slot,
-    Submission,
-    SubmissionReader,
-    constant_part,
-    pack_text,
-    private_slot,
-    read_completion,
-    read_plain_completion,
-    taken_of,
-    write_completion,
-)
+from shmbroker.lane.completion_frames import Completion, pack_text, read_completion, read_plain_completion, write_completion
+from shmbroker.lane.frame_layout import COMPLETION_HEADER, DESCRIPTOR, HEAD_BYTES, SUBMISSION_HEADER
+from shmbroker.lane.frames import FrameTemplate, Slot, constant_part, private_slot, taken_of
+from shmbroker.lane.submission_reader import Submission, SubmissionReader
 from shmbroker.memory import layout
 from shmbroker.memory.layout import CompletionFrame, SubmissionFrame, TensorDescriptor
-from shmbroker.memory.spec import CODE_OF, DTYPE_OF, TensorSpec, contiguous_strides, extent_elements, spec_of
 
 FIRST = 3 * layout.PAGE
 END = FIRST + (1 << 20)

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from shmbroker.lane.frames import SEQUENCE_WORD
+from shmbroker.lane.frame_layout import SEQUENCE_WORD
 from shmbroker.lane.queue import QueueReader, QueueWriter
 from shmbroker.lane.shm_lane import clear_channel
 from shmbroker.memory import layout

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shmbroker.arena.spec import CODE_OF, DTYPE_OF
 from shmbroker.memory import layout
 from shmbroker.memory.cheader import render, struct_name
 from shmbroker.memory.geometry import Geometry
@@ -29,7 +30,6 @@ from shmbroker.memory.layout import (
     SubmissionFrame,
     TensorDescriptor,
 )
-from shmbroker.memory.spec import CODE_OF, DTYPE_OF
 
 Structure = type[ctypes.LittleEndianStructure]
 

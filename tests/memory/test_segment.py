@@ -21,18 +21,18 @@ import posix_ipc
 import pytest
 import torch
 
+from shmbroker.arena.arena import Arena
+from shmbroker.arena.spec import TensorSpec
 from shmbroker.errors import BadInput, SegmentError, SharedMemoryFull
-from shmbroker.lane.frames import Descriptor, Form
+from shmbroker.lane.submission_reader import Descriptor, Form
 from shmbroker.memory import hold as hold_module
 from shmbroker.memory import layout, names
-from shmbroker.memory.arena import Arena
 from shmbroker.memory.geometry import Geometry
 from shmbroker.memory.hold import Hold, is_held, unlink_if_unheld, unlink_own
 from shmbroker.memory.layout import SegmentHeader
 from shmbroker.memory.reaper import objects, reap
 from shmbroker.memory.segment import Segment, make_segment, unlink_segment
-from shmbroker.memory.spec import TensorSpec
-from shmbroker.worker_channel import MappedSegment
+from shmbroker.worker.mapped_segment import MappedSegment
 from tests.conftest import END_SECONDS, InChild, SegmentOf, StartChild
 
 SMALL = Geometry(arena_bytes=16 * layout.PAGE, channel_count=2, depth=4)

@@ -8,10 +8,10 @@ import sys
 import torch
 
 import shmbroker
-from gpu_worker.cuda import open_cuda
+from gpu_worker.cuda.device import open_cuda
 from shmbroker import TensorSpec
+from shmbroker.arena.cuda_runtime import CudaRuntime
 from shmbroker.errors import CudaRefused
-from shmbroker.memory.cuda_runtime import CudaRuntime
 
 
 def refuse(self: CudaRuntime, address: int, nbytes: int) -> None:

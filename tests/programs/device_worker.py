@@ -10,12 +10,12 @@ import torch
 
 import shmbroker
 from gpu_worker import serve
-from gpu_worker.cuda import CudaDevice
-from gpu_worker.staging import Staging
+from gpu_worker.cuda.device import CudaDevice
+from gpu_worker.cuda.staging import Staging
 from shmbroker import TensorSpec
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from tests.cuda.fake_cuda import FakeCuda, FakeStreams
+from tests.gpu_worker.fake_cuda import FakeCuda, FakeStreams
 
 folder, service, *model = sys.argv[1:]
 refuse = {name: 801 for name in os.environ.get("REFUSE", "").split(",") if name}

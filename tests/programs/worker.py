@@ -15,7 +15,7 @@ from shmbroker import TensorSpec
 if "DRAIN_SECONDS" in os.environ:
     import shmbroker.worker
 
-    shmbroker.worker.DRAIN_SECONDS = float(os.environ["DRAIN_SECONDS"])
+    shmbroker.worker.worker.DRAIN_SECONDS = float(os.environ["DRAIN_SECONDS"])
 
 KEPT = {"kept_bytes": int(os.environ["KEPT_BYTES"])} if "KEPT_BYTES" in os.environ else {}
 

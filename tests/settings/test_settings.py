@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 import shmbroker
-from shmbroker import settings
-from shmbroker.settings import DEFAULTS, OWN_DEFAULTS, Settings, load, variable_of
+from shmbroker.settings import load as loading
+from shmbroker.settings.load import load, variable_of
+from shmbroker.settings.schema import DEFAULTS, OWN_DEFAULTS, Settings
 from tests.processes import run
 
 ROOT = Path(__file__).parents[2]
@@ -19,9 +20,9 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(autouse=True)
 def _nothing_is_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in [*(variable_of(name) for name in Settings.__struct_fields__), settings.FILE_VARIABLE]:
+    for name in [*(variable_of(name) for name in Settings.__struct_fields__), loading.FILE_VARIABLE]:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(settings, "SYSTEM_FILE", tmp_path / "system.toml")
+    monkeypatch.setattr(loading, "SYSTEM_FILE", tmp_path / "system.toml")
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "home"))
 
 
@@ -53,7 +54,7 @@ def test_without_files_and_variables_everything_is_at_its_default() -> None:
 
 def test_the_users_file_wins_over_the_systems_and_variables_win_over_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     system = write(tmp_path / "system.toml", 'arena = "1G"\nspin = 10\nservice = "a"\n')
-    user = write(settings.user_file(), 'spin = 20\nservice = "b"\n')
+    user = write(load.user_file(), 'spin = 20\nservice = "b"\n')
     monkeypatch.setenv("SHMBROKER_SERVICE", "c")
     loaded = load()
     assert (loaded.settings.arena, loaded.settings.spin, loaded.settings.service) == ("1G", 20.0, "c")
@@ -65,7 +66,7 @@ def test_the_users_file_wins_over_the_systems_and_variables_win_over_both(tmp_pa
 
 def test_a_file_that_is_named_stands_for_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "system.toml", "spin = 10\n")
-    write(settings.user_file(), "spin = 20\n")
+    write(load.user_file(), "spin = 20\n")
     named = write(tmp_path / "named.toml", "depth = 8\n")
     monkeypatch.setenv("SHMBROKER_CONFIG", str(named))
     assert load().files == (named,)
@@ -190,9 +191,7 @@ def test_a_private_broker_ignores_the_group_of_the_settings(monkeypatch: pytest.
 
 def test_loading_is_cheap() -> None:
     """No process pays for a TOML parser, torch or NumPy because of settings that nobody made."""
-    words = (
-        "import sys, shmbroker.settings; shmbroker.settings.load(); print([m for m in ('torch', 'numpy', 'tomllib') if m in sys.modules])"
-    )
+    words = "import sys, shmbroker.settings.load; shmbroker.settings.load.load(); print([m for m in ('torch', 'numpy', 'tomllib') if m in sys.modules])"
     assert run(sys.executable, "-c", words).stdout == "[]\n"
 
 

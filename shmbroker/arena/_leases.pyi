@@ -1,0 +1,13 @@
+import mmap
+from collections.abc import Callable
+
+import torch
+
+from shmbroker.arena.ring import Extent
+from shmbroker.arena.room import Room
+
+class Leases:
+    def __init__(self, mapping: mmap.mmap, from_dlpack: Callable[[object], torch.Tensor]) -> None: ...
+    def tensor(self, room: Room, offset: int, block: Extent) -> torch.Tensor: ...
+    def pop(self) -> Extent | None: ...
+    def wait(self, seconds: float) -> None: ...

@@ -1,0 +1,1 @@
+"""The broker daemon: makes segments, introduces peers, watches processes, reaps. Imports neither torch nor NumPy."""

@@ -1,0 +1,169 @@
+"""A call on its way: what is kept of one while it is outstanding."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from shmbroker.call.completions import Settling, release_waiter
+from shmbroker.call.plan import Plan
+from shmbroker.errors import BadFrame, CallError, CallTimeout, RemoteOpError, ShmBrokerError, WorkerDraining
+from shmbroker.lane.completion_frames import Completion, CompletionFields
+from shmbroker.memory.layout import Status
+
+if TYPE_CHECKING:
+    from shmbroker.call.statistics import OpStatistics
+    from shmbroker.client.channel import Channel
+
+Result = torch.Tensor | tuple[torch.Tensor, ...]
+
+clock_ns = time.monotonic_ns
+"""The one clock of a call: deadlines in frames are told by it too."""
+
+
+class Call:
+    """One call from submission to completion. It holds inputs and outputs, so their blocks cannot be placed anew meanwhile."""
+
+    __slots__ = (
+        "begun_ns",
+        "call_id",
+        "copied_bytes",
+        "copy_ns",
+        "deadline_ns",
+        "done",
+        "error",
+        "future",
+        "inputs",
+        "outputs",
+        "plan",
+        "submitted_ns",
+        "wake",
+    )
+
+    call_id: int
+    copy_ns: int
+    submitted_ns: int
+    wake: threading.Lock | None
+    error: ShmBrokerError | None
+    future: Settling | None
+
+    def __init__(
+        self,
+        plan: Plan,
+        inputs: Sequence[torch.Tensor],
+        outputs: Sequence[torch.Tensor],
+        begun_ns: int,
+        deadline_ns: int,
+    ) -> None:
+        """Times in nanoseconds of CLOCK_MONOTONIC; ``deadline_ns`` 0 for none."""
+        self.plan = plan
+        self.inputs = inputs
+        self.outputs = outputs
+        self.begun_ns = begun_ns
+        self.deadline_ns = deadline_ns
+        self.call_id = 0
+        self.done = False
+        self.copied_bytes = 0
+        self.error = self.wake = self.future = None
+
+    @property
+    def channel(self) -> Channel:
+        """The channel it goes over."""
+        return self.plan.channel
+
+    @property
+    def statistics(self) -> OpStatistics:
+        """Where it is counted."""
+        return self.plan.statistics
+
+    def finish(self, completion: CompletionFields, taken_ns: int) -> None:
+        """The worker has answered."""
+        _, status, queued_ns, compute_ns, _ = completion
+        plan = self.plan
+        statistics = plan.statistics
+        if status and self.error is None:  # a call that has timed out is counted already
+            self.error = self._error_of(Completion(*completion))
+            statistics.errors += 1
+        begun_ns = self.begun_ns
+        now = clock_ns()
+        rpc_ns = now - begun_ns
+        statistics.calls += 1
+        statistics.rpc_ns += rpc_ns
+        statistics.samples.append(rpc_ns)
+        plan.buckets[(rpc_ns * rpc_ns).bit_length()] += 1
+        # A worker's figures are its own claim: never more than the call took.
+        statistics.compute_ns += compute_ns if compute_ns < rpc_ns else rpc_ns
+        statistics.queued_ns += queued_ns if queued_ns < rpc_ns else rpc_ns
+        statistics.build_ns += self.submitted_ns - begun_ns
+        statistics.read_ns += now - taken_ns
+        statistics.bytes_out += plan.bytes_out
+        statistics.bytes_in += plan.bytes_in
+        if self.copied_bytes:
+            statistics.copied_bytes += self.copied_bytes
+            statistics.copy_ns += self.copy_ns
+            statistics.build_ns -= self.copy_ns
+        self.inputs = ()  # the worker is done with them: nobody need hold their blocks for this call
+        self.done = True
+        if statistics.on_finish is not None:
+            statistics.on_finish(self, queued_ns, compute_ns, taken_ns, now)
+        if self.wake is not None or self.future is not None:
+            self._tell()
+
+    def expire(self) -> None:
+        """The deadline has passed. The call stays outstanding, and so holds its blocks, until the worker answers it or dies."""
+        if not self.done and self.error is None:
+            self.statistics.errors += 1
+            self.error = self.timeout_error()
+            if self.future is not None:
+                self.future.settle()
+
+    def fail(self, error: ShmBrokerError) -> None:
+        """The call will never be answered."""
+        if self.error is None:
+            self.error = error
+            self.statistics.errors += 1
+        self.inputs = ()
+        self.done = True
+        self._tell()
+
+    def _tell(self) -> None:
+        wake = self.wake
+        if wake is not None:
+            release_waiter(wake)
+        if self.future is not None:
+            self.plan.channel.completions.settle_later(self.future)
+
+    def result(self) -> Result:
+        """The outputs of a call that is done, or its error raised."""
+        if self.error is not None:
+            raise self.error
+        return self.outputs[0] if self.plan.single else tuple(self.outputs)
+
+    def timeout_error(self) -> CallTimeout:
+        """What to raise when the deadline has passed."""
+        age = (clock_ns() - self.begun_ns) / 1e9
+        return CallTimeout(
+            f"op {self.statistics.name!r}, call {self.call_id}: no completion after {age:.3f} s from {self.channel.peer_text()}; its blocks "
+            "stay held until the worker is done with them; raise timeout= if the op needs longer"
+        )
+
+    def _error_of(self, completion: Completion) -> CallError:
+        text = completion.body.decode("utf-8", "replace")
+        name = self.statistics.name
+        peer = self.channel.worker_name
+        if completion.status == Status.OP_ERROR:
+            type_name, _, message = text.partition("\n")
+            return RemoteOpError(f"op {name!r} failed on worker {peer!r}: {type_name}: {message}", type_name)
+        if completion.status == Status.BAD_FRAME:
+            return BadFrame(f"worker {peer!r} rejected the frame of op {name!r}: {text}")
+        if completion.status == Status.EXPIRED:
+            return CallTimeout(f"op {name!r}, call {self.call_id}: its deadline had passed when worker {peer!r} took it; it was not run")
+        if completion.status == Status.DRAINING:
+            return WorkerDraining(
+                f"op {name!r}, call {self.call_id}: worker {peer!r} is shutting down and did not run it; call another worker"
+            )
+        return CallError(f"op {name!r}, call {self.call_id}: worker {peer!r} answered with unknown status {completion.status}")

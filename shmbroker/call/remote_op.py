@@ -1,0 +1,290 @@
+"""A bound op as its client calls it: at once, as a future, or captured and replayed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from enum import Enum
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
+import torch
+
+from shmbroker.arena.room import room_for
+from shmbroker.arena.spec import TensorSpec, spec_of
+from shmbroker.call.call import Call, Result, clock_ns
+from shmbroker.call.client_memory import as_tensor
+from shmbroker.call.future import CallFuture
+from shmbroker.call.kept import Kept
+from shmbroker.call.plan import Plan
+from shmbroker.call.statistics import OpStatistics
+from shmbroker.errors import BadInput
+from shmbroker.lane.outputs import Outputs
+from shmbroker.memory.layout import Space
+
+if TYPE_CHECKING:
+    from shmbroker.client.channel import Channel
+
+_KNOWN_PLANS = 1024
+"""Combinations of input forms remembered; a decode that grows by a token a step starts over now and then."""
+
+OutputsOf = Callable[[Sequence[TensorSpec], dict[str, Any]], Outputs]
+"""The outputs for such inputs and per-call arguments."""
+
+_arguments_encoder = msgspec.msgpack.Encoder()
+
+
+class _Unset(Enum):
+    """The type of ``timeout`` when the client's own is meant."""
+
+    UNSET = 0
+
+
+_UNSET = _Unset.UNSET
+Timeout = float | None | Literal[_Unset.UNSET]
+
+
+class RemoteOp:
+    """Made by :meth:`Channel.bind`. Takes torch tensors (or NumPy arrays) of any carried dtype, up to 8 dimensions, strided or not.
+
+    A tensor that lies in the client's arena is not copied; any other is copied once. Outputs lie in the arena and are never copied; their
+    blocks are free again when the last view of them dies. Keyword arguments other than ``timeout`` go to the op, in the frame (128 bytes of
+    msgpack at most). Thread-safe.
+    """
+
+    __slots__ = ("_channel", "_op_id", "_outputs", "_plans", "_statistics", "_timeout", "name")
+
+    def __init__(self, channel: Channel, name: str, op_id: int, outputs: OutputsOf, statistics: OpStatistics) -> None:
+        self.name = name
+        self._channel = channel
+        self._op_id = op_id
+        self._outputs = outputs
+        self._statistics = statistics
+        self._plans: dict[object, Plan] = {}
+        self._timeout: tuple[float | None, int] = None, 0
+        """The last one with its nanoseconds: it is the same object in call after call."""
+
+    def __repr__(self) -> str:
+        return f"<RemoteOp {self.name!r} on {self._channel.peer_text()}>"
+
+    def __call__(self, *inputs: torch.Tensor, timeout: Timeout = _UNSET, **arguments: Any) -> Any:
+        """Call and wait: the op's output tensor, or a tuple of them.
+
+        ``timeout``: seconds, None for no limit; the client's own by default. Raises :class:`CallTimeout`, :class:`WorkerLost`,
+        :class:`RemoteOpError` with the worker's error, :class:`ArenaFull`, :class:`BadInput`.
+        """
+        channel = self._channel
+        seconds = channel.client.timeout if timeout is _UNSET else timeout
+        call, offsets, generations = self._prepare(inputs, seconds, arguments)
+        channel.submit(call, call.plan.template, offsets, generations)
+        if not channel.completions.wait(call, call.deadline_ns):
+            channel.expire(call)
+        return call.result()
+
+    def submit(self, *inputs: torch.Tensor, timeout: Timeout = _UNSET, **arguments: Any) -> CallFuture:
+        """Call without waiting: a future, also awaitable. Its frame is with the worker when this returns."""
+        channel = self._channel
+        seconds = channel.client.timeout if timeout is _UNSET else timeout
+        call, offsets, generations = self._prepare(inputs, seconds, arguments)
+        channel.submit(call, call.plan.template, offsets, generations)
+        return self.future_of(call)
+
+    def keep(self, *inputs: torch.Tensor | Kept, timeout: Timeout = _UNSET, **arguments: Any) -> Any:
+        """Call and wait, with the results staying on the worker: a :class:`Kept`, or a tuple of them, to be inputs of later calls on this channel.
+
+        Raises as :meth:`__call__`; the worker bounds how much it keeps.
+        """
+        channel = self._channel
+        seconds = channel.client.timeout if timeout is _UNSET else timeout
+        call, offsets, generations = self._prepare(inputs, seconds, arguments, Space.KEPT)
+        channel.submit(call, call.plan.template, offsets, generations)
+        return self.wait(call)
+
+    def capture(self, *inputs: torch.Tensor, **arguments: Any) -> CapturedCall:
+        """Place inputs and outputs and pack the frame once, to be replayed many times on the same blocks."""
+        call, offsets, generations = self._prepare(inputs, None, arguments)
+        return CapturedCall(self, call, offsets, generations)
+
+    @staticmethod
+    def future_of(call: Call) -> CallFuture:
+        """A future for a call that was submitted."""
+        future = CallFuture(call)
+        call.future = future
+        if call.done:  # the completion was faster than this line
+            future.settle()
+        return future
+
+    def _prepare(
+        self, inputs: tuple[Any, ...], timeout: float | None, arguments: dict[str, Any], output_space: int = Space.SEGMENT
+    ) -> tuple[Call, list[int], list[int]]:
+        """Place whatever has no place yet. The hot path: its steps and their cost are in docs/performance.md."""
+        begun_ns = clock_ns()
+        channel = self._channel
+        arena = channel.arena
+        blocks, address = arena.blocks, arena.address
+        offsets: list[int] = []
+        generations: list[int] = []
+        copied: list[int] = []
+        spaces: list[int] = []
+        placed: list[torch.Tensor] | tuple[torch.Tensor, ...] = inputs
+        for index, tensor in enumerate(inputs):
+            try:
+                offset = tensor.data_ptr() - address
+            except (AttributeError, RuntimeError):
+                offset = -1  # no tensor, or one without a place in memory
+            block = blocks.get(offset)
+            if block is not None and not tensor.is_neg():
+                generations.append(block.generation)
+            else:
+                if isinstance(placed, tuple):
+                    placed = list(inputs)
+                placed[index], offset, generation, space = self._bring_in(tensor, timeout, copied)
+                generations.append(generation)
+                if space:
+                    spaces = spaces or [Space.SEGMENT] * len(inputs)
+                    spaces[index] = space
+            offsets.append(offset)
+        plan = self._plans.get(_signature(placed)) if not (arguments or spaces or output_space) else None
+        if plan is None:
+            planning_ns = clock_ns()
+            plan = self._plan(placed, arguments, spaces, output_space)
+            begun_ns += clock_ns() - planning_ns  # done once for such inputs: no part of the call
+        channel.nudge()
+        outputs: list[Any] = []
+        if plan.output_space:
+            channel.place_elsewhere(plan, timeout, outputs, offsets, generations)
+        for room in plan.rooms if not plan.output_space else ():
+            output, offset, generation = arena.place_now(room) or channel.place(room, timeout)
+            outputs.append(output)
+            offsets.append(offset)
+            generations.append(generation)
+        call = Call(plan, placed, outputs, begun_ns, self._deadline(begun_ns, timeout))
+        if copied:
+            call.copied_bytes, call.copy_ns = sum(copied[::2]), sum(copied[1::2])
+        if plan.before is not None:
+            plan.before()
+        return call, offsets, generations
+
+    def _bring_in(self, tensor: Any, timeout: float | None, copied: list[int]) -> tuple[Any, int, int, int]:
+        """A tensor that does not begin where a block does, as it goes into the frame, with offset, generation and space.
+
+        A view inside a block goes as it is, and so does what lies in another space; any other as a copy, noted in ``copied``.
+        """
+        if isinstance(tensor, Kept):
+            return tensor, tensor.number_on(self._channel), 1, Space.KEPT
+        if not isinstance(tensor, torch.Tensor):
+            tensor = as_tensor(tensor)
+        place = self._channel.arena.find(tensor)
+        if place is not None:
+            return tensor, place.offset, place.generation, Space.SEGMENT
+        place = self._channel.find_on_device(tensor)
+        if place is not None:
+            return tensor, place.offset, place.generation, Space.DEVICE
+        if tensor.is_meta or tensor.layout is not torch.strided:
+            raise BadInput(f"op {self.name!r}: a {tensor.layout} tensor on {tensor.device} has no bytes to hand over")
+        begun_ns = clock_ns()
+        inside, offset, generation = self._channel.place(room_for(tensor.shape, tensor.dtype), timeout)
+        inside.copy_(tensor.detach() if tensor.requires_grad else tensor)
+        copied += (tensor.nbytes, clock_ns() - begun_ns)
+        return inside, offset, generation, Space.SEGMENT
+
+    def _plan(self, inputs: Sequence[torch.Tensor], arguments: dict[str, Any], spaces: Sequence[int] = (), output_space: int = 0) -> Plan:
+        packed = b""
+        if arguments:
+            try:
+                packed = _arguments_encoder.encode(arguments)
+            except (TypeError, OverflowError) as error:
+                raise BadInput(
+                    f"op {self.name!r}: a call's own arguments are numbers, strings, booleans, None and lists of these; {error}"
+                ) from None
+        before = None
+        if Space.DEVICE in spaces:
+            before = self._channel.client.device_written
+            output_space = output_space or Space.DEVICE  # results lie where inputs do
+        key: object = (packed, _signature(inputs)) if packed else _signature(inputs)
+        if spaces or output_space:
+            key = (key, tuple(spaces), output_space)
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = Plan(
+                self._channel,
+                self._statistics,
+                self._op_id,
+                inputs,
+                self._outputs([spec_of(tensor) for tensor in inputs], arguments),
+                packed,
+                spaces,
+                output_space,
+                before,
+            )
+            if len(self._plans) >= _KNOWN_PLANS:
+                self._plans.clear()
+            self._plans[key] = plan
+        return plan
+
+    def resubmit(self, like: Call, offsets: list[int], generations: list[int], timeout: Timeout) -> Call:
+        """For :class:`CapturedCall`: another call with the same tensors, plan and places."""
+        channel = self._channel
+        seconds = channel.client.timeout if timeout is _UNSET else timeout
+        begun_ns = clock_ns()
+        call = Call(like.plan, like.inputs, like.outputs, begun_ns, self._deadline(begun_ns, seconds))
+        if like.plan.before is not None:
+            like.plan.before()
+        channel.submit(call, like.plan.template, offsets, generations)
+        return call
+
+    def wait(self, call: Call) -> Result:
+        """For :class:`CapturedCall`: the result of a call that was submitted."""
+        channel = self._channel
+        if not channel.completions.wait(call, call.deadline_ns):
+            channel.expire(call)
+        return call.result()
+
+    def _deadline(self, begun_ns: int, timeout: float | None) -> int:
+        """When a call that began so must be done; 0 for no limit."""
+        if timeout is None:
+            return 0
+        known, nanoseconds = self._timeout
+        if timeout is not known:
+            nanoseconds = _nanoseconds(timeout)
+            self._timeout = timeout, nanoseconds
+        return begun_ns + nanoseconds
+
+
+def _nanoseconds(timeout: float) -> int:
+    """A timeout as a frame can carry it: positive, and 30 years at most."""
+    if not isinstance(timeout, (int, float)) or not timeout > 0:
+        raise BadInput(f"timeout {timeout!r} must be a positive number of seconds, or None for no limit")
+    return int(min(timeout, 1e9) * 1e9)
+
+
+def _signature(tensors: Sequence[torch.Tensor]) -> object:
+    """What decides which plan holds: shapes, dtypes and strides."""
+    if len(tensors) == 1:
+        tensor = tensors[0]
+        return tensor.shape, tensor.dtype, tensor.stride()
+    return tuple([(tensor.shape, tensor.dtype, tensor.stride()) for tensor in tensors])
+
+
+class CapturedCall:
+    """Made by :meth:`RemoteOp.capture`: blocks placed, frame packed. Write into ``inputs`` in place, then :meth:`replay`.
+
+    ``inputs`` and ``outputs`` are tuples of tensors in the arena; every replay reads and overwrites the same ones.
+    """
+
+    __slots__ = ("_call", "_generations", "_offsets", "_op", "inputs", "outputs")
+
+    def __init__(self, op: RemoteOp, call: Call, offsets: list[int], generations: list[int]) -> None:
+        self._op = op
+        self._call = call
+        self._offsets = offsets
+        self._generations = generations
+        self.inputs = tuple(call.inputs)
+        self.outputs = tuple(call.outputs)
+
+    def replay(self, *, timeout: Timeout = _UNSET) -> Any:
+        """Call again and wait: the output tensor, or a tuple of them. Raises as :meth:`RemoteOp.__call__`."""
+        return self._op.wait(self._op.resubmit(self._call, self._offsets, self._generations, timeout))
+
+    def submit(self, *, timeout: Timeout = _UNSET) -> CallFuture:
+        """Call again without waiting. The same blocks are used by every replay: wait for one before the next."""
+        return self._op.future_of(self._op.resubmit(self._call, self._offsets, self._generations, timeout))

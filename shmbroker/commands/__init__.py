@@ -1,0 +1,1 @@
+"""The ``shmbroker`` command: one file for each subcommand."""

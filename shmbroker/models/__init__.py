@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints as both workers need them: loading, shapes of their ops, random weights."""

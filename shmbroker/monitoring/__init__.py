@@ -1,0 +1,1 @@
+"""Looking at a broker from outside: metrics, top, map."""

@@ -1,0 +1,145 @@
+"""Every setting: its default, and what files and variables make of it.
+
+A leaf like :mod:`shmbroker.errors`: any part may import it. Later sources win: defaults, /etc/shmbroker/shmbroker.toml, the user's own file (or the
+one that $SHMBROKER_CONFIG names, instead of both), ``SHMBROKER_*`` variables. A command's flag, or an argument in Python, wins over all of them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import msgspec
+
+from shmbroker.errors import BadInput
+from shmbroker.settings.schema import Settings
+from shmbroker.settings.sizes import parse_bytes
+
+PREFIX = "SHMBROKER_"
+FILE_VARIABLE = "SHMBROKER_CONFIG"
+SYSTEM_FILE = Path("/etc/shmbroker/shmbroker.toml")
+DEFAULT = "default"
+"""The origin of what nobody set."""
+
+
+_FIELDS: Mapping[str, Any] = get_type_hints(Settings, include_extras=True)
+_SIZES = ("arena", "max_bytes")
+_ZERO_IS_NOTHING = ("threads", "metrics_port")
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """The settings, and where each came from: ``default``, ``file ...`` or ``variable ...``."""
+
+    settings: Settings
+    origins: Mapping[str, str]
+    files: tuple[Path, ...]
+    """Those that were read."""
+
+    def chosen(self) -> dict[str, Any]:
+        """The settings that somebody set, to something."""
+        named = {name: getattr(self.settings, name) for name, origin in self.origins.items() if origin != DEFAULT}
+        return {name: value for name, value in named.items() if value != "" and not (value == 0 and name in _ZERO_IS_NOTHING)}
+
+
+def current() -> Settings:
+    """The settings as files and variables are now. Raises :class:`BadInput` for an unknown name or a value of the wrong type."""
+    return load().settings
+
+
+def load() -> Loaded:
+    """:func:`current`, with the origins."""
+    values: dict[str, Any] = {}
+    origins = dict.fromkeys(_FIELDS, DEFAULT)
+    files = tuple(_files())
+    for path in files:
+        for name, value in _read(path).items():
+            if name not in _FIELDS:
+                raise BadInput(f"{path}: there is no setting {name!r}{_nearest(name, _FIELDS)}; docs/configuration.md lists all")
+            values[name] = _converted(name, value, f"{path}: {name}", strict=True)
+            origins[name] = f"file {path}"
+    for variable, text in _variables():
+        name = variable.removeprefix(PREFIX).lower()
+        if name not in _FIELDS or variable != variable_of(name):
+            raise BadInput(
+                f"variable {variable} is not known{_nearest(variable, map(variable_of, _FIELDS))}: unset it (docs/configuration.md lists all)"
+            )
+        if text:  # an empty one is as if it were not set
+            values[name] = _converted(name, text, f"variable {variable}", strict=False)
+            origins[name] = f"variable {variable}"
+    return Loaded(Settings(**values), origins, files)
+
+
+def variable_of(name: str) -> str:
+    """``SHMBROKER_ARENA`` for ``arena``."""
+    return PREFIX + name.upper()
+
+
+def user_file() -> Path:
+    """``~/.config/shmbroker/shmbroker.toml``, or below $XDG_CONFIG_HOME."""
+    home = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
+    return Path(home) / "shmbroker" / "shmbroker.toml"
+
+
+def _files() -> Iterator[Path]:
+    told = os.environ.get(FILE_VARIABLE)
+    if told:
+        yield Path(told)
+        return
+    for path in (SYSTEM_FILE, user_file()):
+        if os.path.isfile(path):
+            yield path
+
+
+def _variables() -> Iterator[tuple[str, str]]:
+    for variable, text in sorted(os.environ.items()):
+        if variable.startswith(PREFIX) and variable != FILE_VARIABLE:
+            yield variable, text
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise BadInput(f"the settings in {path} cannot be read: {error.strerror}; name another file by ${FILE_VARIABLE}") from None
+    try:
+        values = msgspec.toml.decode(content)
+    except (msgspec.DecodeError, ValueError) as error:
+        raise BadInput(f'{path} is not TOML: {error}; write lines like  arena = "512M"') from None
+    assert isinstance(values, dict)
+    return values
+
+
+def _converted(name: str, value: object, where: str, *, strict: bool) -> Any:
+    try:
+        converted = msgspec.convert(value, _FIELDS[name], strict=strict)
+        if name in _SIZES and converted != "":
+            parse_bytes(converted)
+    except (msgspec.ValidationError, BadInput):
+        raise BadInput(f"{where} cannot be {value!r}: it is {_kind(name)}") from None
+    return converted
+
+
+def _kind(name: str) -> str:
+    """What a setting takes, in words."""
+    kind = _FIELDS[name]
+    if name in _SIZES:
+        return "a size, e.g. 4096 or '512M'"
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(get_args(kind))}"
+    if kind is bool:
+        return "true or false (1 or 0)"
+    if kind is str:
+        return "a text"
+    bounds = next((one for one in getattr(kind, "__metadata__", ()) if isinstance(one, msgspec.Meta)), msgspec.Meta())
+    word = "a whole number" if get_args(kind)[0] is int else "a number"
+    return f"{word} of at least {bounds.ge}" if bounds.le is None else f"{word} from {bounds.ge} to {bounds.le}"
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    found = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {found[0]}?)" if found else ""

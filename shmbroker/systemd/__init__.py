@@ -1,0 +1,1 @@
+"""Units for systemd, and telling it how a service is."""

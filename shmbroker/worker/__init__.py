@@ -1,0 +1,1 @@
+"""A worker's side of a service: ops, the loop that runs frames, control requests."""

@@ -1,0 +1,252 @@
+"""A channel as its worker sees it: the client's memory as tensors, the ops bound on it, and how one frame is run."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import msgspec
+import torch
+
+from shmbroker.arena.spec import TensorSpec
+from shmbroker.control.liveness import Watch
+from shmbroker.control.messages import OpenChannel
+from shmbroker.errors import BadFrame, BadInput, describe, text_of
+from shmbroker.lane.completion_frames import Completion, CompletionFields, pack_text
+from shmbroker.lane.frame_layout import KEPT_OP, SUBMISSION_HEADER
+from shmbroker.lane.frames import Taken, taken_of
+from shmbroker.lane.submission_reader import Descriptor, Submission
+from shmbroker.memory.layout import ChannelStatistics, Space, Status, offset_of
+from shmbroker.memory.statistics_block import StatisticsBlock
+from shmbroker.worker.device_completions import InFlight
+from shmbroker.worker.device_memory import Launched
+from shmbroker.worker.kept_tensors import DEFAULT_KEPT_BYTES, KeptTensors
+from shmbroker.worker.mapped_segment import MappedSegment
+from shmbroker.worker.ops import BoundOp, OpDefinition, Static
+from shmbroker.worker.prepared_call import PreparedCall
+
+log = logging.getLogger(__name__)
+
+_KNOWN_CALLS = 1024
+"""Frames remembered with their tensors; beyond that the record starts over."""
+
+_arguments_decoder = msgspec.msgpack.Decoder(dict[str, object])
+_WORKER_STATISTICS = offset_of(ChannelStatistics, "worker_revision")
+_WORD = (1 << 64) - 1
+_call_id_bytes = slice(8, 16)
+_clock_ns = time.monotonic_ns
+
+
+@dataclass(slots=True)
+class ChannelCounters:
+    """What a channel has done."""
+
+    calls: int = 0
+    errors: int = 0
+    compute_ns: int = 0
+    queued_ns: int = 0
+
+
+@dataclass(slots=True)
+class WorkerChannel:
+    """One open channel."""
+
+    number: int
+    opened: OpenChannel
+    mapped: MappedSegment
+    watch: Watch
+    token: bytes = b""
+    ops: dict[int, BoundOp] = field(default_factory=dict)
+    state: dict[str, Any] = field(default_factory=dict)
+    """What ops keep for this channel."""
+    counters: ChannelCounters = field(default_factory=ChannelCounters)
+    _told: tuple[int, ...] = ()
+    kept: KeptTensors = field(default_factory=lambda: KeptTensors(DEFAULT_KEPT_BYTES))
+    _op_ids: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
+    _prepared: dict[bytes, PreparedCall] = field(default_factory=dict)
+
+    def bind(self, op: BoundOp) -> int:
+        """Give ``op`` a number on this channel."""
+        op_id = next(self._op_ids)
+        self.ops[op_id] = op
+        return op_id
+
+    def run_frame(self, frame: bytes, draining: bool) -> CompletionFields | InFlight:
+        """:meth:`run` for a frame that may be of any length."""
+        if len(frame) < SUBMISSION_HEADER.size:
+            self.counters.calls += 1
+            self.counters.errors += 1
+            text = pack_text(f"a frame of {len(frame)} bytes is shorter than its header")
+            return Completion(int.from_bytes(frame[_call_id_bytes], "little"), Status.BAD_FRAME, 0, 0, text)
+        return self.run(taken_of(frame), draining)
+
+    def run(self, taken: Taken, draining: bool) -> CompletionFields | InFlight:
+        """Run a call that was taken. Every outcome, also of a frame that makes no sense, is a completion."""
+        taken_ns = _clock_ns()
+        call_id, deadline_ns, submitted_ns, key, frame = taken
+        if draining:
+            return Completion(call_id, Status.DRAINING, 0, 0, b"")
+        counters = self.counters
+        counters.calls += 1
+        queued_ns = taken_ns - submitted_ns if taken_ns > submitted_ns else 0
+        counters.queued_ns += queued_ns
+        if deadline_ns and taken_ns > deadline_ns:
+            counters.errors += 1
+            return Completion(call_id, Status.EXPIRED, queued_ns, 0, b"")
+        prepared = self._prepared.get(key)
+        known = prepared is not None
+        begun_ns = taken_ns
+        try:
+            if prepared is None:
+                prepared = self._open(frame)
+                begun_ns = _clock_ns()
+            # fault: before op running
+            launched = prepared.run()
+            # fault: after result written
+        except BadFrame as error:
+            counters.errors += 1
+            return Completion(call_id, Status.BAD_FRAME, queued_ns, 0, pack_text(str(error)))
+        except BaseException as error:  # whatever the op raises, SystemExit too, is the answer to the call; the worker lives on
+            return self._failed(call_id, key, queued_ns, begun_ns, error)
+        compute_ns = _clock_ns() - begun_ns
+        counters.compute_ns += compute_ns
+        if [tensor._version for tensor in prepared.inputs] != prepared.versions:
+            self._prepared.pop(key, None)
+        elif not known and prepared.repeatable:
+            self._keep(key, prepared)
+        if launched is not None and self.mapped.memory.asynchronous and hasattr(launched, "wait"):
+            return self._in_flight(cast(Launched, launched), call_id, key, queued_ns, begun_ns)
+        return call_id, 0, queued_ns, compute_ns, b""
+
+    def _failed(self, call_id: int, key: bytes, queued_ns: int, begun_ns: int, error: BaseException) -> CompletionFields:
+        self.counters.errors += 1
+        self._prepared.pop(key, None)
+        log.info("call %d of %s failed: %s", call_id, self.opened.client_name, describe(error))
+        text = pack_text(f"{type(error).__name__}\n{text_of(error)}")
+        return Completion(call_id, Status.OP_ERROR, queued_ns, _clock_ns() - begun_ns, text)
+
+    def _in_flight(self, launched: Launched, call_id: int, key: bytes, queued_ns: int, begun_ns: int) -> InFlight:
+        """A call that its device still works on; computing, here, is all until its last copy is done."""
+        launched_ns = _clock_ns()
+
+        def finish(error: BaseException | None) -> CompletionFields:
+            if error is not None:
+                return self._failed(call_id, key, queued_ns, begun_ns, error)
+            done_ns = _clock_ns()
+            self.counters.compute_ns += done_ns - launched_ns
+            return call_id, 0, queued_ns, done_ns - begun_ns, b""
+
+        return InFlight(launched, finish)
+
+    def _open(self, frame: bytes) -> PreparedCall:
+        """Check a frame that was not met before. Raises :class:`BadFrame`."""
+        call = self.mapped.reader.read(frame)
+        if call.op_id == KEPT_OP:
+            return self._about_kept(call)
+        op = self.ops.get(call.op_id)
+        if op is None:
+            raise BadFrame(f"op id {call.op_id} is not bound on this channel")
+        try:
+            arguments = _arguments_decoder.decode(call.metadata) if call.metadata else {}
+            single = _check(op, call, arguments)
+        except BadFrame:
+            raise
+        except Exception as error:  # an out_spec that fails on odd shapes, or metadata that is none, is the frame's fault too
+            raise BadFrame(describe(error)) from None
+        view = self.mapped.view
+        if any(place.form.space == Space.KEPT for place in (*call.inputs, *call.outputs)):
+            return self._with_kept(op, call, arguments, single)
+        inputs, outputs = [view(place) for place in call.inputs], [view(place) for place in call.outputs]
+        return PreparedCall(op, inputs, outputs, arguments, single=single, repeatable=not call.metadata)
+
+    def publish(self) -> None:
+        """Tell in the client's segment what has been counted since the last time, for whoever looks."""
+        counters = self.counters
+        counted = counters.calls, counters.errors, counters.compute_ns, counters.queued_ns
+        if counted != self._told:
+            self._told = counted
+            segment = self.mapped.segment
+            block = StatisticsBlock(segment, segment.geometry.statistics_of(self.opened.index) + _WORKER_STATISTICS)
+            # What a client claims (when it submitted) must not make a number that has no room.
+            block.write((_clock_ns(), *[min(value, _WORD) for value in counted]))
+
+    def _with_kept(self, op: BoundOp, call: Submission, arguments: Static, single: bool) -> PreparedCall:
+        """A call with inputs that are kept here, or outputs that are to be. Such calls are not remembered: they would outlive what they name."""
+        new = [place for place in call.outputs if place.form.space == Space.KEPT]
+        try:
+            inputs = [self._input(place) for place in call.inputs]
+            self.kept.check_new((place.offset, place.form.spec) for place in new)
+        except BadInput as error:
+            raise BadFrame(str(error)) from None
+        made = {place.offset: self.mapped.memory.empty(place.form.spec) for place in new}
+        outputs = [made[place.offset] if place.form.space == Space.KEPT else self.mapped.view(place) for place in call.outputs]
+        prepared = PreparedCall(op, inputs, outputs, arguments, single=single, repeatable=False)
+        run = prepared.run
+
+        def run_and_keep() -> object:
+            launched = run()
+            self.kept.add(made)
+            return launched
+
+        prepared.run = run_and_keep
+        return prepared
+
+    def _input(self, place: Descriptor) -> torch.Tensor:
+        if place.form.space == Space.KEPT:
+            return self.kept.find(place.offset, place.form.spec)
+        return self.mapped.view(place)
+
+    def _about_kept(self, call: Submission) -> PreparedCall:
+        """Copy kept tensors to the outputs of their places, or, without outputs, let them go."""
+        if any(place.form.space != Space.KEPT for place in call.inputs) or any(place.form.space == Space.KEPT for place in call.outputs):
+            raise BadFrame(f"op id {KEPT_OP} copies from kept tensors, or lets them go, and nothing else")
+        if not call.outputs:
+            for place in call.inputs:
+                self.kept.let_go(place.offset)
+            return PreparedCall(_NO_OP, (), (), {}, single=False, repeatable=False)
+        if [place.form.spec for place in call.inputs] != [place.form.spec for place in call.outputs]:
+            raise BadFrame(f"op id {KEPT_OP} copies each input to an output of its form")
+        try:
+            inputs = [self._input(place) for place in call.inputs]
+        except BadInput as error:
+            raise BadFrame(str(error)) from None
+        return PreparedCall(_NO_OP, inputs, [self.mapped.view(place) for place in call.outputs], {}, single=False, repeatable=False)
+
+    def close(self) -> None:
+        """Let go of the client's memory, and of what was kept for it."""
+        self._prepared.clear()
+        self.kept.clear()
+        self.watch.close()
+
+    def _keep(self, key: bytes, prepared: PreparedCall) -> None:
+        if len(self._prepared) >= _KNOWN_CALLS:
+            self._prepared.clear()
+        self._prepared[key] = prepared
+
+
+def _copy_all(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Each input, to be copied to the output of its place."""
+    return inputs
+
+
+_NO_OP = OpDefinition("fetch", _copy_all).bind({}, {})
+
+
+def _check(op: BoundOp, call: Submission, arguments: Static) -> bool:
+    """Compare the outputs' room with what the op writes; returns whether that is one tensor rather than a sequence."""
+    try:
+        expected = op.outputs([descriptor.form.spec for descriptor in call.inputs], arguments)
+    except BadInput as error:
+        raise BadFrame(str(error)) from None
+    given = tuple(descriptor.form.spec for descriptor in call.outputs)
+    if given != expected.specs:
+        raise BadFrame(f"op {op.name!r} writes {_listed(expected.specs)}, the frame has room for {_listed(given)}")
+    return expected.single
+
+
+def _listed(specs: Sequence[TensorSpec]) -> str:
+    return ", ".join(str(spec) for spec in specs) or "nothing"

@@ -1,0 +1,62 @@
+"""A client's segment as a worker maps it."""
+
+from __future__ import annotations
+
+import torch
+
+from shmbroker.errors import BadInput
+from shmbroker.lane.submission_reader import Descriptor, SubmissionReader
+from shmbroker.memory.layout import Space
+from shmbroker.memory.segment import Segment
+from shmbroker.worker.device_memory import DeviceMemory, HostMemory, nothing
+
+
+class MappedSegment:
+    """A client's segment as a worker maps it: one flat tensor for each dtype, of which every tensor of a frame is a view."""
+
+    def __init__(self, segment: Segment, memory: DeviceMemory | None = None) -> None:
+        """``memory``: of the device that is told of the segment for as long as it is mapped."""
+        self.segment = segment
+        self.memory: DeviceMemory = memory or HostMemory()
+        geometry = segment.geometry
+        self.reader = SubmissionReader(geometry.arena_offset, geometry.total_bytes)
+        self._flat: dict[torch.dtype, torch.Tensor] = {}
+        self.users = 0
+        self._device: torch.Tensor | None = None
+        self._device_opened: tuple[bytes, int] | None = None
+        self._close_device = nothing
+        self._unmap = nothing
+        if memory is not None:
+            self._unmap = memory.map(torch.frombuffer(segment.map, dtype=torch.uint8).data_ptr(), geometry.total_bytes)
+
+    def open_device(self, handle: bytes, nbytes: int) -> None:
+        """Open the client's device arena, once. Raises what the device refuses it with; :class:`BadInput` for a second one."""
+        if self._device_opened is None:
+            self._device, self._close_device = self.memory.open_arena(handle, nbytes)
+            self._device_opened = handle, nbytes
+            self.reader.device_bytes = nbytes
+        elif self._device_opened != (handle, nbytes):
+            raise BadInput("this client has another device arena open here: a client has one")
+
+    def view(self, descriptor: Descriptor) -> torch.Tensor:
+        """The tensor that a checked descriptor names, in place."""
+        form = descriptor.form
+        dtype = form.spec.dtype
+        if form.space == Space.DEVICE:
+            assert self._device is not None
+            begin = self._device[descriptor.offset : descriptor.offset + max(form.extent_bytes, dtype.itemsize)].view(dtype)
+            return begin.as_strided(form.spec.shape, form.strides).data
+        flat = self._flat.get(dtype)
+        if flat is None:
+            flat = self._flat[dtype] = torch.frombuffer(self.segment.map, dtype=dtype)
+        # .data: a version counter of its own, so that a write through one view is not taken for a change of all others.
+        return torch.as_strided(flat, form.spec.shape, form.strides, descriptor.offset // dtype.itemsize).data
+
+    def close(self) -> None:
+        """Unmap, once no tensor of it lives. Not while a device still copies."""
+        self._flat.clear()
+        self._device = None
+        self._close_device()
+        self._unmap()
+        self._close_device = self._unmap = nothing
+        self.segment.close()

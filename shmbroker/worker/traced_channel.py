@@ -1,0 +1,78 @@
+"""A worker's channel whose calls are traced. Made in place of a :class:`WorkerChannel` when the worker has a trace."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from shmbroker.errors import BadFrame
+from shmbroker.lane.completion_frames import CompletionFields
+from shmbroker.lane.frames import Taken
+from shmbroker.memory.layout import Status
+from shmbroker.trace.writer import Trace, number_of, numbers_of
+from shmbroker.worker.channel import WorkerChannel
+from shmbroker.worker.device_completions import InFlight
+
+_KNOWN_LABELS = 4096
+
+_clock_ns = time.monotonic_ns
+
+
+@dataclass(slots=True)
+class TracedWorkerChannel(WorkerChannel):
+    """As a worker's channel; tells the trace of how long each frame waited, and of its running."""
+
+    trace: Trace | None = None
+    _labels: dict[bytes, tuple[str, dict[str, Any]]] = field(default_factory=dict)
+
+    def run(self, taken: Taken, draining: bool) -> CompletionFields | InFlight:
+        """As the channel's. Of what a device goes on with, the launch is told, and no end."""
+        begun_ns = _clock_ns()
+        completion = WorkerChannel.run(self, taken, draining)
+        ended_ns = _clock_ns()
+        trace = self.trace
+        assert trace is not None
+        call_id, _, _, key, frame = taken
+        if isinstance(completion, InFlight):
+            status, queued_ns, compute_ns = int(Status.OK), 0, 0
+        else:
+            _, status, queued_ns, compute_ns, _ = completion
+        name, details = self._label(key, frame)
+        number = number_of(numbers_of(self.number), call_id)
+        client = self.opened.client_name
+        # The time that a frame gives is its client's claim, and may lie anywhere.
+        waited_ns = queued_ns if queued_ns < begun_ns else 0
+        trace.begin("queue", f"queue {name}", number, begun_ns - waited_ns, call=call_id, client=client)
+        trace.end("queue", f"queue {name}", number, begun_ns)
+        trace.span(f"run {name}", begun_ns, ended_ns, call=call_id, client=client, status=_word_of(status), **details)
+        computing_ns = max(begun_ns, ended_ns - compute_ns)
+        if compute_ns:
+            trace.span(f"compute {name}", computing_ns, ended_ns)
+        trace.flow("t", number, computing_ns)
+        return completion
+
+    def _label(self, key: bytes, frame: bytes) -> tuple[str, dict[str, Any]]:
+        """The op's name, and what it is given."""
+        label = self._labels.get(key)
+        if label is None:
+            try:
+                call = self.mapped.reader.read(frame)
+            except BadFrame:
+                return "bad frame", {}
+            op = self.ops.get(call.op_id)
+            label = (
+                op.name if op is not None else "unknown op",
+                {
+                    "inputs": [str(place.form.spec) for place in call.inputs],
+                    "outputs": [str(place.form.spec) for place in call.outputs],
+                },
+            )
+            if len(self._labels) >= _KNOWN_LABELS:
+                self._labels.clear()
+            self._labels[key] = label
+        return label
+
+
+def _word_of(status: int) -> str:
+    return Status(status).name.lower() if status else "ok"

@@ -1,0 +1,1 @@
+"""Moving a model's heavy modules to a GPU worker."""

@@ -1,0 +1,62 @@
+"""How the model's attention modules find the split attention: through Hugging Face's two registries.
+
+Both are needed: a name that is registered as an attention but not as a mask gets no mask, and causality is silently lost.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from shmbroker.errors import BadInput
+from tee_worker.offloading.remote_modules import SplitAttention
+from tee_worker.planning.splits import Split, Splits
+from tee_worker.planning.structure import Structure
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NAME = "shmbroker_split"
+ATTRIBUTE = "shmbroker_attention"
+"""Where an attention module keeps its :class:`SplitAttention`."""
+
+
+def split_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """As Hugging Face calls it: query ``[batch, heads, tokens, head_dim]``, an additive mask or None."""
+    attention: SplitAttention = getattr(module, ATTRIBUTE)
+    refused = [name for name in ("position_bias", "s_aux") if kwargs.get(name) is not None]
+    if refused or dropout:
+        raise BadInput(f"split 'op' does not know how to apply {', '.join(refused) or 'dropout'}: use split 'fused' for this model")
+    return attention(query, key, value, attention_mask, query.shape[-1] ** -0.5 if scaling is None else scaling, softcap), None
+
+
+def split(model: PreTrainedModel, products: SplitAttention, structure: Structure, splits: Splits) -> None:
+    """Have the attentions of the layers at split ``op`` computed by ``products``; the others go on as they were, with the same additive mask."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import eager_mask
+
+    AttentionInterface.register(NAME, split_attention_forward)
+    AttentionMaskInterface.register(NAME, eager_mask)
+    before = model.config._attn_implementation
+    modules = dict(model.named_modules())
+    model.set_attn_implementation(NAME)
+    for part in structure.attentions:
+        module = modules[part.name]
+        if structure.split_of(part.name, splits) is Split.OP:
+            setattr(module, ATTRIBUTE, products)
+        else:
+            module.config = copy.copy(module.config)
+            module.config._attn_implementation = before

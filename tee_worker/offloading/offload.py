@@ -1,0 +1,133 @@
+"""Moving a model's heavy modules to a GPU worker, in place: the model stays a Hugging Face model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from shmbroker.arena.spec import NAME_OF
+from shmbroker.client.channel import Channel
+from shmbroker.client.failover import FailoverChannel
+from shmbroker.errors import BadInput
+from shmbroker.models import ops
+from tee_worker.offloading import attention
+from tee_worker.offloading.baton import Baton, PassingChannel
+from tee_worker.offloading.pipeline import Pipeline
+from tee_worker.offloading.remote_modules import FusedCall, FusedLinear, RemoteEmbedding, RemoteLinear, SplitAttention, remote_embedding
+from tee_worker.planning.splits import Split, Splits
+from tee_worker.planning.structure import Projection, Structure, structure_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from tee_worker.offloading.remote_layers import Sessions
+
+
+Line = Channel | FailoverChannel | PassingChannel
+
+
+@dataclass(frozen=True, slots=True)
+class Offloaded:
+    """A model whose heavy modules were moved."""
+
+    model: PreTrainedModel
+    structure: Structure
+    splits: Splits
+
+
+def offload(
+    model: PreTrainedModel,
+    channel: Channel | FailoverChannel,
+    split: Split | Splits | str = Split.FUSED,
+    *,
+    pipeline: int = 1,
+    structure: Structure | None = None,
+) -> Offloaded:
+    """Replace modules of ``model`` by calls on ``channel``; their weights, if it has any, are let go.
+
+    ``split``: of all layers, or of each range of them (``"fused:0-3,layer:4-29"``). ``pipeline``: how many parts of a forward pass (micro-batches of
+    several sequences, chunks of one long prompt) are on their way at once, so that both sides compute at the same time.
+    ``model.generate()``, caches and sampling stay Hugging Face's. The worker must hold the same model in the same dtype. Raises
+    :class:`BadInput` for a split that is not known, a model that cannot be split so, or a worker with another model. ``structure``: as found
+    by :func:`structure_of` for this split, if it is at hand.
+    """
+    splits = Splits.named(split)
+    if pipeline < 1:
+        raise BadInput(f"pipeline {pipeline} must be 1 or more parts on their way at once")
+    structure = structure or structure_of(model, splits)
+    baton = Baton()
+    line: Line = channel if pipeline == 1 else PassingChannel(channel, baton)
+    embed = line.bind(
+        ops.EMBED,
+        out_spec=ops.embed,
+        module=structure.embedding,
+        width=structure.width,
+        dtype=NAME_OF[structure.dtype],
+    )
+    embedding = model.get_submodule(structure.embedding)
+    assert isinstance(embedding, nn.Embedding)
+    rows = RemoteEmbedding(embed, structure.width)
+    _replace(model, structure.embedding, remote_embedding(embedding, rows, structure.dtype))
+    sessions = _move_layers(model, line, structure, splits)
+    for projection in structure.projections:
+        if len(projection.names) == 1 or structure.split_of(projection.names[0], splits) is Split.LINEAR:
+            for name, width in zip(projection.names, projection.out_features, strict=True):
+                _replace(model, name, _linear(line, ops.LINEAR, name, projection.in_features, width))
+        else:
+            _fuse(model, line, projection)
+    if Split.OP in splits.used():
+        products = SplitAttention(channel.client, line.bind(ops.MATMUL, out_spec=ops.matmul))
+        attention.split(model, products, structure, splits)
+    head = structure.head
+    _replace(model, head.names[0], _linear(line, ops.LM_HEAD, head.names[0], head.in_features, head.out_features[0]))
+    if pipeline > 1:
+        Pipeline(model, pipeline, baton, sessions).install()
+    return Offloaded(model, structure, splits)
+
+
+def _move_layers(model: PreTrainedModel, channel: Line, structure: Structure, splits: Splits) -> Sessions | None:
+    """Move what moves as a whole; None where nothing does."""
+    of_layers = splits.of_layers(len(structure.layers))
+    remote = frozenset(index for index, split in enumerate(of_layers) if split.stateful)
+    if not remote:
+        return None
+    from tee_worker.offloading.remote_layers import RemoteAttention, RemoteFeedForward, RemoteLayer, Sessions, become, make_remote
+
+    sessions = Sessions(channel.client, model.config, remote)
+    for index in sorted(remote):
+        layer = model.get_submodule(structure.layers[index])
+        if of_layers[index] is Split.LAYER:
+            make_remote(layer, RemoteLayer, channel.bind(ops.FULL_LAYER, out_spec=ops.full_layer, layer=index), index, sessions)
+            continue
+        halves = structure.blocks[index]
+        assert halves is not None
+        attending = channel.bind(ops.ATTENTION_BLOCK, out_spec=ops.attention_block, layer=index)
+        make_remote(layer.get_submodule(halves.attention), RemoteAttention, attending, index, sessions)
+        feeding = channel.bind(ops.MLP_BLOCK, out_spec=ops.mlp_block, layer=index)
+        become(layer.get_submodule(halves.feed_forward), RemoteFeedForward, feeding)
+    return sessions
+
+
+def _linear(channel: Line, op: str, name: str, in_features: int, out_features: int) -> RemoteLinear:
+    bound = channel.bind(op, out_spec=ops.linear, module=name, in_features=in_features, out_features=out_features)
+    return RemoteLinear(bound, in_features, out_features)
+
+
+def _fuse(model: PreTrainedModel, channel: Line, projection: Projection) -> None:
+    bound = channel.bind(
+        ops.BATCH_LINEAR,
+        out_spec=ops.batch_linear,
+        modules=list(projection.names),
+        in_features=projection.in_features,
+        out_features=list(projection.out_features),
+    )
+    call = FusedCall(bound, len(projection.names))
+    for index, (name, width) in enumerate(zip(projection.names, projection.out_features, strict=True)):
+        _replace(model, name, FusedLinear(call, index, projection.in_features, width))
+
+
+def _replace(model: PreTrainedModel, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)

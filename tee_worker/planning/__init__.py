@@ -1,0 +1,1 @@
+"""What is moved at which split, and what that costs."""

@@ -1,0 +1,165 @@
+"""The real model through the command lines: the demo, streaming, the report, GGUF, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+import shmbroker
+from shmbroker.memory.reaper import objects
+from tee_worker.generate import Options, generate
+from tests.processes import run
+from tests.tee_worker.conftest import gpu_worker
+
+PROMPT = ["--prompt", "Why is the sky blue?", "--chat"]
+
+
+def tee_worker(*arguments: str) -> tuple[int, str, str]:
+    done = run(sys.executable, "-m", "tee_worker", *arguments)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_the_demo_generates_64_identical_tokens_at_every_split_on_both_lanes() -> None:
+    done = run(sys.executable, "-m", "shmbroker", "demo", "--json", seconds=280)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["identical"] is True
+    assert len(result["tokens"]) == 64
+    assert "scatter" in result["text"], "English, and to the point"
+    assert result["left_in_shared_memory"] == []
+    assert {(one["split"], one["lane"]) for one in result["runs"]} == {
+        (s, lane) for s in ("linear", "fused", "op") for lane in ("shm", "zmq")
+    }
+    for one in result["runs"]:
+        report = one["report"]
+        assert one["analytic"]["equal"]
+        assert report["total"]["calls"] == 64 * (30 * {"linear": 7, "fused": 4, "op": 6}[one["split"]] + 2)
+        assert one["parameter_bytes"] < 200_000, "the norms alone: 540 MB of weights live in the GPU worker"
+        assert one["private_bytes"] < 450 << 20, "torch and transformers alone take 300 MiB"
+        if one["lane"] == "shm":
+            assert report["socket_bytes"] == 0
+        else:
+            assert report["socket_bytes"] < 4096 * report["total"]["calls"], "frames, not tensors"
+    assert result["report"] == result["runs"][0]["report"]
+
+
+@pytest.fixture(scope="module")
+def worker(broker: shmbroker.LocalBroker, embedded: Path) -> Iterator[None]:
+    with gpu_worker(embedded, "gpu"):
+        yield
+
+
+def test_text_is_streamed_and_followed_by_the_report(worker: None, embedded: Path) -> None:
+    status, out, _ = tee_worker("generate", "--model", str(embedded), *PROMPT, "--max-new-tokens", "8", "--split", "op")
+    assert status == 0
+    text, _, report = out.partition("\n\n")
+    assert text.startswith("The answer to this question")
+    for part in (
+        "batch_linear",
+        "matmul",
+        "compute",
+        "transport",
+        "lane shm, doorbell sem, control ipc",
+        "0 bytes of frames over a socket",
+    ):
+        assert part in report.replace("\n", " ")
+    assert "equal to what was counted" in report.replace("\n", " ")
+
+
+def test_what_cannot_work_is_refused_in_one_line_before_anything_is_generated(worker: None, embedded: Path) -> None:
+    status, out, error = tee_worker("generate", "--model", str(embedded), "--prompt", "word " * 8200)
+    assert status == 1
+    assert out == ""
+    assert error.startswith(
+        "error: the prompt has 8201 tokens and 64 new ones are asked for, the model's context is 8192: shorten the prompt"
+    )
+    assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"prompt": ""}, "the prompt is empty"),
+        ({"prompt": "x", "arena": "much"}, "size 'much' cannot be read"),
+        ({"prompt": "x", "service": "tpu"}, "no worker offers service 'tpu'"),
+        ({"prompt": "x", "lane": "pigeon"}, "there are: auto, shm, zmq"),
+        ({"prompt": "x", "dtype": "bfloat16"}, "start both workers with the same --model and --dtype"),
+    ],
+    ids=["empty prompt", "size", "service", "lane", "dtype"],
+)
+def test_what_cannot_work_is_refused_with_the_remedy(worker: None, embedded: Path, options: dict[str, str], told: str) -> None:
+    with pytest.raises(shmbroker.ShmBrokerError, match=told):
+        generate(Options(model=str(embedded), **options))
+
+
+def test_an_arena_that_is_told_to_be_too_small_says_how_large_it_must_be(worker: None, embedded: Path) -> None:
+    options = Options(model=str(embedded), prompt="word " * 600, max_new_tokens=2, split="op", arena="1M")
+    with pytest.raises(shmbroker.ArenaTooSmall, match=r"the largest tensor of this run, float32\[1, 9, 601, 601\]") as caught:
+        generate(options)
+    enough = str(caught.value).split("at least ")[1].split(" ")[0]
+    assert len(generate(msgspec.structs.replace(options, arena=enough)).tokens) == 2
+
+
+def test_a_gguf_file_serves_as_well_as_a_folder(worker: None, embedded: Path) -> None:
+    file = embedded.gguf_file()
+    with gpu_worker(file, "gguf"):
+        options = Options(model=str(file), prompt="Why is the sky blue?", chat=True, max_new_tokens=4, service="gguf")
+        assert generate(options).text == "The answer to this", "what the folder gives, as the other tests of this file see"
+
+
+def test_the_plan_tells_the_prototypes_traffic_at_split_op() -> None:
+    """98 calls, 3328 MiB out (8 KiB of ids and 8 KiB of the last hidden state on top), 3656.5 MiB back."""
+    status, out, _ = tee_worker("plan", "--shape", "llama-3.2-1b", "--tokens", "1024", "--json")
+    assert status == 0
+    splits = {one["split"]: one for one in json.loads(out)["splits"]}
+    assert splits["op"]["calls"] == 98
+    assert splits["op"]["sent_bytes"] == (3328 << 20) + 2 * 8192
+    assert splits["op"]["received_bytes"] == 16 * (228 << 20) + (8 << 20) + 128256 * 4
+    assert splits["op"]["largest_bytes"] == 128 << 20
+    assert (splits["linear"]["calls"], splits["fused"]["calls"]) == (114, 66)
+
+
+def test_the_plan_tells_module_by_module_where_it_runs(embedded: Path) -> None:
+    status, out, _ = tee_worker("plan", "--model", str(embedded), "--tokens", "9", "--split", "op")
+    assert status == 0
+    for pattern in (
+        r"calls +212 +122 +182",
+        r"model\.layers\.29\.self_attn\.q_proj +GPU worker",
+        r"model\.layers\.0\.self_attn +TEE: mask, softmax; GPU worker: Q @ K\^T, attention @ V",
+        r"model\.norm +TEE",
+        r"lm_head +GPU worker",
+    ):
+        assert re.search(pattern, out), pattern
+
+
+def test_a_prefill_is_measured_with_a_broker_and_worker_of_its_own_and_equals_the_plan() -> None:
+    done = run(
+        sys.executable, "-m", "tee_worker", "prefill", "--shape", "smollm2-135m", "--tokens", "12", "--compare", "--json", "--dtype", "bfloat16",
+        SHMBROKER_RUNTIME_DIR=f"/tmp/no-broker-{os.getpid()}", SHMBROKER_INSTANCE="",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    outcome = json.loads(done.stdout)
+    assert outcome["analytic"]["equal"]
+    assert outcome["report"]["total"]["calls"] == outcome["analytic"]["calls"] == 182
+    assert outcome["largest_difference"] < 0.02 * outcome["logits_range"]
+
+
+@pytest.mark.parametrize("options", [[], ["--shape", "llama-3.2-1b", "--model", "somewhere"], ["--shape", "llama-9"]])
+def test_a_model_that_is_not_told_or_told_twice_is_refused_in_one_line(options: list[str]) -> None:
+    status, _, error = tee_worker("plan", *options)
+    assert status == 1
+    assert "give --model DIR" in error or "there are: llama-3.2-1b" in error
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_nothing_is_left_in_shared_memory(broker: shmbroker.LocalBroker) -> None:
+    held = [name.kind for name in objects(broker.instance)]
+    assert "segment" not in held, "every client has left; bells of living workers remain"
