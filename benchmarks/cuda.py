@@ -65,7 +65,7 @@ def _copies(seconds: float) -> dict[str, Any]:
     table = Table("copies, GiB/s", ["size", "arena up", "pinned up", "pageable up", "arena down", "pinned down", "pageable down"])
     result: dict[str, Any] = {}
     with shmbroker.connect(arena=256 << 20) as client:
-        segment = client._segment
+        segment = client.segment
         unpin = device.memory.map(client.arena.address, segment.geometry.total_bytes)
         for nbytes in COPY_SIZES:
             there = torch.empty(nbytes, dtype=torch.uint8, device="cuda:0")

@@ -14,8 +14,9 @@ from benchmarks.contenders import shmbroker_calls
 from benchmarks.table import Table
 from shmbroker.arena.arena import Arena
 from shmbroker.call.call import Call, clock_ns
-from shmbroker.call.completions import CompletionLoop
+from shmbroker.call.completions import CompletionLoop, Waitable
 from shmbroker.call.plan import Plan
+from shmbroker.call.state import DONE, OUTSTANDING
 from shmbroker.call.statistics import OpStatistics, no_calls
 from shmbroker.control.liveness import Watch, this_process
 from shmbroker.control.messages import OpenChannel
@@ -50,10 +51,19 @@ def _segment(geometry: Geometry) -> Iterator[Segment]:
 
 
 class _Uncarried:
-    """Stands for the channel of calls that are made and finished, and never sent."""
+    """The carrier of calls that are made and finished, and never sent."""
+
+    worker_name = "nobody"
 
     def __init__(self) -> None:
         self.buckets = no_calls()
+        self.completions = CompletionLoop(Waiter(PollingBell()).wait)
+
+    def peer_text(self) -> str:
+        return "nobody"
+
+    def wait(self, call: Waitable, timeout: float | None = None) -> bool:
+        return True
 
 
 class _AlwaysThere:
@@ -65,7 +75,7 @@ class _AlwaysThere:
         self.call: Any = None
 
     def drain(self) -> None:
-        self.call.done = True
+        self.call.state = DONE
 
     def check_peer(self) -> None:
         pass
@@ -96,7 +106,7 @@ def run(calls: int = 50_000) -> dict[str, Any]:
         op_id = channel.bind(OpDefinition("echo", lambda x, *, out: None, lambda x: x).bind({}, {}))
         x = arena.empty(SHAPE, torch.float32)
         plan = Plan(
-            _Uncarried(),  # type: ignore[arg-type]
+            _Uncarried(),
             OpStatistics("echo"),
             op_id,
             [x],
@@ -139,7 +149,7 @@ def run(calls: int = 50_000) -> dict[str, Any]:
         last = Call(plan, (x,), [y], 1, 0)
 
         def wait() -> None:
-            last.done = False
+            last.state = OUTSTANDING
             source.call = last
             loop.wait(last, 0)
 

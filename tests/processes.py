@@ -77,7 +77,7 @@ def run(*command: str, seconds: float = 120.0, **environment: str) -> subprocess
 
 def submissions_taken(channel: Channel) -> int:
     """How many frames the worker of a channel on lane shm has taken so far."""
-    segment = channel.client._segment
+    segment = channel.memory.segment
     area = segment.geometry.channel_offset(channel.index)
     return int(segment.words[(area + layout.offset_of(layout.ChannelHeader, "submissions_taken")) // 8])
 

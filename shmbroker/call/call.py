@@ -5,19 +5,16 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
 from shmbroker.call.completions import Settling, release_waiter
 from shmbroker.call.plan import Plan
+from shmbroker.call.state import DONE, EXPIRED, OUTSTANDING, CallState
+from shmbroker.call.statistics import OpStatistics
 from shmbroker.errors import BadFrame, CallError, CallTimeout, RemoteOpError, ShmBrokerError, WorkerDraining
 from shmbroker.lane.completion_frames import Completion, CompletionFields
 from shmbroker.memory.layout import Status
-
-if TYPE_CHECKING:
-    from shmbroker.call.statistics import OpStatistics
-    from shmbroker.client.channel import Channel
 
 Result = torch.Tensor | tuple[torch.Tensor, ...]
 
@@ -34,12 +31,12 @@ class Call:
         "copied_bytes",
         "copy_ns",
         "deadline_ns",
-        "done",
         "error",
         "future",
         "inputs",
         "outputs",
         "plan",
+        "state",
         "submitted_ns",
         "wake",
     )
@@ -66,14 +63,9 @@ class Call:
         self.begun_ns = begun_ns
         self.deadline_ns = deadline_ns
         self.call_id = 0
-        self.done = False
+        self.state: CallState = OUTSTANDING
         self.copied_bytes = 0
         self.error = self.wake = self.future = None
-
-    @property
-    def channel(self) -> Channel:
-        """The channel it goes over."""
-        return self.plan.channel
 
     @property
     def statistics(self) -> OpStatistics:
@@ -85,7 +77,7 @@ class Call:
         _, status, queued_ns, compute_ns, _ = completion
         plan = self.plan
         statistics = plan.statistics
-        if status and self.error is None:  # a call that has timed out is counted already
+        if status and self.state is not EXPIRED:  # that one is counted already
             self.error = self._error_of(Completion(*completion))
             statistics.errors += 1
         begun_ns = self.begun_ns
@@ -100,34 +92,33 @@ class Call:
         statistics.queued_ns += queued_ns if queued_ns < rpc_ns else rpc_ns
         statistics.build_ns += self.submitted_ns - begun_ns
         statistics.read_ns += now - taken_ns
-        statistics.bytes_out += plan.bytes_out
-        statistics.bytes_in += plan.bytes_in
+        statistics.sent_bytes += plan.sent_bytes
+        statistics.received_bytes += plan.received_bytes
         if self.copied_bytes:
             statistics.copied_bytes += self.copied_bytes
             statistics.copy_ns += self.copy_ns
             statistics.build_ns -= self.copy_ns
         self.inputs = ()  # the worker is done with them: nobody need hold their blocks for this call
-        self.done = True
-        if statistics.on_finish is not None:
-            statistics.on_finish(self, queued_ns, compute_ns, taken_ns, now)
+        self.state = DONE
         if self.wake is not None or self.future is not None:
             self._tell()
 
     def expire(self) -> None:
         """The deadline has passed. The call stays outstanding, and so holds its blocks, until the worker answers it or dies."""
-        if not self.done and self.error is None:
-            self.statistics.errors += 1
+        if self.state is OUTSTANDING:
+            self.plan.statistics.errors += 1
             self.error = self.timeout_error()
+            self.state = EXPIRED
             if self.future is not None:
                 self.future.settle()
 
     def fail(self, error: ShmBrokerError) -> None:
         """The call will never be answered."""
-        if self.error is None:
+        if self.state is not EXPIRED:
             self.error = error
-            self.statistics.errors += 1
+            self.plan.statistics.errors += 1
         self.inputs = ()
-        self.done = True
+        self.state = DONE
         self._tell()
 
     def _tell(self) -> None:
@@ -135,7 +126,7 @@ class Call:
         if wake is not None:
             release_waiter(wake)
         if self.future is not None:
-            self.plan.channel.completions.settle_later(self.future)
+            self.plan.carrier.completions.settle_later(self.future)
 
     def result(self) -> Result:
         """The outputs of a call that is done, or its error raised."""
@@ -147,14 +138,14 @@ class Call:
         """What to raise when the deadline has passed."""
         age = (clock_ns() - self.begun_ns) / 1e9
         return CallTimeout(
-            f"op {self.statistics.name!r}, call {self.call_id}: no completion after {age:.3f} s from {self.channel.peer_text()}; its blocks "
+            f"op {self.statistics.name!r}, call {self.call_id}: no completion after {age:.3f} s from {self.plan.carrier.peer_text()}; its blocks "
             "stay held until the worker is done with them; raise timeout= if the op needs longer"
         )
 
     def _error_of(self, completion: Completion) -> CallError:
         text = completion.body.decode("utf-8", "replace")
         name = self.statistics.name
-        peer = self.channel.worker_name
+        peer = self.plan.carrier.worker_name
         if completion.status == Status.OP_ERROR:
             type_name, _, message = text.partition("\n")
             return RemoteOpError(f"op {name!r} failed on worker {peer!r}: {type_name}: {message}", type_name)

@@ -1,15 +1,90 @@
-"""A client's memory."""
+"""A client's memory: where its tensors are placed, in its segment and on a device, and which lie there already."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from shmbroker.errors import BadInput
+from shmbroker.arena.arena import Arena
+from shmbroker.arena.cuda_runtime import Cuda, CudaRuntime
+from shmbroker.arena.device_arena import DeviceArena
+from shmbroker.errors import BadInput, ChannelError
+from shmbroker.memory import layout
+from shmbroker.memory.segment import Segment
+from shmbroker.settings.sizes import parse_bytes
 
-if TYPE_CHECKING:
-    pass
+
+class ClientMemory:
+    """The arena in a client's segment, and its device arena if it has one. Thread-safe.
+
+    ``place_timeout``: seconds to wait for room in a full arena. After :meth:`close` its methods raise :class:`ChannelError`; tensors keep their memory.
+    """
+
+    def __init__(self, segment: Segment, place_timeout: float) -> None:
+        self.segment = segment
+        self.arena = Arena(segment)
+        self.device: DeviceArena | None = None
+        self.place_timeout = place_timeout
+        self._closed = ""
+        """Why, in words for its user."""
+
+    def empty(
+        self, shape: int | tuple[int, ...] | list[int], dtype: torch.dtype = torch.float32, *, device: str | torch.device = "cpu"
+    ) -> torch.Tensor:
+        """As :meth:`Client.empty`."""
+        self._check_open()
+        arena: Arena | DeviceArena = self.arena if device == "cpu" else self._arena_on(device)
+        return arena.empty((shape,) if isinstance(shape, int) else tuple(shape), dtype, self.place_timeout)
+
+    def device_arena(self, nbytes: int | str, device: str = "cuda", *, cuda: Cuda | None = None) -> DeviceArena:
+        """As :meth:`Client.device_arena`."""
+        self._check_open()
+        if self.device is not None:
+            raise BadInput(f"this client has a device arena of {self.device.nbytes} bytes already: a client has one")
+        size = layout.round_up(parse_bytes(nbytes), layout.PAGE)
+        if not size > 0:
+            raise BadInput("a device arena has at least one byte")
+        self.device = DeviceArena(cuda or CudaRuntime.of(device), size)
+        return self.device
+
+    def _arena_on(self, device: str | torch.device) -> DeviceArena:
+        if self.device is None:
+            raise BadInput(f"client.empty(device={str(device)!r}) needs memory there: call client.device_arena(nbytes) first")
+        if torch.device(device).type != "cuda":
+            raise BadInput(f"device {str(device)!r}: tensors lie on the cpu, or in the device arena (cuda)")
+        return self.device
+
+    def copy_in(self, tensor: Any) -> torch.Tensor:
+        """As :meth:`Client.copy_in`."""
+        self._check_open()
+        return self.arena.copy_in(as_tensor(tensor), self.place_timeout)
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """As :meth:`Client.holds`."""
+        if not isinstance(tensor, torch.Tensor):
+            return False
+        return self.arena.find(tensor) is not None or (self.device is not None and self.device.find(tensor) is not None)
+
+    def device_written(self) -> None:
+        """Wait until what was written to the device arena on the current stream is there, for a worker to read."""
+        if self.device is not None:
+            self.device.written()
+
+    def refuse(self, why: str) -> None:
+        """From now on methods raise :class:`ChannelError` with ``why``, the first that was told."""
+        self._closed = self._closed or why
+
+    def close(self, why: str) -> None:
+        """:meth:`refuse`, and let go of both arenas, once no channel uses them. Living tensors keep their memory."""
+        self.refuse(why)
+        if self.device is not None:
+            self.device.close()
+        self.arena.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ChannelError(self._closed)
 
 
 def as_tensor(value: Any) -> torch.Tensor:

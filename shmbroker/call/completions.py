@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
+from shmbroker.call.state import DONE, CallState
 from shmbroker.lane.doorbell import RECHECK_SECONDS
 from shmbroker.lane.ends import spin
 from shmbroker.lane.python_ends import Receiver
@@ -24,7 +25,7 @@ from shmbroker.lane.python_ends import Receiver
 class Waitable(Protocol):
     """A call that is waited for."""
 
-    done: bool
+    state: CallState
     wake: threading.Lock | None
     deadline_ns: int
 
@@ -40,7 +41,7 @@ class Settling(Protocol):
 
 
 class Source(Protocol):
-    """Where completions come from: a channel."""
+    """Where completions come from: a queue pair."""
 
     has_frames: Callable[[], bool]
     """Whether a completion is there to be taken."""
@@ -54,13 +55,13 @@ class Source(Protocol):
         """Fail all outstanding calls when the peer is dead."""
 
 
-Block = Callable[[Callable[[], bool], tuple[Receiver, ...], float], bool]
+BlockUntil = Callable[[Callable[[], bool], tuple[Receiver, ...], float], bool]
 
 
 class CompletionLoop:
     """The waiters on one doorbell. ``block`` looks at the receivers for a while, then blocks until ``ready()``, at most so many seconds."""
 
-    def __init__(self, block: Block, look_seconds: float = 0.0) -> None:
+    def __init__(self, block: BlockUntil, look_seconds: float = 0.0) -> None:
         """``look_seconds``: how long a leader looks at the receivers before it asks ``block``, which does the same and more."""
         self._block = block
         self._look_seconds = look_seconds
@@ -114,7 +115,7 @@ class CompletionLoop:
     def wait(self, call: Waitable, deadline_ns: int) -> bool:
         """Wait until ``call`` is done, at most until ``deadline_ns`` (CLOCK_MONOTONIC; 0 for ever); returns whether it is."""
         leader = self._leader
-        while not call.done:
+        while call.state is not DONE:
             if not self._wanted and leader.acquire(False):
                 try:
                     patient = self._lead(call, deadline_ns)
@@ -125,9 +126,9 @@ class CompletionLoop:
                     if self._unsettled:
                         self._settle()
                 if not patient:
-                    return call.done
+                    return call.state is DONE
             elif not self._follow(call, deadline_ns):
-                return call.done
+                return call.state is DONE
         return True
 
     def wait_any(self, seconds: float) -> None:
@@ -146,7 +147,7 @@ class CompletionLoop:
         # Most calls are answered within the time of a look. A deadline that passes meanwhile is seen right after.
         if self._receivers and self._look_seconds and spin(self._receivers, self._look_seconds):
             self._drain()
-            if call.done:
+            if call.state is DONE:
                 return True
         block = self._block
         while True:
@@ -158,7 +159,7 @@ class CompletionLoop:
                 self._drain()
             elif left > 0:
                 self._check_peers()
-            if call.done or self._wanted:
+            if call.state is DONE or self._wanted:
                 return True
             if left <= 0:
                 return False
@@ -174,7 +175,7 @@ class CompletionLoop:
             left = (deadline_ns - time.monotonic_ns()) / 1e9
         try:
             # The leader may have finished the call, or left, before it could see this follower.
-            if not call.done and (self._wanted or self._leader.locked()) and left > 0:
+            if call.state is not DONE and (self._wanted or self._leader.locked()) and left > 0:
                 wake.acquire(timeout=min(left, RECHECK_SECONDS))
         finally:
             self._followers.remove(call)
@@ -201,7 +202,7 @@ class CompletionLoop:
     def _hand_over(self) -> None:
         for call in self._followers:
             wake = call.wake
-            if not call.done and wake is not None:
+            if call.state is not DONE and wake is not None:
                 release_waiter(wake)
                 return
 
@@ -245,9 +246,9 @@ class CompletionLoop:
             self.wait(calls[0], min([now + int(RECHECK_SECONDS * 1e9), *deadlines]))
             now = time.monotonic_ns()
             for call in calls:
-                if not call.done and call.deadline_ns and now >= call.deadline_ns:
+                if call.state is not DONE and call.deadline_ns and now >= call.deadline_ns:
                     call.expire()
-            calls = [call for call in calls if not call.done and not (call.deadline_ns and now >= call.deadline_ns)]
+            calls = [call for call in calls if call.state is not DONE and not (call.deadline_ns and now >= call.deadline_ns)]
             call = None  # or it would keep the last one's tensors alive until the next comes
 
     def close(self) -> None:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 from collections.abc import Callable, Generator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from shmbroker.call.call import Call, Result
-
-if TYPE_CHECKING:
-    pass
+from shmbroker.call.state import DONE
 
 
 class _Waiters(list[Any]):
@@ -29,8 +27,8 @@ class _Waiters(list[Any]):
 
 
 def _watch(call: Call) -> None:
-    if not call.done:
-        call.channel.completions.watch(call)
+    if call.state is not DONE:
+        call.plan.carrier.completions.watch(call)
 
 
 class CallFuture(concurrent.futures.Future[Result]):
@@ -71,8 +69,9 @@ class CallFuture(concurrent.futures.Future[Result]):
     def _wait(self, timeout: float | None) -> None:
         call = self._call
         if not self.done():
-            call.channel.wait(call, timeout)
-            if call.done:
+            if not call.plan.carrier.wait(call, timeout):
+                raise TimeoutError(f"op {call.statistics.name!r}, call {call.call_id} is not done after {timeout:g} s")
+            if call.state is DONE:
                 self.settle()  # by whoever is first: the thread that took the completion does so too
 
     def add_done_callback(self, fn: Callable[[concurrent.futures.Future[Result]], object]) -> None:

@@ -1,21 +1,35 @@
-"""All that is the same for every call with inputs of the same form."""
+"""All that is the same for every call with inputs of the same form, worked out once."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 
 from shmbroker.arena.room import Room
 from shmbroker.arena.spec import contiguous_strides, spec_of
+from shmbroker.call.completions import CompletionLoop, Waitable
+from shmbroker.call.statistics import OpStatistics
 from shmbroker.lane.frames import FrameTemplate
 from shmbroker.lane.outputs import Outputs
 from shmbroker.memory.layout import Space
 
-if TYPE_CHECKING:
-    from shmbroker.call.statistics import OpStatistics
-    from shmbroker.client.channel import Channel
+
+class Carrier(Protocol):
+    """What carries calls to a worker and brings their completions, as a call sees it: a queue pair."""
+
+    worker_name: str
+    buckets: list[int]
+    """Histogram of the calls' times, as of :func:`~shmbroker.call.statistics.no_calls`."""
+    completions: CompletionLoop
+    """Where its completions are waited for."""
+
+    def peer_text(self) -> str:
+        """The worker, for messages."""
+
+    def wait(self, call: Waitable, timeout: float | None = None) -> bool:
+        """Wait until ``call`` is done. Its own deadline fails it; an earlier ``timeout`` (seconds) only ends the waiting: False."""
 
 
 class Plan:
@@ -24,11 +38,11 @@ class Plan:
     __slots__ = (
         "before",
         "buckets",
-        "bytes_in",
-        "bytes_out",
-        "channel",
+        "carrier",
         "output_space",
+        "received_bytes",
         "rooms",
+        "sent_bytes",
         "single",
         "specs",
         "statistics",
@@ -37,7 +51,7 @@ class Plan:
 
     def __init__(
         self,
-        channel: Channel,
+        carrier: Carrier,
         statistics: OpStatistics,
         op_id: int,
         inputs: Sequence[torch.Tensor],
@@ -48,9 +62,9 @@ class Plan:
         before: Callable[[], None] | None = None,
     ) -> None:
         """``spaces`` of the inputs, where not all lie in the segment; ``before``: what to do before such a call is published."""
-        self.channel = channel
+        self.carrier = carrier
         self.statistics = statistics
-        self.buckets = channel.buckets
+        self.buckets = carrier.buckets
         self.template = FrameTemplate(
             op_id,
             [(spec_of(tensor), tensor.stride()) for tensor in inputs],
@@ -66,5 +80,5 @@ class Plan:
         handed = [
             tensor for index, tensor in enumerate(inputs) if not spaces or spaces[index] != Space.KEPT
         ]  # what is kept stays where it is
-        self.bytes_out = sum(tensor.nbytes for tensor in handed)
-        self.bytes_in = 0 if output_space == Space.KEPT else sum(spec.nbytes for spec in outputs.specs)
+        self.sent_bytes = sum(tensor.nbytes for tensor in handed)
+        self.received_bytes = 0 if output_space == Space.KEPT else sum(spec.nbytes for spec in outputs.specs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import msgspec
 import torch
@@ -15,14 +15,14 @@ from shmbroker.call.call import Call, Result, clock_ns
 from shmbroker.call.client_memory import as_tensor
 from shmbroker.call.future import CallFuture
 from shmbroker.call.kept import Kept
+from shmbroker.call.placement import Placement
 from shmbroker.call.plan import Plan
+from shmbroker.call.queue_pair import QueuePair
+from shmbroker.call.state import DONE
 from shmbroker.call.statistics import OpStatistics
 from shmbroker.errors import BadInput
 from shmbroker.lane.outputs import Outputs
 from shmbroker.memory.layout import Space
-
-if TYPE_CHECKING:
-    from shmbroker.client.channel import Channel
 
 _KNOWN_PLANS = 1024
 """Combinations of input forms remembered; a decode that grows by a token a step starts over now and then."""
@@ -51,12 +51,26 @@ class RemoteOp:
     msgpack at most). Thread-safe.
     """
 
-    __slots__ = ("_channel", "_op_id", "_outputs", "_plans", "_statistics", "_timeout", "name")
+    __slots__ = ("_arena", "_default_timeout", "_outputs", "_pair", "_placement", "_plans", "_statistics", "_timeout", "name", "op_id")
 
-    def __init__(self, channel: Channel, name: str, op_id: int, outputs: OutputsOf, statistics: OpStatistics) -> None:
+    def __init__(
+        self,
+        pair: QueuePair,
+        placement: Placement,
+        default_timeout: float | None,
+        name: str,
+        op_id: int,
+        outputs: OutputsOf,
+        statistics: OpStatistics,
+    ) -> None:
+        """``default_timeout``: seconds that a call may take which gives none of its own; None for no limit."""
         self.name = name
-        self._channel = channel
-        self._op_id = op_id
+        self._pair = pair
+        self._placement = placement
+        self._arena = placement.arena
+        self._default_timeout = default_timeout
+        self.op_id = op_id
+        """Its number on the channel."""
         self._outputs = outputs
         self._statistics = statistics
         self._plans: dict[object, Plan] = {}
@@ -64,7 +78,7 @@ class RemoteOp:
         """The last one with its nanoseconds: it is the same object in call after call."""
 
     def __repr__(self) -> str:
-        return f"<RemoteOp {self.name!r} on {self._channel.peer_text()}>"
+        return f"<RemoteOp {self.name!r} on {self._pair.peer_text()}>"
 
     def __call__(self, *inputs: torch.Tensor, timeout: Timeout = _UNSET, **arguments: Any) -> Any:
         """Call and wait: the op's output tensor, or a tuple of them.
@@ -72,20 +86,19 @@ class RemoteOp:
         ``timeout``: seconds, None for no limit; the client's own by default. Raises :class:`CallTimeout`, :class:`WorkerLost`,
         :class:`RemoteOpError` with the worker's error, :class:`ArenaFull`, :class:`BadInput`.
         """
-        channel = self._channel
-        seconds = channel.client.timeout if timeout is _UNSET else timeout
+        seconds = self._default_timeout if timeout is _UNSET else timeout
         call, offsets, generations = self._prepare(inputs, seconds, arguments)
-        channel.submit(call, call.plan.template, offsets, generations)
-        if not channel.completions.wait(call, call.deadline_ns):
-            channel.expire(call)
+        pair = self._pair
+        pair.submit(call, call.plan.template, offsets, generations)
+        if not pair.completions.wait(call, call.deadline_ns):
+            pair.expire(call)
         return call.result()
 
     def submit(self, *inputs: torch.Tensor, timeout: Timeout = _UNSET, **arguments: Any) -> CallFuture:
         """Call without waiting: a future, also awaitable. Its frame is with the worker when this returns."""
-        channel = self._channel
-        seconds = channel.client.timeout if timeout is _UNSET else timeout
+        seconds = self._default_timeout if timeout is _UNSET else timeout
         call, offsets, generations = self._prepare(inputs, seconds, arguments)
-        channel.submit(call, call.plan.template, offsets, generations)
+        self._pair.submit(call, call.plan.template, offsets, generations)
         return self.future_of(call)
 
     def keep(self, *inputs: torch.Tensor | Kept, timeout: Timeout = _UNSET, **arguments: Any) -> Any:
@@ -93,10 +106,9 @@ class RemoteOp:
 
         Raises as :meth:`__call__`; the worker bounds how much it keeps.
         """
-        channel = self._channel
-        seconds = channel.client.timeout if timeout is _UNSET else timeout
+        seconds = self._default_timeout if timeout is _UNSET else timeout
         call, offsets, generations = self._prepare(inputs, seconds, arguments, Space.KEPT)
-        channel.submit(call, call.plan.template, offsets, generations)
+        self._pair.submit(call, call.plan.template, offsets, generations)
         return self.wait(call)
 
     def capture(self, *inputs: torch.Tensor, **arguments: Any) -> CapturedCall:
@@ -109,7 +121,7 @@ class RemoteOp:
         """A future for a call that was submitted."""
         future = CallFuture(call)
         call.future = future
-        if call.done:  # the completion was faster than this line
+        if call.state is DONE:  # the completion was faster than this line
             future.settle()
         return future
 
@@ -118,8 +130,7 @@ class RemoteOp:
     ) -> tuple[Call, list[int], list[int]]:
         """Place whatever has no place yet. The hot path: its steps and their cost are in docs/performance.md."""
         begun_ns = clock_ns()
-        channel = self._channel
-        arena = channel.arena
+        arena = self._arena
         blocks, address = arena.blocks, arena.address
         offsets: list[int] = []
         generations: list[int] = []
@@ -148,12 +159,12 @@ class RemoteOp:
             planning_ns = clock_ns()
             plan = self._plan(placed, arguments, spaces, output_space)
             begun_ns += clock_ns() - planning_ns  # done once for such inputs: no part of the call
-        channel.nudge()
+        self._pair.nudge()
         outputs: list[Any] = []
         if plan.output_space:
-            channel.place_elsewhere(plan, timeout, outputs, offsets, generations)
+            self._placement.place_elsewhere(plan, timeout, outputs, offsets, generations)
         for room in plan.rooms if not plan.output_space else ():
-            output, offset, generation = arena.place_now(room) or channel.place(room, timeout)
+            output, offset, generation = arena.place_now(room) or self._placement.place(room, timeout)
             outputs.append(output)
             offsets.append(offset)
             generations.append(generation)
@@ -170,19 +181,19 @@ class RemoteOp:
         A view inside a block goes as it is, and so does what lies in another space; any other as a copy, noted in ``copied``.
         """
         if isinstance(tensor, Kept):
-            return tensor, tensor.number_on(self._channel), 1, Space.KEPT
+            return tensor, tensor.number_in(self._placement.kept), 1, Space.KEPT
         if not isinstance(tensor, torch.Tensor):
             tensor = as_tensor(tensor)
-        place = self._channel.arena.find(tensor)
+        place = self._arena.find(tensor)
         if place is not None:
             return tensor, place.offset, place.generation, Space.SEGMENT
-        place = self._channel.find_on_device(tensor)
+        place = self._placement.find_on_device(tensor)
         if place is not None:
             return tensor, place.offset, place.generation, Space.DEVICE
         if tensor.is_meta or tensor.layout is not torch.strided:
             raise BadInput(f"op {self.name!r}: a {tensor.layout} tensor on {tensor.device} has no bytes to hand over")
         begun_ns = clock_ns()
-        inside, offset, generation = self._channel.place(room_for(tensor.shape, tensor.dtype), timeout)
+        inside, offset, generation = self._placement.place(room_for(tensor.shape, tensor.dtype), timeout)
         inside.copy_(tensor.detach() if tensor.requires_grad else tensor)
         copied += (tensor.nbytes, clock_ns() - begun_ns)
         return inside, offset, generation, Space.SEGMENT
@@ -198,7 +209,7 @@ class RemoteOp:
                 ) from None
         before = None
         if Space.DEVICE in spaces:
-            before = self._channel.client.device_written
+            before = self._placement.memory.device_written
             output_space = output_space or Space.DEVICE  # results lie where inputs do
         key: object = (packed, _signature(inputs)) if packed else _signature(inputs)
         if spaces or output_space:
@@ -206,9 +217,9 @@ class RemoteOp:
         plan = self._plans.get(key)
         if plan is None:
             plan = Plan(
-                self._channel,
+                self._pair,
                 self._statistics,
-                self._op_id,
+                self.op_id,
                 inputs,
                 self._outputs([spec_of(tensor) for tensor in inputs], arguments),
                 packed,
@@ -223,20 +234,19 @@ class RemoteOp:
 
     def resubmit(self, like: Call, offsets: list[int], generations: list[int], timeout: Timeout) -> Call:
         """For :class:`CapturedCall`: another call with the same tensors, plan and places."""
-        channel = self._channel
-        seconds = channel.client.timeout if timeout is _UNSET else timeout
+        seconds = self._default_timeout if timeout is _UNSET else timeout
         begun_ns = clock_ns()
         call = Call(like.plan, like.inputs, like.outputs, begun_ns, self._deadline(begun_ns, seconds))
         if like.plan.before is not None:
             like.plan.before()
-        channel.submit(call, like.plan.template, offsets, generations)
+        self._pair.submit(call, like.plan.template, offsets, generations)
         return call
 
     def wait(self, call: Call) -> Result:
         """For :class:`CapturedCall`: the result of a call that was submitted."""
-        channel = self._channel
-        if not channel.completions.wait(call, call.deadline_ns):
-            channel.expire(call)
+        pair = self._pair
+        if not pair.completions.wait(call, call.deadline_ns):
+            pair.expire(call)
         return call.result()
 
     def _deadline(self, begun_ns: int, timeout: float | None) -> int:

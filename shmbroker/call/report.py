@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 
-class Line(msgspec.Struct, frozen=True):
+class OpReport(msgspec.Struct, frozen=True):
     """Calls of one op, or of all. Times in milliseconds, sizes in bytes."""
 
     op: str
@@ -52,8 +52,8 @@ class Report(msgspec.Struct, frozen=True):
     """Transport of the control channel: ipc or tcp."""
     socket_bytes: int
     """Bytes of frames that went over a socket: none on the shm lane. Tensors never do."""
-    total: Line
-    ops: tuple[Line, ...]
+    total: OpReport
+    ops: tuple[OpReport, ...]
     failovers: int = 0
     """How often another worker took over."""
     device: str = "cpu"
@@ -111,7 +111,7 @@ class Report(msgspec.Struct, frozen=True):
         return Group(table, foot)
 
 
-_ROWS: tuple[tuple[str, Callable[[Line], str]], ...] = (
+_ROWS: tuple[tuple[str, Callable[[OpReport], str]], ...] = (
     ("calls", lambda line: str(line.calls)),
     ("RPC ms", lambda line: f"{line.rpc_ms:.1f}"),
     (" median/call", lambda line: f"{line.rpc_median_ms:.3f}"),
@@ -134,7 +134,7 @@ def percentile(ordered: Sequence[int], fraction: float) -> float:
     return ordered[max(0, math.ceil(fraction * len(ordered)) - 1)]
 
 
-def _line(name: str, group: Iterable[OpStatistics]) -> Line:
+def _line(name: str, group: Iterable[OpStatistics]) -> OpReport:
     group = list(group)
     samples = sorted(sample for one in group for sample in one.samples.copy())
 
@@ -145,7 +145,7 @@ def _line(name: str, group: Iterable[OpStatistics]) -> Line:
         return int(sum(getattr(one, field) for one in group))
 
     rpc, compute, copy = total_ms("rpc_ns"), total_ms("compute_ns"), total_ms("copy_ns")
-    return Line(
+    return OpReport(
         op=name,
         calls=total("calls"),
         errors=total("errors"),
@@ -157,7 +157,7 @@ def _line(name: str, group: Iterable[OpStatistics]) -> Line:
         copy_ms=copy,
         build_ms=total_ms("build_ns"),
         read_ms=total_ms("read_ns"),
-        sent_bytes=total("bytes_out"),
-        received_bytes=total("bytes_in"),
+        sent_bytes=total("sent_bytes"),
+        received_bytes=total("received_bytes"),
         copied_bytes=total("copied_bytes"),
     )

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
-from typing import Any
 
 from shmbroker.memory.layout import BUCKETS, FIRST_BUCKET
 
@@ -35,25 +33,22 @@ class OpStatistics:
 
     __slots__ = (
         "build_ns",
-        "bytes_in",
-        "bytes_out",
         "calls",
         "compute_ns",
         "copied_bytes",
         "copy_ns",
         "errors",
         "name",
-        "on_finish",
         "queued_ns",
         "read_ns",
+        "received_bytes",
         "rpc_ns",
         "samples",
+        "sent_bytes",
     )
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.on_finish: Callable[[Any, int, int, int, int], None] | None = None
-        """For a trace: told of each call that is completed, its times at the worker, when the completion was taken, and the time."""
         self.reset()
 
     def reset(self) -> None:
@@ -72,9 +67,9 @@ class OpStatistics:
         """Of it, placing outputs, building and publishing the frame."""
         self.read_ns = 0
         """Of it, reading the completion."""
-        self.bytes_out = 0
+        self.sent_bytes = 0
         """Inputs, handed over through shared memory."""
-        self.bytes_in = 0
+        self.received_bytes = 0
         """Outputs, the same way."""
         self.copied_bytes = 0
         self.samples: deque[int] = deque(maxlen=SAMPLES)

@@ -1,4 +1,4 @@
-"""A channel whose calls are traced. Made in place of a :class:`Channel` when its client has a trace, so that others pay nothing."""
+"""A queue pair whose calls are traced. Made in place of a :class:`QueuePair` when its client has a trace, so that others pay nothing."""
 
 from __future__ import annotations
 
@@ -7,30 +7,26 @@ from typing import Any, cast
 from shmbroker.arena.spec import spec_of
 from shmbroker.call.call import Call, clock_ns
 from shmbroker.call.completions import CompletionLoop
-from shmbroker.call.remote_op import RemoteOp
-from shmbroker.call.statistics import OpStatistics
-from shmbroker.client.channel import Channel
+from shmbroker.call.kept import LETTING_GO
+from shmbroker.call.queue_pair import QueuePair
+from shmbroker.call.state import DONE
+from shmbroker.lane.completion_frames import CompletionFields
 from shmbroker.lane.frames import FrameTemplate
-from shmbroker.lane.outputs import OutSpec
 from shmbroker.trace.writer import Trace, number_of, numbers_of
 
 
-class TracedChannel(Channel):
-    """As a channel; tells its client's trace of each call's place, copy, submit, wait and completion."""
+class TracedQueuePair(QueuePair):
+    """As a queue pair; tells its client's trace of each call's place, copy, submit, wait and completion."""
 
-    def __init__(self, trace: Trace, *args: Any) -> None:
+    def __init__(self, trace: Trace, channel: int, *args: Any) -> None:
+        """``channel``: its number, which both traces have. The rest as a queue pair's."""
         super().__init__(*args)
         self._trace = trace
-        self._numbers = numbers_of(self._opened.channel)
+        self._numbers = numbers_of(channel)
         self.completions = cast(CompletionLoop, _TracedWaits(self.completions, trace))
 
-    def bind_counted(self, op: str, statistics: OpStatistics, /, *, out_spec: OutSpec | None = None, **static: Any) -> RemoteOp:
-        """As the channel's."""
-        statistics.on_finish = _finished
-        return super().bind_counted(op, statistics, out_spec=out_spec, **static)
-
     def submit(self, call: Call, template: FrameTemplate, offsets: list[int], generations: list[int]) -> None:
-        """As the channel's."""
+        """As the pair's."""
         inputs = [str(spec_of(tensor)) for tensor in call.inputs]  # now: when the call is done it knows them no more
         outputs = [str(spec_of(tensor)) for tensor in call.outputs]
         begun_ns = clock_ns()
@@ -41,25 +37,24 @@ class TracedChannel(Channel):
         trace.span(f"place {name}", call.begun_ns, begun_ns)
         if call.copied_bytes:
             trace.span(f"copy {name}", call.begun_ns, call.begun_ns + call.copy_ns, bytes=call.copied_bytes)
-        trace.span(f"submit {name}", begun_ns, ended_ns, call=call.call_id, worker=self.worker_name, lane=self.lane)
+        lane = self.lane.kind.value
+        trace.span(f"submit {name}", begun_ns, ended_ns, call=call.call_id, worker=self.worker_name, lane=lane)
         trace.flow("s", number, begun_ns)
-        sizes = {"bytes_out": plan.bytes_out, "bytes_in": plan.bytes_in}
+        sizes = {"sent_bytes": plan.sent_bytes, "received_bytes": plan.received_bytes}
         trace.begin("call", name, number, call.begun_ns, call=call.call_id, inputs=inputs, outputs=outputs, **sizes)
 
-    def finished(self, call: Call, queued_ns: int, compute_ns: int, taken_ns: int, ended_ns: int) -> None:
-        """A completion of ``call`` was taken, by this thread."""
+    def finished(self, call: Call, completion: CompletionFields, taken_ns: int) -> None:
+        """As the pair's."""
+        _, _, queued_ns, compute_ns, _ = completion
+        call.finish(completion, taken_ns)
+        if call.statistics.name == LETTING_GO:
+            return  # of no op, and between two calls
+        ended_ns = clock_ns()
         trace, name = self._trace, call.statistics.name
         number = number_of(self._numbers, call.call_id)
         trace.span(f"complete {name}", taken_ns, ended_ns, call=call.call_id)
         trace.flow("f", number, taken_ns)
         trace.end("call", name, number, ended_ns, queued_us=queued_ns / 1000, compute_us=compute_ns / 1000, failed=call.error is not None)
-
-
-def _finished(call: Call, queued_ns: int, compute_ns: int, taken_ns: int, ended_ns: int) -> None:
-    """The counters of a :class:`FailoverChannel`'s op go from channel to channel; the call knows its own."""
-    channel = call.channel
-    if isinstance(channel, TracedChannel):
-        channel.finished(call, queued_ns, compute_ns, taken_ns, ended_ns)
 
 
 class _TracedWaits:
@@ -71,7 +66,7 @@ class _TracedWaits:
 
     def wait(self, call: Call, deadline_ns: int) -> bool:
         """As the loop's."""
-        if call.done:
+        if call.state is DONE:
             return True
         begun_ns = clock_ns()
         done = self._loop.wait(call, deadline_ns)

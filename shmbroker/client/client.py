@@ -1,4 +1,4 @@
-"""A client: one segment of its own, from which it places tensors, and channels to workers."""
+"""A client: joins a broker, has a segment of its own in which tensors are placed, and opens channels to workers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import contextlib
 import logging
 import os
 import threading
-import time
 import weakref
 from types import TracebackType
 
@@ -15,25 +14,22 @@ import torch
 from msgspec import UNSET, UnsetType
 
 from shmbroker.arena.arena import Arena
-from shmbroker.arena.cuda_runtime import Cuda, CudaRuntime
+from shmbroker.arena.cuda_runtime import Cuda
 from shmbroker.arena.device_arena import DeviceArena
-from shmbroker.call.client_memory import as_tensor
-from shmbroker.call.completions import CompletionLoop
+from shmbroker.call.client_memory import ClientMemory
 from shmbroker.client.channel import Channel
 from shmbroker.client.failover import FailoverChannel
+from shmbroker.client.opening import Identity, Opener
 from shmbroker.client.publisher import Publisher
 from shmbroker.control import messages as m
 from shmbroker.control.access import Access
 from shmbroker.control.broker_link import BrokerLink
 from shmbroker.control.joining import ask_broker, peer_name, resolve_instance
-from shmbroker.control.liveness import Watch, this_process
+from shmbroker.control.liveness import this_process
 from shmbroker.control.sockets import Requester
-from shmbroker.errors import BadInput, ChannelError, NoSuchService, ShmBrokerError, WorkerLost
-from shmbroker.lane.doorbell import PollingBell, SemaphoreBell, shm_lane_supported
-from shmbroker.lane.kinds import Doorbell, Lane
-from shmbroker.lane.shm_lane import CLIENT_SLEEPING, ShmClientLane, clear_channel
-from shmbroker.lane.waiter import Waiter
-from shmbroker.lane.zmq_lane import ZmqClientLane
+from shmbroker.errors import BadInput, ChannelError, ShmBrokerError
+from shmbroker.lane.choice import asked
+from shmbroker.lane.doorbell import SemaphoreBell
 from shmbroker.memory import layout, names
 from shmbroker.memory.geometry import Geometry
 from shmbroker.memory.hold import Hold, unlink_own
@@ -45,11 +41,6 @@ from shmbroker.trace.writer import Trace
 from shmbroker.version import __version__
 
 log = logging.getLogger(__name__)
-
-_SERVICE_POLL_SECONDS = 0.05
-
-LOOK_SECONDS = 25e-6
-"""How long whoever waits for a completion looks for it before deadlines and the doorbell are thought of."""
 
 _open: weakref.WeakSet[Client] = weakref.WeakSet()
 
@@ -117,58 +108,65 @@ class Client:
         self.name = name
         self.id = names.new_id()
         self.timeout = timeout
-        self.place_timeout = place_timeout
         self._pid = os.getpid()
         self._unusable = ""
         """Why, in words for its user."""
         self._channels: list[Channel] = []
         self._free_areas = list(range(geometry.channel_count))
         self._lock = threading.Lock()
+        """Of the two lists above, which any thread may change."""
         access = Access.of(instance)
         self._undo = contextlib.ExitStack()
-        self._trace: Trace | None = None
         with contextlib.ExitStack() as stack:
+            told: Trace | None = None
             if trace is not None:
-                self._trace = Trace(trace, f"client {name}")
-                stack.callback(self._trace.close)
-            self._context = access.context()
-            stack.callback(self._context.term)
-            self._requester = Requester(self._context, access.endpoint)
-            stack.callback(self._requester.close)
+                told = Trace(trace, f"client {name}")
+                stack.callback(told.close)
+            context = access.context()
+            stack.callback(context.term)
+            broker = Requester(context, access.endpoint)
+            stack.callback(broker.close)
             self._link: BrokerLink | None = None
             # Undone after the holds are released, so that the broker, on our Goodbye, finds nothing held.
             stack.callback(self._stop_link)
-            request = m.MakeSegment(self.id, this_process(), geometry.arena_bytes, geometry.channel_count, geometry.depth)
-            made = ask_broker(self._requester, request, m.Made, instance, timeout=_reserving_seconds(geometry))
-            # fault: before segment held
-            self._segment = Segment.attach(made.name, hold=True)
-            # fault: after segment held
-            stack.callback(place().unlink_own, made.name)
-            stack.callback(self._segment.close)
-            bell = ask_broker(self._requester, m.MakeBell(self.id, this_process()), m.Made, instance)
-            self._bell_name = bell.name
-            bell_hold = Hold.on(names.bell_path(bell.name))
-            stack.callback(unlink_own, names.bell_path(bell.name))
-            stack.callback(bell_hold.release)
-            self._bell = SemaphoreBell(bell.name)
-            stack.callback(self._bell.close)
-            self.arena = Arena(self._segment)
-            stack.callback(self.arena.close)
-            self._publisher = Publisher(self._segment, self.arena, lambda: list(self._channels))
+            self.segment = self._make_segment(broker, geometry, stack)
+            """As it is mapped here."""
+            bell = self._make_bell(broker, stack)
+            self.memory = ClientMemory(self.segment, place_timeout)
+            stack.callback(lambda: self.memory.close(self._unusable))
+            self._publisher = Publisher(self.segment, self.memory.arena, lambda: list(self._channels))
             stack.callback(self._publisher.close)
-            self.device: DeviceArena | None = None
-            stack.callback(self._close_device)
-            self._spin = spin
-            self._loops: dict[Doorbell, CompletionLoop] = {}
-            self._link = BrokerLink(self._context, access.endpoint, self._hello, self._stats, self._peer_gone, self._publisher.publish)
+            identity = Identity(instance, self.id, name, bell.name)
+            self._opener = Opener(context, broker, identity, self.segment, bell, spin, told)
+            stack.callback(self._opener.close)
+            self._link = BrokerLink(context, access.endpoint, self._hello, self._stats, self._peer_gone, self._publisher.publish)
             self._link.start()
             self._undo = stack.pop_all()
         _open.add(self)
 
     # --- joining ----------------------------------------------------------------------------------------------------------------------
 
+    def _make_segment(self, broker: Requester, geometry: Geometry, undo: contextlib.ExitStack) -> Segment:
+        request = m.MakeSegment(self.id, this_process(), geometry.arena_bytes, geometry.channel_count, geometry.depth)
+        made = ask_broker(broker, request, m.Made, self.instance, timeout=_reserving_seconds(geometry))
+        # fault: before segment held
+        segment = Segment.attach(made.name, hold=True)
+        # fault: after segment held
+        undo.callback(place().unlink_own, made.name)
+        undo.callback(segment.close)
+        return segment
+
+    def _make_bell(self, broker: Requester, undo: contextlib.ExitStack) -> SemaphoreBell:
+        made = ask_broker(broker, m.MakeBell(self.id, this_process()), m.Made, self.instance)
+        hold = Hold.on(names.bell_path(made.name))
+        undo.callback(unlink_own, names.bell_path(made.name))
+        undo.callback(hold.release)
+        bell = SemaphoreBell(made.name)
+        undo.callback(bell.close)
+        return bell
+
     def _hello(self) -> m.Hello:
-        return m.Hello(role="client", peer=self.id, process=this_process(), name=self.name, version=__version__, segment=self._segment.name)
+        return m.Hello(role="client", peer=self.id, process=this_process(), name=self.name, version=__version__, segment=self.segment.name)
 
     def _stats(self) -> m.PeerStats:
         occupancy = self.arena.occupancy()
@@ -182,9 +180,24 @@ class Client:
     def _peer_gone(self, peer: str) -> None:
         for channel in list(self._channels):
             if channel.worker_id == peer:
-                channel.peer_gone()
+                channel.pair.peer_gone()
 
     # --- tensors ----------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def arena(self) -> Arena:
+        """Of the segment."""
+        return self.memory.arena
+
+    @property
+    def device(self) -> DeviceArena | None:
+        """What :meth:`device_arena` made."""
+        return self.memory.device
+
+    @property
+    def place_timeout(self) -> float:
+        """Seconds to wait for room in a full arena."""
+        return self.memory.place_timeout
 
     def empty(
         self, shape: int | tuple[int, ...] | list[int], dtype: torch.dtype = torch.float32, *, device: str | torch.device = "cpu"
@@ -194,9 +207,7 @@ class Client:
         ``device``: ``cuda`` for one in the device arena (:meth:`device_arena`). Its block is free again when the last view of it dies.
         Raises :class:`ArenaFull`, :class:`ArenaTooSmall`, :class:`BadInput`.
         """
-        self._check_open()
-        arena: Arena | DeviceArena = self.arena if device == "cpu" else self._device_for(device)
-        return arena.empty((shape,) if isinstance(shape, int) else tuple(shape), dtype, self.place_timeout)
+        return self.memory.empty(shape, dtype, device=device)
 
     def device_arena(self, nbytes: int | str, device: str = "cuda", *, cuda: Cuda | None = None) -> DeviceArena:
         """Allocate memory on a GPU, once, for ``client.empty(..., device="cuda")``: workers on this machine's GPUs see it too, by CUDA IPC.
@@ -204,41 +215,15 @@ class Client:
         ``nbytes``: or a text like ``"512M"``. ``cuda``: another driver than NVIDIA's. A call with an input there has its results there. What
         you wrote on the current stream is waited for before a call is published. Raises :class:`CudaRefused`, :class:`BadInput`.
         """
-        self._check_open()
-        if self.device is not None:
-            raise BadInput(f"this client has a device arena of {self.device.nbytes} bytes already: a client has one")
-        size = layout.round_up(parse_bytes(nbytes), layout.PAGE)
-        if not size > 0:
-            raise BadInput("a device arena has at least one byte")
-        self.device = DeviceArena(cuda or CudaRuntime.of(device), size)
-        return self.device
-
-    def _device_for(self, device: str | torch.device) -> DeviceArena:
-        if self.device is None:
-            raise BadInput(f"client.empty(device={str(device)!r}) needs memory there: call client.device_arena(nbytes) first")
-        if torch.device(device).type != "cuda":
-            raise BadInput(f"device {str(device)!r}: tensors lie on the cpu, or in the device arena (cuda)")
-        return self.device
-
-    def device_written(self) -> None:
-        """Wait until what was written to the device arena on the current stream is there, for a worker to read."""
-        if self.device is not None:
-            self.device.written()
-
-    def _close_device(self) -> None:
-        if self.device is not None:
-            self.device.close()
+        return self.memory.device_arena(nbytes, device, cuda=cuda)
 
     def copy_in(self, tensor: torch.Tensor) -> torch.Tensor:
         """A contiguous copy of ``tensor`` in shared memory, for several calls to use."""
-        self._check_open()
-        return self.arena.copy_in(as_tensor(tensor), self.place_timeout)
+        return self.memory.copy_in(tensor)
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether ``tensor`` lies in this client's arena, so that handing it over copies nothing."""
-        if not isinstance(tensor, torch.Tensor):
-            return False
-        return self.arena.find(tensor) is not None or (self.device is not None and self.device.find(tensor) is not None)
+        return self.memory.holds(tensor)
 
     # --- channels -----------------------------------------------------------------------------------------------------------------------
 
@@ -272,7 +257,7 @@ class Client:
         if not patience >= 0:
             raise BadInput(f"patience {patience!r} must be a number of seconds, 0 or more")
         return FailoverChannel(
-            self,
+            self.memory,
             service,
             lambda passed_over: self._channel(service, lane, doorbell, 0.0 if passed_over else wait, passed_over),
             patience,
@@ -288,17 +273,21 @@ class Client:
         wait = settings.wait if wait is None else wait
         if not isinstance(service, str) or not service:
             raise BadInput(f"a service is named by a string, not by {service!r}")
-        wanted_lane, wanted_doorbell = _choose(lane, doorbell)
-        worker = self._find(service, wait, passed_over)
+        wanted = asked(lane, doorbell)
+        worker = self._opener.find(service, wait, passed_over)
         with self._lock:
             if not self._free_areas:
                 raise ChannelError(f"all {len(self._channels)} channels of this client are open: close one, or connect(channels=...)")
             index = self._free_areas.pop()
         try:
-            channel = self._open_channel(service, worker, wanted_lane, wanted_doorbell, index)
+            opened = self._opener.open(service, worker, *wanted, index)
         except BaseException:
-            self._free_areas.append(index)
+            with self._lock:
+                self._free_areas.append(index)
             raise
+        channel = Channel(
+            self.memory, opened.pair, opened.requester, opened.answer, worker, service, index, self.timeout, on_close=self._forget
+        )
         with self._lock:
             self._channels.append(channel)
         log.info(
@@ -312,80 +301,13 @@ class Client:
         )
         return channel
 
-    def _find(self, service: str, wait: float, passed_over: frozenset[str]) -> m.WorkerInfo:
-        until = time.monotonic() + wait
-        while True:
-            with self._lock:
-                found = ask_broker(self._requester, m.FindService(service), m.Found, self.instance)
-            for worker in found.workers:
-                if worker.peer not in passed_over:
-                    return worker
-            if time.monotonic() >= until:
-                there = ", ".join(map(repr, found.services)) or "none at all"
-                raise NoSuchService(
-                    f"no worker offers service {service!r} on instance {self.instance!r} (offered: {there}) and none came within {wait:g} s: "
-                    "start one, e.g. 'gpu-worker serve --model DIR'"
-                )
-            time.sleep(_SERVICE_POLL_SECONDS)
+    @property
+    def channels(self) -> tuple[Channel, ...]:
+        """Those that are open."""
+        return tuple(self._channels)
 
-    def _open_channel(self, service: str, worker: m.WorkerInfo, lane: Lane, doorbell: Doorbell, index: int) -> Channel:
-        clear_channel(self._segment, index)
-        with contextlib.ExitStack() as stack:
-            requester = Requester(self._context, worker.endpoint)
-            stack.callback(requester.close)
-            opening = m.OpenChannel(
-                client=self.id,
-                client_name=self.name,
-                process=this_process(),
-                segment=self._segment.name,
-                index=index,
-                service=service,
-                lane=lane.value,
-                doorbell=doorbell.value,
-                bell=self._bell_name,
-            )
-            watch = Watch(worker.process)
-            try:
-                # fault: before channel opened
-                opened = requester.ask(opening, m.ChannelOpened, alive=watch.alive)
-                # fault: after channel opened
-                end: ShmClientLane | ZmqClientLane
-                if Lane(opened.lane) is Lane.SHM:
-                    worker_bell = SemaphoreBell(opened.bell) if Doorbell(opened.doorbell) is Doorbell.SEM else PollingBell()
-                    end = ShmClientLane(self._segment, index, worker_bell)
-                    loop = self._loop(Doorbell(opened.doorbell))
-                else:
-                    zmq_end = end = ZmqClientLane(self._context, opened.endpoint, opened.token, self._segment.geometry.depth)
-                    loop = CompletionLoop(lambda ready, receivers, seconds: zmq_end.wait(seconds))
-            except TimeoutError as error:
-                who = f"worker {worker.name!r} (pid {worker.process.pid})"
-                if not watch.alive():
-                    raise WorkerLost(f"{who} died while a channel to it was opened") from None
-                raise ChannelError(f"{who} does not answer: {error}") from None
-            except ValueError as error:
-                if isinstance(error, ShmBrokerError):
-                    raise
-                raise ChannelError(f"worker {worker.name!r} (pid {worker.process.pid}) answered what cannot be used: {error}") from None
-            finally:
-                watch.close()
-            stack.pop_all()
-            if self._trace is not None:
-                from shmbroker.call.traced_queue_pair import TracedChannel
-
-                return TracedChannel(self._trace, self, service, worker, opened, requester, end, loop, index)
-            return Channel(self, service, worker, opened, requester, end, loop, index)
-
-    def _loop(self, doorbell: Doorbell) -> CompletionLoop:
-        """The waiters on this process's doorbell: one loop for all channels of the shm lane that use it."""
-        with self._lock:
-            if doorbell not in self._loops:
-                bell = self._bell if doorbell is Doorbell.SEM else PollingBell()
-                waiter = Waiter(bell, self._spin, [(self._segment.words, CLIENT_SLEEPING // 8)])
-                self._loops[doorbell] = CompletionLoop(waiter.wait, min(self._spin, LOOK_SECONDS))
-            return self._loops[doorbell]
-
-    def forget(self, channel: Channel) -> None:
-        """For :meth:`Channel.close`."""
+    def _forget(self, channel: Channel) -> None:
+        """The channel is closed."""
         with self._lock:
             if channel in self._channels:
                 self._channels.remove(channel)
@@ -398,8 +320,9 @@ class Client:
     def disown(self) -> None:
         """In a forked child: nothing of this client is the child's to use."""
         self._unusable = f"this client belongs to process {self._pid}: connect() anew after a fork"
+        self.memory.refuse(self._unusable)
         for channel in list(self._channels):
-            channel.disown(ChannelError(self._unusable))
+            channel.pair.disown(ChannelError(self._unusable))
 
     def close(self) -> None:
         """Close all channels and leave. Living tensors keep their memory, which has no name any more. A second time does nothing."""
@@ -407,13 +330,11 @@ class Client:
             return
         _open.discard(self)
         self._unusable = self._unusable or "the client is closed"
+        self.memory.refuse(self._unusable)
         if os.getpid() != self._pid:
             return  # the parent's: sockets and threads are not ours to touch
         for channel in list(self._channels):
             channel.close()
-        for loop in self._loops.values():
-            loop.close()
-        self._loops.clear()
         self._undo.close()
 
     def _stop_link(self) -> None:
@@ -432,21 +353,6 @@ class Client:
 
     def __repr__(self) -> str:
         return f"<Client {self.name!r} of instance {self.instance!r}, arena {self.arena.nbytes} bytes>"
-
-
-def _choose(lane: str, doorbell: str) -> tuple[Lane, Doorbell]:
-    """Lane and doorbell to ask for."""
-    if lane not in ("auto", "shm", "zmq"):
-        raise BadInput(f"lane {lane!r} is not known; there are: auto, shm, zmq")
-    if doorbell not in ("auto", "sem", "poll"):
-        raise BadInput(f"doorbell {doorbell!r} is not known; there are: auto, sem, poll")
-    if lane == "zmq" or (lane == "auto" and not shm_lane_supported()):
-        if doorbell != "auto":
-            raise BadInput(f"doorbell {doorbell!r} belongs to lane shm; lane zmq has its socket")
-        return Lane.ZMQ, Doorbell.SOCKET
-    if not shm_lane_supported():
-        raise BadInput("lane shm needs x86-64, where plain stores are seen in order: use lane zmq")
-    return Lane.SHM, Doorbell.SEM if doorbell == "auto" else Doorbell(doorbell)
 
 
 def _reserving_seconds(geometry: Geometry) -> float:

@@ -13,11 +13,12 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from shmbroker.call.call import Result
+from shmbroker.call.client_memory import ClientMemory
 from shmbroker.call.future import CallFuture
 from shmbroker.call.remote_op import CapturedCall, RemoteOp
 from shmbroker.call.report import Report
@@ -25,9 +26,6 @@ from shmbroker.call.statistics import OpStatistics
 from shmbroker.client.channel import Channel
 from shmbroker.errors import ChannelError, NoSuchService, ShmBrokerError, WorkerDraining, WorkerLost
 from shmbroker.lane.outputs import OutSpec
-
-if TYPE_CHECKING:
-    from shmbroker.client.client import Client
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +40,8 @@ _GONE = (WorkerLost, WorkerDraining)
 class FailoverChannel:
     """Made by :meth:`Client.failover_channel`; used like a :class:`Channel`. Thread-safe."""
 
-    def __init__(self, client: Client, service: str, open_channel: Open, patience: float) -> None:
-        self.client = client
+    def __init__(self, memory: ClientMemory, service: str, open_channel: Open, patience: float) -> None:
+        self.memory = memory
         self.service = service
         self.patience = patience
         self.failovers = 0
@@ -173,7 +171,10 @@ class FailoverChannel:
 
 
 class FailoverOp:
-    """Made by :meth:`FailoverChannel.bind`; used like a :class:`RemoteOp`."""
+    """Made by :meth:`FailoverChannel.bind`. Called, submitted and captured like a :class:`RemoteOp`.
+
+    Without ``keep``: what stays on a worker dies with it, and no other could go on from there.
+    """
 
     __slots__ = ("_bind", "_bound", "_channel", "_lock", "name")
 
@@ -230,7 +231,7 @@ class FailoverOp:
 
 
 class FailoverCapturedCall:
-    """Made by :meth:`FailoverOp.capture`."""
+    """Made by :meth:`FailoverOp.capture`; replayed and submitted like a :class:`CapturedCall`."""
 
     def __init__(self, op: FailoverOp, inputs: tuple[torch.Tensor, ...], arguments: dict[str, Any]) -> None:
         self._op = op
@@ -249,8 +250,19 @@ class FailoverCapturedCall:
             try:
                 return self._call.replay(**options)
             except _GONE as error:
-                self._op.move(self._channel, error)
-                self._channel, self._call = self._op.captured(self.inputs, self._arguments)
+                self._capture_again(error)
+
+    def submit(self, **options: Any) -> FailoverFuture:
+        """As :meth:`CapturedCall.submit`. A call that is lost is replayed when its result is asked for, or a callback waits for it."""
+        while True:
+            try:
+                return FailoverFuture(self._op, self._channel, self._call.submit(**options), lambda: self.replay(**options))
+            except _GONE as error:
+                self._capture_again(error)
+
+    def _capture_again(self, error: ShmBrokerError) -> None:
+        self._op.move(self._channel, error)
+        self._channel, self._call = self._op.captured(self.inputs, self._arguments)
 
 
 class FailoverFuture(concurrent.futures.Future[Result]):

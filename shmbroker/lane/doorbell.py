@@ -51,11 +51,12 @@ def shm_lane_supported() -> bool:
 class SemaphoreBell:
     """A named POSIX semaphore, made by the broker."""
 
-    __slots__ = ("_semaphore",)
+    __slots__ = ("_semaphore", "name")
 
     kind = Doorbell.SEM
 
     def __init__(self, name: str) -> None:
+        self.name = name
         # A peer may tell any name, and posix_ipc crashes on one with a zero in it.
         if names.parse(names.bell_path(name).removeprefix(f"{names.SHM_DIR}/")) is None:
             raise ChannelError(f"{name!r} is not the name of a doorbell")

@@ -46,7 +46,7 @@ class ShmClientLane:
 
     def __init__(self, segment: Segment, index: int, worker_bell: Bell) -> None:
         places = _Places(segment, index)
-        self._peer_bell = worker_bell
+        self.peer_bell = worker_bell
         self.depth = segment.geometry.depth
         self.doorbell: Doorbell = worker_bell.kind
         sender = SubmissionSender(segment, places.submissions, places.submissions_taken, places.worker_sleeping, worker_bell.ring)
@@ -59,7 +59,7 @@ class ShmClientLane:
 
     def close(self) -> None:
         """Give the worker's bell up, and the segment."""
-        self._peer_bell.close()
+        self.peer_bell.close()
         if hasattr(self, "submit"):
             del self.submit, self.nudge, self.receivers, self.take, self.ready
 
@@ -71,7 +71,7 @@ class ShmWorkerLane:
 
     def __init__(self, segment: Segment, index: int, client_bell: Bell) -> None:
         places = _Places(segment, index)
-        self._peer_bell = client_bell
+        self.peer_bell = client_bell
         self.doorbell: Doorbell = client_bell.kind
         self.sleeping = (segment.words, places.worker_sleeping // 8)
         """The word to set while blocked, for the client to see."""
@@ -84,6 +84,6 @@ class ShmWorkerLane:
 
     def close(self) -> None:
         """Give the client's bell up, and the segment."""
-        self._peer_bell.close()
+        self.peer_bell.close()
         if hasattr(self, "complete"):
             del self.complete, self.receiver, self.take, self.ready, self.sleeping

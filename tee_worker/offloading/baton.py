@@ -62,7 +62,7 @@ class PassingChannel:
     """A channel whose ops are such."""
 
     def __init__(self, channel: Channel | FailoverChannel, baton: Baton) -> None:
-        self.client = channel.client
+        self.memory = channel.memory
         self._channel = channel
         self._baton = baton
 

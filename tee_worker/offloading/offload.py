@@ -78,7 +78,7 @@ def offload(
         else:
             _fuse(model, line, projection)
     if Split.OP in splits.used():
-        products = SplitAttention(channel.client, line.bind(ops.MATMUL, out_spec=ops.matmul))
+        products = SplitAttention(channel.memory, line.bind(ops.MATMUL, out_spec=ops.matmul))
         attention.split(model, products, structure, splits)
     head = structure.head
     _replace(model, head.names[0], _linear(line, ops.LM_HEAD, head.names[0], head.in_features, head.out_features[0]))
@@ -95,7 +95,7 @@ def _move_layers(model: PreTrainedModel, channel: Line, structure: Structure, sp
         return None
     from tee_worker.offloading.remote_layers import RemoteAttention, RemoteFeedForward, RemoteLayer, Sessions, become, make_remote
 
-    sessions = Sessions(channel.client, model.config, remote)
+    sessions = Sessions(channel.memory, model.config, remote)
     for index in sorted(remote):
         layer = model.get_submodule(structure.layers[index])
         if of_layers[index] is Split.LAYER:

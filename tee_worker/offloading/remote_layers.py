@@ -14,8 +14,8 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, DynamicCache
 
+from shmbroker.call.client_memory import ClientMemory
 from shmbroker.call.remote_op import RemoteOp
-from shmbroker.client.client import Client
 from shmbroker.client.failover import FailoverOp
 from shmbroker.errors import BadInput
 from tee_worker.offloading.remote_cache import ON_THE_WORKER, counted, is_plain
@@ -29,9 +29,9 @@ Op = RemoteOp | FailoverOp
 class Sessions:
     """What all remote layers of one model share: the sessions by their caches. Thread-safe."""
 
-    def __init__(self, client: Client, config: PretrainedConfig, remote: frozenset[int]) -> None:
+    def __init__(self, memory: ClientMemory, config: PretrainedConfig, remote: frozenset[int]) -> None:
         """``remote``: the layers whose keys and values are on the worker."""
-        self._client = client
+        self._memory = memory
         self._config = config
         self._remote = remote
         self._numbers: weakref.WeakKeyDictionary[Cache, int] = weakref.WeakKeyDictionary()
@@ -107,7 +107,7 @@ class Sessions:
         """``tensor`` in shared memory: all layers of a pass are given the same one, which so is copied once."""
         known = getattr(self._placed, what, None)
         if known is None or known[0] is not tensor:
-            known = (tensor, self._client.copy_in(tensor))
+            known = (tensor, self._memory.copy_in(tensor))
             setattr(self._placed, what, known)
         inside: torch.Tensor = known[1]
         return inside
@@ -116,7 +116,7 @@ class Sessions:
         """The session's tensor, the same one for all layers of a pass."""
         known = getattr(self._placed, "session", None)
         if known is None or known[0] != (number, past):
-            known = self._placed.session = (number, past), self._client.copy_in(torch.tensor([number, past]))
+            known = self._placed.session = (number, past), self._memory.copy_in(torch.tensor([number, past]))
         inside: torch.Tensor = known[1]
         return inside
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from shmbroker.call.client_memory import ClientMemory
 from shmbroker.call.remote_op import RemoteOp
-from shmbroker.client.client import Client
 from shmbroker.client.failover import FailoverOp
 
 
@@ -115,8 +115,8 @@ class SplitAttention:
     block that the scores came in, which then is the next call's input.
     """
 
-    def __init__(self, client: Client, matmul: RemoteOp | FailoverOp) -> None:
-        self._client = client
+    def __init__(self, memory: ClientMemory, matmul: RemoteOp | FailoverOp) -> None:
+        self._memory = memory
         self._matmul = matmul
 
     def __call__(
@@ -148,12 +148,12 @@ class SplitAttention:
         mixed: torch.Tensor = self._matmul(scores, self._repeated(value, heads))
         batch, _, tokens, width = mixed.shape
         # The next projection takes [batch, tokens, heads * width]: laid out so here, it need not be copied in.
-        result = self._client.empty((batch, tokens, heads, width), mixed.dtype)
+        result = self._memory.empty((batch, tokens, heads, width), mixed.dtype)
         result.copy_(mixed.transpose(1, 2))
         return result
 
     def _repeated(self, tensor: torch.Tensor, heads: int) -> torch.Tensor:
         batch, kv_heads, length, width = tensor.shape
-        room = self._client.empty((batch, heads, length, width), tensor.dtype)
+        room = self._memory.empty((batch, heads, length, width), tensor.dtype)
         room.view(batch, kv_heads, heads // kv_heads, length, width).copy_(tensor[:, :, None])
         return room

@@ -58,8 +58,8 @@ def test_every_dtype_arrives_bit_for_bit(channel: Channel, dtype: torch.dtype) -
 def test_strided_views_of_any_shape_arrive_without_being_made_contiguous(channel: Channel, data: st.DataObject) -> None:
     shape = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=8))
     order = data.draw(st.permutations(range(len(shape))))
-    client = channel.client
-    x = client.empty([size * 2 for size in shape] if len(shape) < 5 else shape, torch.int32)
+    memory = channel.memory
+    x = memory.empty([size * 2 for size in shape] if len(shape) < 5 else shape, torch.int32)
     x.copy_(torch.arange(x.numel()).view(x.shape))
     view = x.permute(order)
     for dimension in range(view.dim()):
@@ -387,7 +387,7 @@ def test_shapes_that_are_none_are_refused(client: shmbroker.Client, shape: tuple
 def test_a_future_that_nobody_holds_lets_its_tensors_go_at_once(channel: Channel) -> None:
     """Without the collector: call and future do not keep each other alive."""
     double = channel.bind("double")
-    before = channel.client.arena.occupancy().blocks
+    before = channel.memory.arena.occupancy().blocks
     gc.collect()
     gc.disable()
     try:
@@ -399,7 +399,7 @@ def test_a_future_that_nobody_holds_lets_its_tensors_go_at_once(channel: Channel
                 concurrent.futures.wait([future], 10)
             assert future.result().sum() == 200
             del future
-        wait_until(lambda: channel.client.arena.occupancy().blocks == before, 10.0)  # the background thread has to see it too
+        wait_until(lambda: channel.memory.arena.occupancy().blocks == before, 10.0)  # the background thread has to see it too
     finally:
         gc.enable()
 

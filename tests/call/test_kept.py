@@ -10,7 +10,13 @@ import pytest
 import torch
 
 import shmbroker
+from shmbroker.arena.room import room_for
+from shmbroker.call.call import Call, clock_ns
+from shmbroker.call.plan import Plan
+from shmbroker.call.statistics import OpStatistics
 from shmbroker.client.channel import Channel
+from shmbroker.lane.frames import FrameTemplate
+from shmbroker.lane.outputs import Outputs
 from shmbroker.memory.layout import Space
 from tests.processes import worker_process
 
@@ -142,9 +148,12 @@ def test_hostile_frames_about_kept_tensors_are_refused_and_the_worker_lives(
     channel = client.channel("test")
     double = channel.bind("add")
     kept = double.keep(torch.ones(4))
-    call, offsets, generations = double._prepare((torch.ones(4),), 5.0, {})
-    call.plan.template.__init__(  # type: ignore[misc]
-        1,
+    places = [client.arena.place(room_for(torch.Size((4,)), torch.float32)) for _ in ("input", "output")]
+    offsets, generations = [place[1] for place in places], [place[2] for place in places]
+    spec = shmbroker.TensorSpec((4,), torch.float32)
+    plan = Plan(channel.pair, OpStatistics("add"), double.op_id, [torch.ones(4)], Outputs((spec,), True), b"")
+    plan.template = FrameTemplate(
+        double.op_id,
         [(shmbroker.TensorSpec(shape, torch.float32), (1,)) for shape in inputs],
         [(shmbroker.TensorSpec(shape, torch.float32), (1,)) for shape in outputs],
         b"",
@@ -152,7 +161,8 @@ def test_hostile_frames_about_kept_tensors_are_refused_and_the_worker_lives(
     )
     for index, number in enumerate(numbers):
         offsets[index] = kept.number if number is None else number
-    channel.submit(call, call.plan.template, offsets, generations)
+    call = Call(plan, (), (), clock_ns(), 0)
+    channel.pair.submit(call, plan.template, offsets, generations)
     with pytest.raises(shmbroker.BadFrame, match=complaint):
         double.wait(call)
     assert kept.fetch().tolist() == [1, 1, 1, 1]

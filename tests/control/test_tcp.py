@@ -132,8 +132,8 @@ def test_nobody_without_the_members_key_gets_a_word_through(world: World, client
     channel = client.channel("test", lane="zmq")
     targets = {
         "broker": (world.endpoint, m.encode(m.GetStatus(), 1), b"x"),
-        "worker": (channel._requester.endpoint, m.encode(m.CloseChannel(channel._opened.channel), 1), b"x"),
-        "lane": (channel._opened.endpoint, READY, COMPLETE + b"x"),
+        "worker": (channel.endpoint, m.encode(m.CloseChannel(channel.opened.channel), 1), b"x"),
+        "lane": (channel.opened.endpoint, READY, COMPLETE + b"x"),
     }
     member = {zmq.CURVE_SERVERKEY: keys.server.public, zmq.CURVE_PUBLICKEY: keys.member.public, zmq.CURVE_SECRETKEY: keys.member.secret}
     with zmq.Context() as context:

@@ -79,20 +79,20 @@ class HostileClient:
     def __init__(self, client: shmbroker.Client, service: str = "test", doorbell: str = "sem") -> None:
         self.client = client
         self.channel: Channel = client.channel(service, lane="shm", doorbell=doorbell)
-        self.channel.completions.remove(self.channel)  # its answers are read by hand
+        self.channel.pair.completions.remove(self.channel.pair)  # its answers are read by hand
         self._look = client.channel(service, lane="shm").bind("double")
         self._word = client.empty((1,)).fill_(1.0)
-        segment = client._segment
+        segment = client.segment
         geometry = segment.geometry
         self.raw = RawSegment(segment.name, geometry.channel_offset(self.channel.index), geometry.depth)
         self.depth = geometry.depth
         self.arena = range(geometry.arena_offset, geometry.total_bytes)
         self.position = 0
-        self._bell = self.channel._lane._peer_bell  # type: ignore[union-attr]
+        self._bell = self.channel.pair.lane.peer_bell  # type: ignore[union-attr]
 
     def bind(self, op: str, **static: Any) -> int:
         """The op's number on the hostile channel."""
-        return self.channel.bind(op, **static)._op_id
+        return self.channel.bind(op, **static).op_id
 
     def ring(self) -> None:
         """Wake the worker."""
@@ -269,6 +269,6 @@ class HostileWorker:
 
     def queues(self, client: shmbroker.Client) -> RawSegment:
         """The channel area that the client opened last."""
-        geometry = client._segment.geometry
+        geometry = client.segment.geometry
         opening = self.openings[-1]
         return RawSegment(opening.segment, geometry.channel_offset(opening.index), geometry.depth)

@@ -223,7 +223,7 @@ def test_times_that_no_call_can_have_taken_are_bounded_by_those_of_the_call(op: 
     future = op.submit(ONE)
     by_hand.complete(1, queued_ns=(1 << 64) - 1, compute_ns=(1 << 64) - 1)
     future.result()
-    (told,) = channel._statistics
+    (told,) = channel.statistics
     assert 0 <= told.compute_ns <= told.rpc_ns
     assert 0 <= told.queued_ns <= told.rpc_ns
 
@@ -285,9 +285,9 @@ def test_a_flood_of_completions_does_not_keep_a_caller_beyond_its_timeout(
         op = client.channel("hostile", doorbell="sem").bind("anything", out_spec=lambda x: x)
         raw = hostile.queues(client)
         raw.completions[:, 24:28].view(np.uint32)[:] = text_bytes
-        area = client._segment.geometry.channel_offset(0)
-        places = [area + client._segment.geometry.completions_offset, area + layout.ChannelHeader.completions_taken.offset, raw.depth]
-        command = [sys.executable, str(PROGRAMS / "flood.py"), names.SHM_DIR + client._segment.name, *map(str, places)]
+        area = client.segment.geometry.channel_offset(0)
+        places = [area + client.segment.geometry.completions_offset, area + layout.ChannelHeader.completions_taken.offset, raw.depth]
+        command = [sys.executable, str(PROGRAMS / "flood.py"), names.SHM_DIR + client.segment.name, *map(str, places)]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as flood:
             assert flood.stdout is not None
             assert flood.stdout.readline() == b"ready\n"

@@ -345,7 +345,9 @@ def test_a_peer_names_no_other_file_as_its_segment(to_broker: Wire, segment: str
 
 
 def opening(owner: shmbroker.Client, /, **changes: Any) -> m.OpenChannel:
-    proper = m.OpenChannel(owner.id, "x", this_process(), owner._segment.name, 0, "test", "shm", "sem", owner._bell_name)
+    proper = m.OpenChannel(
+        owner.id, "x", this_process(), owner.segment.name, 0, "test", "shm", "sem", names.bell_name(owner.instance, owner.id)
+    )
     return m.OpenChannel(**{**{name: getattr(proper, name) for name in proper.__struct_fields__}, **changes})
 
 
@@ -362,16 +364,16 @@ def victim(broker: shmbroker.LocalBroker, worker: Footprint) -> Iterator[shmbrok
 
 def test_no_segment_of_another_can_be_opened(to_worker: Wire, client: shmbroker.Client, victim: shmbroker.Client) -> None:
     for changes in (
-        {"segment": victim._segment.name},
-        {"segment": victim._segment.name, "bell": victim._bell_name},
+        {"segment": victim.segment.name},
+        {"segment": victim.segment.name, "bell": names.bell_name(victim.instance, victim.id)},
         {"client": victim.id},
-        {"bell": victim._bell_name},
+        {"bell": names.bell_name(victim.instance, victim.id)},
     ):
         assert isinstance(to_worker.ask(opening(client, **changes)), m.Refused)
 
 
 def test_an_area_that_is_open_is_not_opened_by_another_process(to_worker: Wire, victim: shmbroker.Client) -> None:
-    (channel,) = victim._channels
+    (channel,) = victim.channels
     answer = to_worker.ask(opening(victim, index=channel.index, process=process_of(1)))
     assert isinstance(answer, m.Refused)
     assert "is open for process" in answer.text

@@ -14,7 +14,7 @@ import pytest
 
 import shmbroker
 from shmbroker.memory.layout import CompletionFrame, Space, Status, SubmissionFrame, TensorDescriptor
-from shmbroker.memory.names import bell_path
+from shmbroker.memory.names import bell_name, bell_path
 from tests.hostile.conftest import HonestClient, honest_client
 from tests.hostile.mutation import Mutator
 from tests.hostile.peer import Bytes, Footprint, HostileClient, field_bytes, lies_inside, repeating, valid_frame, words_of
@@ -90,7 +90,7 @@ def nothing_else_touched(hostile: HostileClient) -> Iterator[None]:
     raw = hostile.raw
     start = raw.bytes.size - len(hostile.arena)
     assert start == hostile.arena.start
-    geometry = hostile.client._segment.geometry
+    geometry = hostile.client.segment.geometry
     untouched = raw.bytes[geometry.channels_offset : geometry.channels_offset + 2 * geometry.channel_bytes]
     untouched[:] = np.random.default_rng(1).integers(256, size=untouched.size, dtype=np.uint8)  # two areas that are not open
     before, header = untouched.copy(), raw.bytes[:256].copy()
@@ -284,7 +284,7 @@ def test_words_of_nonsense_harm_only_who_wrote_them(hostile: HostileClient, hone
 
 def test_a_bell_that_can_be_rung_no_more_harms_nobody(hostile: HostileClient) -> None:
     """Its count as high as it goes, every further ring is an error."""
-    path = bell_path(hostile.client._bell_name)
+    path = bell_path(bell_name(hostile.client.instance, hostile.client.id))
     with open(path, "r+b") as bell:
         bell.write((0x7FFFFFFF).to_bytes(4, "little"))
     frame = np.frombuffer(bytes(some_valid_frames(hostile)[0]), dtype=np.uint8)[None]

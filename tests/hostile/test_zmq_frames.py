@@ -68,11 +68,11 @@ def test_frames_of_any_length_and_content_are_answered_once_each(
     client: shmbroker.Client, honest: HonestClient, worker: Footprint, context: zmq.Context[zmq.Socket[bytes]]
 ) -> None:
     channel = client.channel("test", lane="zmq")
-    op_id = channel.bind("double")._op_id
-    channel._lane.close()  # its sockets' identities are wanted
-    by_hand = ByHand(context, channel._opened.endpoint, channel._opened.token)
-    start = client._segment.geometry.arena_offset
-    arena = range(start, client._segment.geometry.total_bytes)
+    op_id = channel.bind("double").op_id
+    channel.pair.lane.close()  # its sockets' identities are wanted
+    by_hand = ByHand(context, channel.opened.endpoint, channel.opened.token)
+    start = client.segment.geometry.arena_offset
+    arena = range(start, client.segment.geometry.total_bytes)
     valid = valid_frame(op_id, [(start, 1, (4, 4), (4, 1)), (start + 4096, 1, (4, 4), (4, 1))], 1)
     frames = Mutator([valid], arena, SEED).batch(FRAMES)
     random = np.random.default_rng(SEED)
@@ -88,7 +88,7 @@ def test_frames_of_any_length_and_content_are_answered_once_each(
     assert {Status.OK, Status.BAD_FRAME} <= statuses
     for parts in ([b""], [bytes(SubmissionFrame())] * 3, [b"", b""]):
         by_hand.submissions.send_multipart(parts)
-    stranger = ByHand(context, channel._opened.endpoint, secrets.token_bytes(16))
+    stranger = ByHand(context, channel.opened.endpoint, secrets.token_bytes(16))
     stranger.submissions.send(bytes(valid))  # a token that no channel has
     by_hand.submissions.send(bytes(layout.SUBMISSION_SLOT_BYTES + 1))  # ends this connection
     stranger.close()

@@ -136,20 +136,20 @@ def test_the_picture_is_true_to_the_blocks(metered: Metered) -> None:
         del kept[::2]
 
         def told() -> list[int]:
-            return [block.offset for block in read_figures(client._segment.name).arena.blocks]
+            return [block.offset for block in read_figures(client.segment.name).arena.blocks]
 
         held = sorted(client.arena.find(tensor).offset for tensor in kept)  # type: ignore[union-attr]
         wait_until(lambda: told() == held)
-        arena = read_figures(client._segment.name).arena
+        arena = read_figures(client.segment.name).arena
         assert (arena.held_blocks, arena.held_bytes) == (50, 50 << 12)
         kept += [client.empty((1 << 8,)) for _ in range(100)]
-        wait_until(lambda: read_figures(client._segment.name).arena.held_blocks == 150)
-        arena = read_figures(client._segment.name).arena
+        wait_until(lambda: read_figures(client.segment.name).arena.held_blocks == 150)
+        arena = read_figures(client.segment.name).arena
         assert len(arena.blocks) == layout.PICTURED_BLOCKS
         assert arena.held_bytes == (50 << 12) + (100 << 10)
         picture: Arena = client.arena
         before = picture.occupancy().placed
-        assert read_figures(client._segment.name).arena.placed_blocks == before
+        assert read_figures(client.segment.name).arena.placed_blocks == before
 
 
 def test_buckets_and_quantiles() -> None:

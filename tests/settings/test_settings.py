@@ -176,7 +176,7 @@ def test_python_takes_what_is_not_given_from_the_settings(monkeypatch: pytest.Mo
     assert shmbroker.Worker().service == "other"
     assert shmbroker.Worker("given").service == "given"
     with shmbroker.local_broker(), shmbroker.connect() as client:
-        assert (client.arena.nbytes, client.timeout, len(client._free_areas)) == (1 << 20, 7.0, 3)
+        assert (client.arena.nbytes, client.timeout, client.segment.geometry.channel_count) == (1 << 20, 7.0, 3)
         with pytest.raises(shmbroker.NoSuchService, match="'other'"):
             client.channel(wait=0)
         with shmbroker.connect(arena="2M", timeout=None) as other:

@@ -89,7 +89,7 @@ def _measured(channel: Channel, asked: Asked) -> Check:
             "run the same release of shmbroker there",
             **figures,
         )
-    x = channel.client.empty((ELEMENTS,)).fill_(1.0)
+    x = channel.memory.empty((ELEMENTS,)).fill_(1.0)
     for _ in range(WARM_UP_CALLS):
         echo(x)
     taken = []

@@ -1,0 +1,174 @@
+"""Opening a channel: finding a worker that offers a service, and making the two ends of the lane to it."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from dataclasses import dataclass
+
+import zmq
+
+from shmbroker.call.completions import CompletionLoop
+from shmbroker.call.queue_pair import QueuePair
+from shmbroker.control import messages as m
+from shmbroker.control.joining import ask_broker
+from shmbroker.control.liveness import Watch, this_process
+from shmbroker.control.sockets import Requester
+from shmbroker.errors import ChannelError, NoSuchService, ShmBrokerError, WorkerLost
+from shmbroker.lane.doorbell import PollingBell, SemaphoreBell
+from shmbroker.lane.kinds import Doorbell, Lane
+from shmbroker.lane.shm_lane import CLIENT_SLEEPING, ShmClientLane, clear_channel
+from shmbroker.lane.waiter import Waiter
+from shmbroker.lane.zmq_lane import ZmqClientLane
+from shmbroker.memory.segment import Segment
+from shmbroker.trace.writer import Trace
+
+_SERVICE_POLL_SECONDS = 0.05
+
+LOOK_SECONDS = 25e-6
+"""How long whoever waits for a completion looks for it before deadlines and the doorbell are thought of."""
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who a client is, to its broker and its workers."""
+
+    instance: str
+    id: str
+    name: str
+    bell_name: str
+    """The doorbell that workers ring."""
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A channel that a worker has opened, from the client's side."""
+
+    worker: m.WorkerInfo
+    answer: m.ChannelOpened
+    requester: Requester
+    """To ask the worker by."""
+    pair: QueuePair
+
+
+class Opener:
+    """Finds workers and opens channels to them. Thread-safe.
+
+    ``broker``: to ask the broker by. ``bell``: what this process sleeps on. ``spin``: seconds to look for a completion before sleeping. ``trace``: where
+    calls are told, if anywhere.
+    """
+
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        broker: Requester,
+        identity: Identity,
+        segment: Segment,
+        bell: SemaphoreBell,
+        spin: float,
+        trace: Trace | None,
+    ) -> None:
+        self._context = context
+        self._broker = broker
+        self._identity = identity
+        self._segment = segment
+        self._bell = bell
+        self._spin = spin
+        self._trace = trace
+        self._lock = threading.Lock()
+        self._loops: dict[Doorbell, CompletionLoop] = {}
+
+    def find(self, service: str, wait: float, passed_over: frozenset[str]) -> m.WorkerInfo:
+        """A worker that offers ``service`` and is none of ``passed_over``, waiting ``wait`` seconds for one. Raises :class:`NoSuchService`."""
+        until = time.monotonic() + wait
+        instance = self._identity.instance
+        while True:
+            with self._lock:
+                found = ask_broker(self._broker, m.FindService(service), m.Found, instance)
+            for worker in found.workers:
+                if worker.peer not in passed_over:
+                    return worker
+            if time.monotonic() >= until:
+                there = ", ".join(map(repr, found.services)) or "none at all"
+                raise NoSuchService(
+                    f"no worker offers service {service!r} on instance {instance!r} (offered: {there}) and none came within {wait:g} s: "
+                    "start one, e.g. 'gpu-worker serve --model DIR'"
+                )
+            time.sleep(_SERVICE_POLL_SECONDS)
+
+    def open(self, service: str, worker: m.WorkerInfo, lane: Lane, doorbell: Doorbell, index: int) -> Opened:
+        """Have ``worker`` open a channel on area ``index``. Raises :class:`WorkerLost`, :class:`ChannelError`, and what the worker refuses it with."""
+        clear_channel(self._segment, index)
+        identity = self._identity
+        with contextlib.ExitStack() as undo:
+            requester = Requester(self._context, worker.endpoint)
+            undo.callback(requester.close)
+            opening = m.OpenChannel(
+                client=identity.id,
+                client_name=identity.name,
+                process=this_process(),
+                segment=self._segment.name,
+                index=index,
+                service=service,
+                lane=lane.value,
+                doorbell=doorbell.value,
+                bell=identity.bell_name,
+            )
+            watch = Watch(worker.process)
+            try:
+                # fault: before channel opened
+                answer = requester.ask(opening, m.ChannelOpened, alive=watch.alive)
+                # fault: after channel opened
+                end, loop = self._end(answer, index)
+            except TimeoutError as error:
+                who = f"worker {worker.name!r} (pid {worker.process.pid})"
+                if not watch.alive():
+                    raise WorkerLost(f"{who} died while a channel to it was opened") from None
+                raise ChannelError(f"{who} does not answer: {error}") from None
+            except ValueError as error:
+                if isinstance(error, ShmBrokerError):
+                    raise
+                raise ChannelError(f"worker {worker.name!r} (pid {worker.process.pid}) answered what cannot be used: {error}") from None
+            finally:
+                watch.close()
+            undo.pop_all()
+        return Opened(worker, answer, requester, self._pair(service, worker, answer, end, loop))
+
+    def _end(self, answer: m.ChannelOpened, index: int) -> tuple[ShmClientLane | ZmqClientLane, CompletionLoop]:
+        """The client's end of the lane that the worker chose, and the loop that waits for what comes out of it."""
+        if Lane(answer.lane) is Lane.SHM:
+            doorbell = Doorbell(answer.doorbell)
+            worker_bell = SemaphoreBell(answer.bell) if doorbell is Doorbell.SEM else PollingBell()
+            return ShmClientLane(self._segment, index, worker_bell), self._loop(doorbell)
+        end = ZmqClientLane(self._context, answer.endpoint, answer.token, self._segment.geometry.depth)
+        return end, CompletionLoop(lambda ready, receivers, seconds: end.wait(seconds))
+
+    def _pair(
+        self,
+        service: str,
+        worker: m.WorkerInfo,
+        answer: m.ChannelOpened,
+        end: ShmClientLane | ZmqClientLane,
+        loop: CompletionLoop,
+    ) -> QueuePair:
+        if self._trace is None:
+            return QueuePair(service, worker, end, loop)
+        from shmbroker.call.traced_queue_pair import TracedQueuePair
+
+        return TracedQueuePair(self._trace, answer.channel, service, worker, end, loop)
+
+    def _loop(self, doorbell: Doorbell) -> CompletionLoop:
+        """The waiters on this process's doorbell: one loop for all channels of the shm lane that use it."""
+        with self._lock:
+            if doorbell not in self._loops:
+                bell = self._bell if doorbell is Doorbell.SEM else PollingBell()
+                waiter = Waiter(bell, self._spin, [(self._segment.words, CLIENT_SLEEPING // 8)])
+                self._loops[doorbell] = CompletionLoop(waiter.wait, min(self._spin, LOOK_SECONDS))
+            return self._loops[doorbell]
+
+    def close(self) -> None:
+        """End the loops' background threads, once all channels are closed."""
+        for loop in self._loops.values():
+            loop.close()
+        self._loops.clear()

@@ -1,0 +1,37 @@
+"""Which lane and doorbell a channel uses: what its client asks for, and what its worker agrees to."""
+
+from __future__ import annotations
+
+from shmbroker.errors import BadInput, ChannelError
+from shmbroker.lane.doorbell import shm_lane_supported
+from shmbroker.lane.kinds import Doorbell, Lane
+
+
+def asked(lane: str, doorbell: str) -> tuple[Lane, Doorbell]:
+    """The client's side: what to ask for. ``auto`` is the fastest that this machine can do. Raises :class:`BadInput`."""
+    if lane not in ("auto", "shm", "zmq"):
+        raise BadInput(f"lane {lane!r} is not known; there are: auto, shm, zmq")
+    if doorbell not in ("auto", "sem", "poll"):
+        raise BadInput(f"doorbell {doorbell!r} is not known; there are: auto, sem, poll")
+    if lane == "zmq" or (lane == "auto" and not shm_lane_supported()):
+        if doorbell != "auto":
+            raise BadInput(f"doorbell {doorbell!r} belongs to lane shm; lane zmq has its socket")
+        return Lane.ZMQ, Doorbell.SOCKET
+    if not shm_lane_supported():
+        raise BadInput("lane shm needs x86-64, where plain stores are seen in order: use lane zmq")
+    return Lane.SHM, Doorbell.SEM if doorbell == "auto" else Doorbell(doorbell)
+
+
+def agreed(lane: str, doorbell: str) -> tuple[Lane, Doorbell]:
+    """The worker's side: what the client asked for, where this side can do it too. Raises :class:`ChannelError`."""
+    try:
+        wanted = Lane(lane), Doorbell(doorbell)
+    except ValueError as error:
+        raise ChannelError(f"{error}; lanes: shm, zmq; doorbells: sem, poll") from None
+    if wanted[0] is Lane.ZMQ:
+        return Lane.ZMQ, Doorbell.SOCKET
+    if not shm_lane_supported():
+        raise ChannelError("the shm lane needs x86-64 at both ends: use lane zmq")
+    if wanted[1] is Doorbell.SOCKET:
+        raise ChannelError("doorbell socket belongs to lane zmq; lane shm takes sem or poll")
+    return wanted
