@@ -49,7 +49,7 @@ _REENTERED = (
 _CLOSED = "the client is closed: its arena places no more tensors"
 
 
-class Place(NamedTuple):
+class Location(NamedTuple):
     """Where a tensor lies: offset of its first element in the segment, and the generation of the block around it."""
 
     offset: int
@@ -193,7 +193,7 @@ class Arena:
             self.copied_bytes += inside.nbytes
         return inside
 
-    def find(self, tensor: torch.Tensor) -> Place | None:
+    def find(self, tensor: torch.Tensor) -> Location | None:
         """Where ``tensor`` lies, or None when it does not lie in a block of this arena (A3).
 
         One that torch shows with another sign than its bytes have (``imag`` of a conjugate) is taken for one that lies elsewhere.
@@ -211,7 +211,7 @@ class Arena:
         block = self.blocks.get(offset - int(tensor.storage_offset()) * tensor.element_size())
         if block is None:
             block = self._around(offset)
-        return None if block is None else Place(offset, block.generation)
+        return None if block is None else Location(offset, block.generation)
 
     def _around(self, offset: int) -> Extent | None:
         with self._alone():

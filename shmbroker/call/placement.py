@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from shmbroker.arena.arena import Place
+from shmbroker.arena.arena import Location
 from shmbroker.arena.room import Room
 from shmbroker.call.client_memory import ClientMemory
 from shmbroker.call.kept import KeptBooks
@@ -73,11 +73,11 @@ class Placement:
             offsets.append(offset)
             generations.append(generation)
 
-    def find_on_device(self, tensor: torch.Tensor) -> Place | None:
+    def find_on_device(self, tensor: torch.Tensor) -> Location | None:
         """Where ``tensor`` lies in the client's device arena, once the worker has opened it; else None, and the tensor is copied."""
         arena = self.memory.device
-        place = None if arena is None else arena.find(tensor)
-        if place is None or arena is None:
+        location = None if arena is None else arena.find(tensor)
+        if location is None or arena is None:
             return None
         if self._device_opened is None:
             try:
@@ -87,7 +87,7 @@ class Placement:
                 self._device_opened = False
                 who = self._pair.peer_text()
                 log.warning("%s cannot use the device arena: its tensors are copied through shared memory (%s)", who, error)
-        return place if self._device_opened else None
+        return location if self._device_opened else None
 
     def _limit(self, timeout: float | None) -> float:
         """Seconds to wait for room, of a call that may take ``timeout``."""

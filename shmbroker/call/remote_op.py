@@ -184,12 +184,12 @@ class RemoteOp:
             return tensor, tensor.number_in(self._placement.kept), 1, Space.KEPT
         if not isinstance(tensor, torch.Tensor):
             tensor = as_tensor(tensor)
-        place = self._arena.find(tensor)
-        if place is not None:
-            return tensor, place.offset, place.generation, Space.SEGMENT
-        place = self._placement.find_on_device(tensor)
-        if place is not None:
-            return tensor, place.offset, place.generation, Space.DEVICE
+        location = self._arena.find(tensor)
+        if location is not None:
+            return tensor, location.offset, location.generation, Space.SEGMENT
+        location = self._placement.find_on_device(tensor)
+        if location is not None:
+            return tensor, location.offset, location.generation, Space.DEVICE
         if tensor.is_meta or tensor.layout is not torch.strided:
             raise BadInput(f"op {self.name!r}: a {tensor.layout} tensor on {tensor.device} has no bytes to hand over")
         begun_ns = clock_ns()

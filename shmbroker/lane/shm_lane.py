@@ -15,7 +15,7 @@ CLIENT_SLEEPING = layout.offset_of(layout.SegmentHeader, "client_sleeping")
 """Offset in the segment (bytes) of the word that the client sets while it is blocked."""
 
 
-class _Places:
+class _Offsets:
     """Where the parts of one channel area lie, as offsets in the segment (bytes)."""
 
     def __init__(self, segment: Segment, index: int) -> None:
@@ -45,12 +45,12 @@ class ShmClientLane:
     socket_bytes = 0
 
     def __init__(self, segment: Segment, index: int, worker_bell: Bell) -> None:
-        places = _Places(segment, index)
+        offsets = _Offsets(segment, index)
         self.peer_bell = worker_bell
         self.depth = segment.geometry.depth
         self.doorbell: Doorbell = worker_bell.kind
-        sender = SubmissionSender(segment, places.submissions, places.submissions_taken, places.worker_sleeping, worker_bell.ring)
-        receiver = CompletionReceiver(segment, places.completions, places.completions_taken)
+        sender = SubmissionSender(segment, offsets.submissions, offsets.submissions_taken, offsets.worker_sleeping, worker_bell.ring)
+        receiver = CompletionReceiver(segment, offsets.completions, offsets.completions_taken)
         self.receivers: tuple[Receiver, ...] = (receiver,)
         self.submit = sender.submit
         self.nudge = sender.nudge
@@ -70,13 +70,13 @@ class ShmWorkerLane:
     kind = Lane.SHM
 
     def __init__(self, segment: Segment, index: int, client_bell: Bell) -> None:
-        places = _Places(segment, index)
+        offsets = _Offsets(segment, index)
         self.peer_bell = client_bell
         self.doorbell: Doorbell = client_bell.kind
-        self.sleeping = (segment.words, places.worker_sleeping // 8)
+        self.sleeping = (segment.words, offsets.worker_sleeping // 8)
         """The word to set while blocked, for the client to see."""
-        sender = CompletionSender(segment, places.completions, places.completions_taken, CLIENT_SLEEPING, client_bell.ring)
-        self.receiver = SubmissionReceiver(segment, places.submissions, places.submissions_taken)
+        sender = CompletionSender(segment, offsets.completions, offsets.completions_taken, CLIENT_SLEEPING, client_bell.ring)
+        self.receiver = SubmissionReceiver(segment, offsets.submissions, offsets.submissions_taken)
         self.complete = sender.complete
         """False when the client has left its queue full, against the rules."""
         self.take = self.receiver.take

@@ -17,7 +17,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from shmbroker.arena.arena import Arena, Place, Room
+from shmbroker.arena.arena import Arena, Location, Room
 from shmbroker.arena.ring import Extent, largest_request
 from shmbroker.arena.spec import CODE_OF, NUMPY_OF
 from shmbroker.errors import ArenaBusy, ArenaFull, ArenaTooSmall, BadInput
@@ -86,9 +86,9 @@ class Cycle:
         self.me = self
 
 
-def _place(arena: Arena, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, Place]:
+def _place(arena: Arena, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, Location]:
     tensor, offset, generation = arena.place(Room(shape, dtype))
-    return tensor, Place(offset, generation)
+    return tensor, Location(offset, generation)
 
 
 def _blocks(arena: Arena) -> int:
