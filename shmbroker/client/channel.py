@@ -384,8 +384,8 @@ class Channel:
             doorbell=self.doorbell,
             control=self.control,
             calls=sum(s.calls for s in self._statistics),
-            bytes_out=sum(s.bytes_out for s in self._statistics),
-            bytes_in=sum(s.bytes_in for s in self._statistics),
+            sent_bytes=sum(s.bytes_out for s in self._statistics),
+            received_bytes=sum(s.bytes_in for s in self._statistics),
             socket_bytes=self._lane.socket_bytes,
         )
 

@@ -30,7 +30,6 @@ from shmbroker.control.liveness import Watch, this_process
 from shmbroker.control.sockets import Requester
 from shmbroker.errors import BadInput, ChannelError, NoSuchService, ShmBrokerError, WorkerLost
 from shmbroker.lane.doorbell import PollingBell, SemaphoreBell, shm_lane_supported
-from shmbroker.lane.kinds import Doorbell, Lane
 from shmbroker.lane.shm_lane import CLIENT_SLEEPING, ShmClientLane, clear_channel
 from shmbroker.lane.waiter import Waiter
 from shmbroker.lane.zmq_lane import ZmqClientLane
@@ -38,7 +37,8 @@ from shmbroker.memory import layout, names
 from shmbroker.memory.geometry import Geometry
 from shmbroker.memory.hold import Hold, unlink_own
 from shmbroker.memory.segment import Segment
-from shmbroker.memory.stores import place
+from shmbroker.memory.stores import store
+from shmbroker.settings.kinds import Doorbell, Lane
 from shmbroker.settings.load import current
 from shmbroker.settings.sizes import parse_bytes
 from shmbroker.trace.writer import Trace
@@ -143,7 +143,7 @@ class Client:
             # fault: before segment held
             self._segment = Segment.attach(made.name, hold=True)
             # fault: after segment held
-            stack.callback(place().unlink_own, made.name)
+            stack.callback(store().unlink_own, made.name)
             stack.callback(self._segment.close)
             bell = ask_broker(self._requester, m.MakeBell(self.id, this_process()), m.Made, instance)
             self._bell_name = bell.name

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import shmbroker
-from shmbroker.broker.broker import SWEEP_SECONDS
+from shmbroker.broker.peers import SWEEP_SECONDS
 from shmbroker.memory import names
 from shmbroker.memory.reaper import objects
 from tests.processes import run, running, wait_until, worker_process
@@ -32,7 +32,7 @@ def segments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A plain file of 64 MiB in the place of a device's memory."""
+    """A plain file of 64 MiB instead of a device's memory."""
     file = tmp_path / "memory"
     with file.open("wb") as made:
         os.posix_fallocate(made.fileno(), 0, 64 << 20)
@@ -100,14 +100,14 @@ def _refused() -> bool:
     ("told", "says"),
     [("path:relative", "an absolute path"), ("/dev/shm", "give path:"), ("path:/no/such/folder", "mount it, or make the folder")],
 )
-def test_a_place_that_cannot_be_is_told_when_the_broker_starts(told: str, says: str) -> None:
+def test_a_store_that_cannot_be_is_told_when_the_broker_starts(told: str, says: str) -> None:
     done = run(sys.executable, "-m", "shmbroker", "serve", "--instance", "nowhere", SHMBROKER_SEGMENTS=told)
     assert done.returncode == 1
     assert says in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_a_worker_that_was_told_another_place_says_what_to_look_at(instance_of: str) -> None:
+def test_a_worker_that_was_told_another_store_says_what_to_look_at(instance_of: str) -> None:
     refused = pytest.raises(shmbroker.ShmBrokerError, match=r"\$SHMBROKER_SEGMENTS is not the same")
     with worker_process(SHMBROKER_SEGMENTS=""), shmbroker.connect(arena="4M") as client, refused:
         client.channel("test")
