@@ -17,6 +17,7 @@ import torch
 import shmbroker
 from shmbroker import TensorSpec
 from shmbroker.memory import layout, names
+from shmbroker.memory.segment import Segment
 from shmbroker.monitoring.figures import read_figures
 from shmbroker.monitoring.metrics import MOST_OF_A_CLIENT
 from tests.monitoring.conftest import Metered, MeteredBroker
@@ -127,7 +128,7 @@ def test_a_client_that_writes_rubbish_harms_neither_broker_nor_top(metered: Mete
     ):
         client.channel("test")
         honest.channel("test")
-        segment = client._segment
+        segment = Segment.attach(names.segment_name(client.instance, client.id), hold=False)
         wait_until(lambda: bool(read_figures(segment.name).channels))
         start, end = layout.offset_of(layout.SegmentHeader, "arena"), segment.geometry.channels_offset
         if kind == "header":
@@ -187,7 +188,7 @@ def looked_at_safely(metered: Metered, *, spoilt: bool) -> None:
 
 def test_resident_memory_stays_below_40_mib_under_scrapes(metered: Metered, caller: subprocess.Popen[bytes]) -> None:
     with shmbroker.connect(arena="1M", name="many", channels=1024, depth=1) as client:
-        segment = client._segment
+        segment = Segment.attach(names.segment_name(client.instance, client.id), hold=False)
         start, end = segment.geometry.statistics_offset, segment.geometry.channels_offset
         for _ in range(10):
             segment.map[start:end] = b"\x41" * (end - start)

@@ -21,7 +21,7 @@ import pytest
 import shmbroker
 from shmbroker.arena.arena import Arena
 from shmbroker.call.statistics import no_calls, published
-from shmbroker.memory import layout
+from shmbroker.memory import layout, names
 from shmbroker.monitoring.figures import quantile_ns, read_figures, upper_bound_ns
 from tests.monitoring.conftest import Metered
 from tests.processes import run, wait_until
@@ -132,24 +132,25 @@ def test_map_says_what_there_is_when_it_finds_nothing(metered: Metered) -> None:
 
 def test_the_picture_is_true_to_the_blocks(metered: Metered) -> None:
     with shmbroker.connect(arena="1M", name="blocks") as client:
+        segment = names.segment_name(client.instance, client.id)
         kept = [client.empty((1 << 10,)) for _ in range(100)]
         del kept[::2]
 
         def told() -> list[int]:
-            return [block.offset for block in read_figures(client._segment.name).arena.blocks]
+            return [block.offset for block in read_figures(segment).arena.blocks]
 
         held = sorted(client.arena.find(tensor).offset for tensor in kept)  # type: ignore[union-attr]
         wait_until(lambda: told() == held)
-        arena = read_figures(client._segment.name).arena
+        arena = read_figures(segment).arena
         assert (arena.held_blocks, arena.held_bytes) == (50, 50 << 12)
         kept += [client.empty((1 << 8,)) for _ in range(100)]
-        wait_until(lambda: read_figures(client._segment.name).arena.held_blocks == 150)
-        arena = read_figures(client._segment.name).arena
+        wait_until(lambda: read_figures(segment).arena.held_blocks == 150)
+        arena = read_figures(segment).arena
         assert len(arena.blocks) == layout.PICTURED_BLOCKS
         assert arena.held_bytes == (50 << 12) + (100 << 10)
         picture: Arena = client.arena
         before = picture.occupancy().placed
-        assert read_figures(client._segment.name).arena.placed_blocks == before
+        assert read_figures(segment).arena.placed_blocks == before
 
 
 def test_buckets_and_quantiles() -> None:
