@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from shmbroker import console
+from shmbroker.settings.kinds import DOORBELL_WORDS, LANE_WORDS, listed
 from shmbroker.settings.schema import DEFAULTS, OWN_DEFAULTS
 from shmbroker.version import __version__
 
@@ -63,9 +64,9 @@ def _model_options(command: Command) -> Command:
 @_pipeline_option
 @click.option("--instance", metavar="NAME", help="Which broker. Default: $SHMBROKER_INSTANCE, else 'default'.")
 @click.option("--service", default=DEFAULTS.service, show_default=True, help="As the GPU worker's.")
-@click.option("--lane", default=DEFAULTS.lane, show_default=True, help="What carries the frames: auto, shm or zmq.")
+@click.option("--lane", default=DEFAULTS.lane, show_default=True, help=f"What carries the frames: {listed(LANE_WORDS)}.")
 @click.option(
-    "--doorbell", default=DEFAULTS.doorbell, show_default=True, help="What wakes a waiting process, on lane shm: auto, sem or poll."
+    "--doorbell", default=DEFAULTS.doorbell, show_default=True, help=f"What wakes a waiting process, on lane shm: {listed(DOORBELL_WORDS)}."
 )
 @click.option("--arena", metavar="SIZE", help="Shared memory for tensors, e.g. 512M. Default: what the run needs.")
 @click.option(
@@ -166,7 +167,7 @@ def plan(model: str | None, shape: str | None, tokens: int, dtype: str, as_json:
     "--instance", metavar="NAME", help="Which broker. Default: $SHMBROKER_INSTANCE, else 'default'; if none runs, one is started."
 )
 @click.option("--service", default=DEFAULTS.service, show_default=True, help="As the GPU worker's.")
-@click.option("--lane", default=DEFAULTS.lane, show_default=True, help="What carries the frames: auto, shm or zmq.")
+@click.option("--lane", default=DEFAULTS.lane, show_default=True, help=f"What carries the frames: {listed(LANE_WORDS)}.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads to compute with. Default: torch's own choice.")
 @click.option("--timeout", type=float, default=_PREFILL["timeout"], show_default=True, help="Seconds that one call may take.")
 @_trace_option
@@ -197,7 +198,7 @@ def prefill(as_json: bool, **options: Any) -> None:
 @click.option("--instance", metavar="NAME", help="Which broker. Default: $SHMBROKER_INSTANCE, else 'default'.")
 @click.option("--service", default="gpu", show_default=True, help="As the GPU worker's.")
 @click.option("--dtype", default="float32", show_default=True, help="As the GPU worker's: float32, bfloat16 or float16.")
-@click.option("--lane", default="auto", show_default=True, help="What carries the frames: auto, shm or zmq.")
+@click.option("--lane", default="auto", show_default=True, help=f"What carries the frames: {listed(LANE_WORDS)}.")
 @click.option("--arena", metavar="SIZE", help="Shared memory for tensors, e.g. 512M. Default: what the longest context needs.")
 @click.option(
     "--failover",

@@ -189,8 +189,8 @@ class Channel:
             doorbell=self.doorbell,
             control=self.control,
             calls=sum(s.calls for s in self._statistics),
-            bytes_out=sum(s.sent_bytes for s in self._statistics),
-            bytes_in=sum(s.received_bytes for s in self._statistics),
+            sent_bytes=sum(s.sent_bytes for s in self._statistics),
+            received_bytes=sum(s.received_bytes for s in self._statistics),
             socket_bytes=self.pair.lane.socket_bytes,
         )
 

@@ -34,7 +34,7 @@ from shmbroker.memory import layout, names
 from shmbroker.memory.geometry import Geometry
 from shmbroker.memory.hold import Hold, unlink_own
 from shmbroker.memory.segment import Segment
-from shmbroker.memory.stores import place
+from shmbroker.memory.stores import store
 from shmbroker.settings.load import current
 from shmbroker.settings.sizes import parse_bytes
 from shmbroker.trace.writer import Trace
@@ -152,7 +152,7 @@ class Client:
         # fault: before segment held
         segment = Segment.attach(made.name, hold=True)
         # fault: after segment held
-        undo.callback(place().unlink_own, made.name)
+        undo.callback(store().unlink_own, made.name)
         undo.callback(segment.close)
         return segment
 

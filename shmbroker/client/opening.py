@@ -17,11 +17,11 @@ from shmbroker.control.liveness import Watch, this_process
 from shmbroker.control.sockets import Requester
 from shmbroker.errors import ChannelError, NoSuchService, ShmBrokerError, WorkerLost
 from shmbroker.lane.doorbell import PollingBell, SemaphoreBell
-from shmbroker.lane.kinds import Doorbell, Lane
 from shmbroker.lane.shm_lane import CLIENT_SLEEPING, ShmClientLane, clear_channel
 from shmbroker.lane.waiter import Waiter
 from shmbroker.lane.zmq_lane import ZmqClientLane
 from shmbroker.memory.segment import Segment
+from shmbroker.settings.kinds import Doorbell, Lane
 from shmbroker.trace.writer import Trace
 
 _SERVICE_POLL_SECONDS = 0.05

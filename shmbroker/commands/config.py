@@ -1,4 +1,4 @@
-"""``shmbroker config``: each setting, what it is and where it came from."""
+"""``shmbroker config``: the settings as they are now, each with its origin."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import click
 import msgspec
 
 from shmbroker import console
+from shmbroker.commands.options import json_option
 from shmbroker.settings.load import Loaded, load, variable_of
 from shmbroker.settings.schema import OWN_DEFAULTS
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@json_option()
 @click.pass_context
 def config(context: click.Context, as_json: bool) -> None:
     """Print every setting with its value and where that came from."""

@@ -1,4 +1,7 @@
-"""``shmbroker demo``: broker, GPU worker and TEE worker as real processes, driven by their command lines, against the model in one process."""
+"""``shmbroker demo``: broker, GPU worker and TEE worker as real processes, against the model in one process.
+
+The two programs above this package are driven as their user would: by their command lines.
+"""
 
 from __future__ import annotations
 
@@ -12,63 +15,78 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
 
 from shmbroker import console
-from shmbroker.call.report import Report
-from shmbroker.client.local_broker import LocalBroker, local_broker, stop_process
-from shmbroker.control.status import ask
+from shmbroker.commands.options import json_option
 from shmbroker.errors import BadInput, ShmBrokerError
-from shmbroker.lane.kinds import Lane
-from shmbroker.memory.reaper import objects
-from shmbroker.models import embedded
+from shmbroker.settings.kinds import Lane, listed
 from shmbroker.settings.sizes import MIB
 
+if TYPE_CHECKING:
+    from shmbroker.client.local_broker import LocalBroker
+
 SPLITS = ("linear", "fused", "op")
+LANES = tuple(lane.value for lane in Lane)
 WORKER_SECONDS = 120.0
 """How long a GPU worker may take to load 540 MB of weights on a busy machine."""
 
 
-def run(prompt: str, max_new_tokens: int, splits: tuple[str, ...], lanes: tuple[str, ...], as_json: bool) -> bool:
-    """Run the demo and print what came of it; returns whether all tokens were identical. Raises :class:`ShmBrokerError`."""
-    for split in splits:
-        if split not in SPLITS:
-            raise BadInput(f"split {split!r} is not known; there are: {', '.join(SPLITS)}")
-    for lane in lanes:
-        if lane not in [one.value for one in Lane]:
-            raise BadInput(f"lane {lane!r} is not known; there are: shm, zmq")
+@click.command()
+@click.option("--prompt", default="Why is the sky blue?", show_default=True)
+@click.option("--max-new-tokens", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--split", "splits", multiple=True, help=f"{listed(SPLITS)}; may be given several times.  [default: all three]")
+@click.option("--lane", "lanes", multiple=True, help=f"{listed(LANES)}; may be given several times.  [default: both]")
+@json_option()
+def demo(prompt: str, max_new_tokens: int, splits: tuple[str, ...], lanes: tuple[str, ...], as_json: bool) -> None:
+    """Generate text with a small model split over real processes, and compare it with the model in one process."""
+    _check_known("split", splits, SPLITS)
+    _check_known("lane", lanes, LANES)
     signal.signal(signal.SIGTERM, _end)
-    model = embedded.ensure()
-    asked = ["--model", str(model), "--prompt", prompt, "--chat", "--max-new-tokens", str(max_new_tokens), "--json"]
-    _say(as_json, f"the model in one process: {max_new_tokens} tokens ...")
-    expected = _tee_worker(["reference", *asked])["tokens"]
-    runs: list[dict[str, Any]] = []
-    with local_broker() as broker, _gpu_worker(broker, model):
-        _say(as_json, f"broker (pid {broker.pid}) and GPU worker are up")
-        for split in splits or SPLITS:
-            for lane in lanes or ("shm", "zmq"):
-                _say(as_json, f"split {split}, lane {lane} ...")
-                outcome = _tee_worker(["generate", *asked, "--split", split, "--lane", lane])
-                outcome["identical"] = outcome["tokens"] == expected
-                runs.append({"lane": lane, **outcome})
-    left = [name.file for name in objects(broker.instance)]
-    identical = all(outcome["identical"] for outcome in runs)
-    result = {
-        "text": runs[0]["text"],
-        "tokens": runs[0]["tokens"],
-        "identical": identical,
-        "report": runs[0]["report"],
-        "left_in_shared_memory": left,
-        "runs": runs,
-    }
+    result = _run(prompt, max_new_tokens, splits or SPLITS, lanes or LANES, quiet=as_json)
     if as_json:
         click.echo(json.dumps(result))
     else:
         _show(prompt, result)
-    return identical and not left
+    sys.exit(0 if result["identical"] and not result["left_in_shared_memory"] else 1)
+
+
+def _check_known(what: str, asked: tuple[str, ...], known: tuple[str, ...]) -> None:
+    for one in asked:
+        if one not in known:
+            raise BadInput(f"{what} {one!r} is not known; there are: {', '.join(known)}")
+
+
+def _run(prompt: str, max_new_tokens: int, splits: tuple[str, ...], lanes: tuple[str, ...], *, quiet: bool) -> dict[str, Any]:
+    """Every split on every lane, and the same without any: text, tokens, reports, and what is left. Raises :class:`ShmBrokerError`."""
+    from shmbroker.client.local_broker import local_broker
+    from shmbroker.memory.reaper import objects
+    from shmbroker.models import embedded
+
+    model = embedded.ensure()
+    asked = ["--model", str(model), "--prompt", prompt, "--chat", "--max-new-tokens", str(max_new_tokens), "--json"]
+    _say(quiet, f"the model in one process: {max_new_tokens} tokens ...")
+    expected = _tee_worker(["reference", *asked])["tokens"]
+    runs: list[dict[str, Any]] = []
+    with local_broker() as broker, _gpu_worker(broker, model):
+        _say(quiet, f"broker (pid {broker.pid}) and GPU worker are up")
+        for split in splits:
+            for lane in lanes:
+                _say(quiet, f"split {split}, lane {lane} ...")
+                outcome = _tee_worker(["generate", *asked, "--split", split, "--lane", lane])
+                outcome["identical"] = outcome["tokens"] == expected
+                runs.append({"lane": lane, **outcome})
+    return {
+        "text": runs[0]["text"],
+        "tokens": runs[0]["tokens"],
+        "identical": all(outcome["identical"] for outcome in runs),
+        "report": runs[0]["report"],
+        "left_in_shared_memory": [name.file for name in objects(broker.instance)],
+        "runs": runs,
+    }
 
 
 def _say(quiet: bool, text: str) -> None:
@@ -91,6 +109,9 @@ def _tee_worker(arguments: list[str]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _gpu_worker(broker: LocalBroker, model: Path) -> Iterator[None]:
+    from shmbroker.client.local_broker import stop_process
+    from shmbroker.control.status import ask
+
     command = [sys.executable, "-m", "gpu_worker", "--log-level", "warning", "serve", "--model", str(model)]
     process = subprocess.Popen([*command, "--until-exit", str(broker.pid)])
     try:
@@ -108,6 +129,8 @@ def _gpu_worker(broker: LocalBroker, model: Path) -> Iterator[None]:
 
 def _show(prompt: str, result: dict[str, Any]) -> None:
     from rich.table import Table
+
+    from shmbroker.call.report import Report
 
     terminal = console.terminal()
     terminal.print(f"\n[bold]{prompt}[/]")

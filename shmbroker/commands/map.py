@@ -1,4 +1,4 @@
-"""The command ``shmbroker map``."""
+"""``shmbroker map``: one segment, drawn."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from pathlib import Path
 
 import click
 
+from shmbroker.commands.options import instance_option
+
 
 @click.command("map")
 @click.argument("target", metavar="SEGMENT|CLIENT")
-@click.option("--instance", metavar="NAME", help="Of the client. Default: $SHMBROKER_INSTANCE, else 'default'.")
+@instance_option("Of the client.")
 @click.option("--svg", "file", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False), help="Write a drawing instead of text.")
 def map_command(target: str, instance: str | None, file: Path | None) -> None:
     """Draw a segment: header, channels, and the arena with its blocks. A client is named by name, id or pid."""

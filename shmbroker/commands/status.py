@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
+import click
 import msgspec
 
+from shmbroker.commands.options import instance_option, json_option
 from shmbroker.console import terminal
 from shmbroker.control import messages as m
 from shmbroker.settings.sizes import mib
+
+
+@click.command()
+@instance_option()
+@json_option()
+def status(instance: str | None, as_json: bool) -> None:
+    """List workers, services, segments and channels."""
+    from shmbroker.control.status import ask
+
+    report = ask(instance)
+    if as_json:
+        click.echo(json.dumps(as_dict(report), indent=2))
+    else:
+        show(report)
 
 
 def as_dict(report: m.StatusReport) -> dict[str, Any]:
@@ -68,8 +85,8 @@ def show(report: m.StatusReport) -> None:
                 channel.doorbell,
                 channel.control,
                 str(channel.calls),
-                mib(channel.bytes_out),
-                mib(channel.bytes_in),
+                mib(channel.sent_bytes),
+                mib(channel.received_bytes),
             )
     console.print(segments if clients else "no clients")
     if any(peer.stats.channels for peer in clients):

@@ -1,4 +1,4 @@
-"""The command ``shmbroker top``."""
+"""``shmbroker top``: an instance at work, live or once."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING
 import click
 import msgspec
 
+from shmbroker.commands.options import instance_option, json_option
+
 if TYPE_CHECKING:
     from shmbroker.monitoring.top import Look
 
 
 @click.command("top")
-@click.option("--instance", metavar="NAME", help="Which broker; one machine may run several. Default: $SHMBROKER_INSTANCE, else 'default'.")
+@instance_option()
 @click.option("--interval", type=click.FloatRange(0.1, 3600), default=1.0, show_default=True, help="Seconds between two looks.")
 @click.option("--once", is_flag=True, help="Print one picture and end.")
-@click.option("--json", "as_json", is_flag=True, help="For programs: one picture, as JSON.")
+@json_option("For programs: one picture, as JSON.")
 def top_command(instance: str | None, interval: float, once: bool, as_json: bool) -> None:
     """Show workers, channels and arenas as they work, and how fast; q ends it."""
     from shmbroker.console import terminal

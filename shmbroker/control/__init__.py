@@ -1,1 +1,1 @@
-"""Typed ZeroMQ control messages and the sockets that carry them. Imports nothing of ours but ``shmbroker.errors``."""
+"""The control channel: typed messages, the sockets that carry them, and how a process joins a broker. Imports neither torch nor NumPy."""

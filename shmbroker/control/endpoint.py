@@ -1,4 +1,4 @@
-"""Where the broker of an instance listens, and who may reach it."""
+"""The sockets' addresses of an instance, in a folder that keeps others out."""
 
 from __future__ import annotations
 

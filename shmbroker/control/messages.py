@@ -17,7 +17,7 @@ import msgspec
 
 from shmbroker.errors import ProtocolMismatch
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 MAX_MESSAGE_BYTES = 1 << 20
 """No control message comes near this; a longer one is refused before it is read."""
@@ -54,8 +54,10 @@ class ChannelInfo(msgspec.Struct, frozen=True):
     control: Text
     """Transport of the control channel: ipc or tcp."""
     calls: Count = 0
-    bytes_out: Count = 0
-    bytes_in: Count = 0
+    sent_bytes: Count = 0
+    """Of inputs, handed over through shared memory."""
+    received_bytes: Count = 0
+    """Of outputs."""
     socket_bytes: Count = 0
 
 

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from shmbroker.errors import BadInput, ChannelError
 from shmbroker.lane.doorbell import shm_lane_supported
-from shmbroker.lane.kinds import Doorbell, Lane
+from shmbroker.settings.kinds import AUTO, DOORBELL_WORDS, LANE_WORDS, Doorbell, Lane
 
 
 def asked(lane: str, doorbell: str) -> tuple[Lane, Doorbell]:
     """The client's side: what to ask for. ``auto`` is the fastest that this machine can do. Raises :class:`BadInput`."""
-    if lane not in ("auto", "shm", "zmq"):
-        raise BadInput(f"lane {lane!r} is not known; there are: auto, shm, zmq")
-    if doorbell not in ("auto", "sem", "poll"):
-        raise BadInput(f"doorbell {doorbell!r} is not known; there are: auto, sem, poll")
-    if lane == "zmq" or (lane == "auto" and not shm_lane_supported()):
-        if doorbell != "auto":
+    if lane not in LANE_WORDS:
+        raise BadInput(f"lane {lane!r} is not known; there are: {', '.join(LANE_WORDS)}")
+    if doorbell not in DOORBELL_WORDS:
+        raise BadInput(f"doorbell {doorbell!r} is not known; there are: {', '.join(DOORBELL_WORDS)}")
+    if lane == Lane.ZMQ or (lane == AUTO and not shm_lane_supported()):
+        if doorbell != AUTO:
             raise BadInput(f"doorbell {doorbell!r} belongs to lane shm; lane zmq has its socket")
         return Lane.ZMQ, Doorbell.SOCKET
     if not shm_lane_supported():
         raise BadInput("lane shm needs x86-64, where plain stores are seen in order: use lane zmq")
-    return Lane.SHM, Doorbell.SEM if doorbell == "auto" else Doorbell(doorbell)
+    return Lane.SHM, Doorbell.SEM if doorbell == AUTO else Doorbell(doorbell)
 
 
 def agreed(lane: str, doorbell: str) -> tuple[Lane, Doorbell]:
@@ -27,7 +27,8 @@ def agreed(lane: str, doorbell: str) -> tuple[Lane, Doorbell]:
     try:
         wanted = Lane(lane), Doorbell(doorbell)
     except ValueError as error:
-        raise ChannelError(f"{error}; lanes: shm, zmq; doorbells: sem, poll") from None
+        there = f"lanes: {', '.join(Lane)}; doorbells: {', '.join(word for word in DOORBELL_WORDS if word != AUTO)}"
+        raise ChannelError(f"{error}; {there}") from None
     if wanted[0] is Lane.ZMQ:
         return Lane.ZMQ, Doorbell.SOCKET
     if not shm_lane_supported():

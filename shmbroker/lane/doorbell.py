@@ -24,8 +24,8 @@ import time
 import posix_ipc
 
 from shmbroker.errors import ChannelError
-from shmbroker.lane.kinds import Doorbell
 from shmbroker.memory import names
+from shmbroker.settings.kinds import Doorbell
 
 RECHECK_SECONDS = 0.1
 """D3. Bounds what a lost ring or a dead peer can cost."""

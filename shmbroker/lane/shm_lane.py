@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from shmbroker.lane.doorbell import PollingBell, SemaphoreBell
 from shmbroker.lane.ends import CompletionReceiver, CompletionSender, SubmissionReceiver, SubmissionSender
-from shmbroker.lane.kinds import Doorbell, Lane
 from shmbroker.lane.python_ends import Receiver
 from shmbroker.memory import layout
 from shmbroker.memory.segment import Segment
+from shmbroker.settings.kinds import Doorbell, Lane
 
 Bell = SemaphoreBell | PollingBell
 

@@ -19,9 +19,9 @@ import zmq
 from shmbroker.errors import ChannelError
 from shmbroker.lane.completion_frames import CompletionFields, read_completion, write_completion
 from shmbroker.lane.frames import FrameTemplate, private_slot
-from shmbroker.lane.kinds import Doorbell, Lane
 from shmbroker.lane.python_ends import Receiver
 from shmbroker.memory import layout
+from shmbroker.settings.kinds import Doorbell, Lane
 
 SUBMIT = b"s"
 COMPLETE = b"c"

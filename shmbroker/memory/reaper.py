@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from shmbroker.memory import names
 from shmbroker.memory.hold import unlink_if_unheld
-from shmbroker.memory.stores import place
+from shmbroker.memory.stores import store
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class Reaped:
 
 def objects(instance: str | None = None) -> Iterator[names.ObjectName]:
     """All objects of shmbroker in shared memory, of one instance or of all."""
-    for folder in dict.fromkeys([names.SHM_DIR, place().folder]):
+    for folder in dict.fromkeys([names.SHM_DIR, store().folder]):
         for file in sorted(os.listdir(folder)) if folder is not None else ():
             name = names.parse(file, folder or "")
             if name is not None and instance in (None, name.instance):

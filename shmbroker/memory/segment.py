@@ -12,7 +12,7 @@ from shmbroker.errors import SegmentError, SharedMemoryFull
 from shmbroker.memory import layout
 from shmbroker.memory.geometry import Geometry
 from shmbroker.memory.hold import Hold
-from shmbroker.memory.stores import VARIABLE, Place, place
+from shmbroker.memory.stores import VARIABLE, SegmentStore, store
 
 
 class Segment:
@@ -73,7 +73,7 @@ class Segment:
 
 
 def _open(name: str) -> int:
-    where = place()
+    where = store()
     try:
         return where.open(name)
     except FileNotFoundError:
@@ -94,7 +94,7 @@ def make_segment(name: str, geometry: Geometry, *, instance: str, owner: str, ow
     """
     if len(owner.encode()) >= layout.OWNER_BYTES or len(instance.encode()) >= layout.INSTANCE_BYTES:
         raise ValueError(f"owner {owner!r} or instance {instance!r} is longer than the header has room for")
-    where = place()
+    where = store()
     while True:
         # fault: before segment made
         fd = where.create(name, mode)
@@ -148,10 +148,10 @@ def make_segment(name: str, geometry: Geometry, *, instance: str, owner: str, ow
 
 def unlink_segment(name: str) -> None:
     """Take the name away; who has it mapped keeps the memory. A name already gone is fine."""
-    place().unlink(name)
+    store().unlink(name)
 
 
-def _reserve(fd: int, nbytes: int, where: Place) -> None:
+def _reserve(fd: int, nbytes: int, where: SegmentStore) -> None:
     """Make sure that every page exists now: a page that is missing later is a SIGBUS in whoever touches it."""
     found = os.fstat(fd)
     if where.folder is None and (found.st_size >= nbytes or not stat.S_ISREG(found.st_mode)):
@@ -180,7 +180,7 @@ def read_header(name: str, fd: int) -> tuple[Geometry, str]:
     """
     found = os.fstat(fd)
     true_bytes = found.st_size
-    fixed = place().folder is None  # a file or device that may be larger than the segment in it
+    fixed = store().folder is None  # a file or device that may be larger than the segment in it
     if true_bytes < layout.PAGE and stat.S_ISREG(found.st_mode):
         raise SegmentError(f"segment {name} is still being made ({true_bytes} bytes so far): try again")
     if fixed:  # a device may be mapped, not read

@@ -25,8 +25,8 @@ VARIABLE = "SHMBROKER_SEGMENTS"
 PREFIX = "path:"
 
 
-class Place(Protocol):
-    """Where segments lie. Names are those of :func:`names.segment_name`, wherever it is."""
+class SegmentStore(Protocol):
+    """Makes, opens and unlinks the files of segments. Names are those of :func:`names.segment_name`, wherever it is."""
 
     folder: str | None
     """Where a reaper looks for segments that nobody holds; None where there is nothing to unlink."""
@@ -50,7 +50,7 @@ class Place(Protocol):
         """Take the name away, unless somebody holds the segment."""
 
 
-class PosixPlace:
+class PosixStore:
     """POSIX shared memory."""
 
     folder: str | None = names.SHM_DIR
@@ -87,7 +87,7 @@ class PosixPlace:
         unlink_own(self.path(name))
 
 
-class FolderPlace:
+class FolderStore:
     """A folder with a file for each segment."""
 
     def __init__(self, folder: str) -> None:
@@ -121,7 +121,7 @@ class FolderPlace:
         unlink_own(self.path(name))
 
 
-class FilePlace:
+class FileStore:
     """One file, or device, that holds one segment at a time and stays when it ends."""
 
     folder: str | None = None
@@ -159,15 +159,15 @@ class FilePlace:
         """Neither here."""
 
 
-def place() -> Place:
-    """Where segments lie, as this process is told. Raises :class:`BadInput` for what cannot be."""
-    return _place(current().segments)
+def store() -> SegmentStore:
+    """The store of this process, as ``$SHMBROKER_SEGMENTS`` says. Raises :class:`BadInput` for what cannot be."""
+    return _store_at(current().segments)
 
 
 @functools.lru_cache(maxsize=4)
-def _place(told: str) -> Place:
+def _store_at(told: str) -> SegmentStore:
     if not told:
-        return PosixPlace()
+        return PosixStore()
     path = told.removeprefix(PREFIX)
     if not told.startswith(PREFIX) or not os.path.isabs(path):
         raise BadInput(
@@ -177,4 +177,4 @@ def _place(told: str) -> Place:
         mode = os.stat(path).st_mode
     except OSError as error:
         raise BadInput(f"${VARIABLE} is {told!r}: {error.strerror}; mount it, or make the folder or file first") from None
-    return FolderPlace(path.rstrip("/")) if stat.S_ISDIR(mode) else FilePlace(path)
+    return FolderStore(path.rstrip("/")) if stat.S_ISDIR(mode) else FileStore(path)

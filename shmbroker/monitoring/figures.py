@@ -17,7 +17,7 @@ from shmbroker.errors import SegmentError
 from shmbroker.memory import layout
 from shmbroker.memory.geometry import Geometry
 from shmbroker.memory.segment import read_header
-from shmbroker.memory.stores import place
+from shmbroker.memory.stores import store
 
 ATTEMPTS = 4
 """How often a segment is read, in the hope of a moment when nobody writes; then what was read last has to do."""
@@ -97,7 +97,7 @@ class SegmentFigures:
 def read_figures(name: str, most_channels: int = 1024) -> SegmentFigures:
     """Look at the segment ``name``, and at the first ``most_channels`` open channels. Raises :class:`SegmentError` when it is gone, spoilt, or not for us to see."""
     try:
-        fd = os.open(place().path("/" + name.lstrip("/")), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        fd = os.open(store().path("/" + name.lstrip("/")), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except PermissionError:
         raise SegmentError(f"segment {name} may not be read by user {os.geteuid()}: look as the user it belongs to") from None
     except OSError as error:

@@ -32,8 +32,13 @@ _BOUNDS = [
 class Watched(Protocol):
     """A broker, as far as it is looked at here."""
 
-    reaped_objects: int
-    reaped_bytes: int
+    @property
+    def reaped_objects(self) -> int:
+        """Objects in shared memory that nobody held any more, so far."""
+
+    @property
+    def reaped_bytes(self) -> int:
+        """Their sizes."""
 
     def status(self) -> m.StatusReport:
         """All that it knows."""

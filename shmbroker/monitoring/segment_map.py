@@ -120,8 +120,8 @@ def _block(block: Block) -> str:
 
 
 def _box(x: float, y: float, width: float, height: float, color: str, title: str) -> str:
-    place = f'x="{x:.2f}" y="{y:.2f}" width="{width:.2f}" height="{height:.2f}"'
-    return f'<rect {place} fill="{color}" stroke="#8090a0" stroke-width="0.5"><title>{escape(title)}</title></rect>'
+    extent = f'x="{x:.2f}" y="{y:.2f}" width="{width:.2f}" height="{height:.2f}"'
+    return f'<rect {extent} fill="{color}" stroke="#8090a0" stroke-width="0.5"><title>{escape(title)}</title></rect>'
 
 
 def _label(x: float, y: float, text: str) -> str:

@@ -1,4 +1,4 @@
-"""``shmbroker top``: workers, channels and arenas as they are now, and how fast they go, from two looks a moment apart."""
+"""The picture that ``shmbroker top`` shows, made of two looks at an instance a moment apart."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Every setting: its default, and what files and variables make of it.
+"""Where the value of each setting comes from: its default, a file, or a variable.
 
-A leaf like :mod:`shmbroker.errors`: any part may import it. Later sources win: defaults, /etc/shmbroker/shmbroker.toml, the user's own file (or the
-one that $SHMBROKER_CONFIG names, instead of both), ``SHMBROKER_*`` variables. A command's flag, or an argument in Python, wins over all of them.
+Later sources win: defaults, /etc/shmbroker/shmbroker.toml, the user's own file (or the one that $SHMBROKER_CONFIG names, instead of both),
+``SHMBROKER_*`` variables. A command's flag, or an argument in Python, wins over all of them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ FILE_VARIABLE = "SHMBROKER_CONFIG"
 SYSTEM_FILE = Path("/etc/shmbroker/shmbroker.toml")
 DEFAULT = "default"
 """The origin of what nobody set."""
-
 
 _FIELDS: Mapping[str, Any] = get_type_hints(Settings, include_extras=True)
 _SIZES = ("arena", "max_bytes")

@@ -1,4 +1,4 @@
-"""Every setting with its default."""
+"""What settings there are: name, type and default of each."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from typing import Annotated, Literal
 
 import msgspec
 
-Seconds = Annotated[float, msgspec.Meta(ge=0)]
+from shmbroker.settings.kinds import DoorbellWord, LaneWord
 
+Seconds = Annotated[float, msgspec.Meta(ge=0)]
+"""A duration as most settings have it."""
 
 Microseconds = Annotated[float, msgspec.Meta(ge=0)]
-
+"""A duration as ``spin`` has it."""
 
 Size = int | str
+"""Bytes, or a text that :func:`parse_bytes` reads."""
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -27,7 +30,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Folder of the keys for control over TCP."""
     runtime_dir: str = ""
     """Folder of the sockets; found by itself where empty."""
-
     segments: str = ""
     """``path:`` and a folder or file that holds the segments; empty: POSIX shared memory."""
 
@@ -53,8 +55,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """How long to wait for a worker that is still starting."""
     failover: Seconds = 30.0
     """How long to wait for a worker that takes over: loading weights takes seconds."""
-    lane: Literal["auto", "shm", "zmq"] = "auto"
-    doorbell: Literal["auto", "sem", "poll"] = "auto"
+    lane: LaneWord = "auto"
+    """What carries the frames."""
+    doorbell: DoorbellWord = "auto"
+    """What wakes a waiting process, on lane shm."""
 
     # both sides
     service: str = "gpu"
@@ -77,7 +81,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 DEFAULTS = Settings()
-
+"""What stands where nobody set anything."""
 
 OWN_DEFAULTS: Mapping[str, Mapping[str, object]] = {
     "tee-worker": {"log_level": "warning"},

@@ -18,7 +18,7 @@ SOCKET_VARIABLE = "NOTIFY_SOCKET"
 WATCHDOG_MICROSECONDS_VARIABLE = "WATCHDOG_USEC"
 WATCHDOG_PID_VARIABLE = "WATCHDOG_PID"
 
-_FEEDS_PER_TIMEOUT = 4
+FEEDS_PER_TIMEOUT = 4
 """sd_watchdog_enabled(3) recommends two; a busy machine may be late with one."""
 
 _HUNG_PER_TIMEOUT = 0.5
@@ -53,7 +53,7 @@ def stopping() -> bool:
 
 def watchdog() -> None:
     """Feed the watchdog, for a service with one loop. To be called each time it turns: a datagram is sent when one is due. Thread-safe."""
-    fed = _of_process()
+    fed = of_process()
     if fed is not None:
         fed.turning("loop")
 
@@ -64,7 +64,7 @@ class Watchdog:
     __slots__ = ("_due", "_feed_seconds", "_hung_seconds", "_turned")
 
     def __init__(self, timeout: float) -> None:
-        self._feed_seconds = timeout / _FEEDS_PER_TIMEOUT
+        self._feed_seconds = timeout / FEEDS_PER_TIMEOUT
         self._hung_seconds = timeout * _HUNG_PER_TIMEOUT
         self._turned: dict[str, float] = {}
         """By loop, when it last turned."""
@@ -89,5 +89,6 @@ class Watchdog:
 
 
 @functools.cache
-def _of_process() -> Watchdog | None:
+def of_process() -> Watchdog | None:
+    """:meth:`Watchdog.of_environment`, asked for once in the life of the process."""
     return Watchdog.of_environment()

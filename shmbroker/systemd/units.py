@@ -1,4 +1,4 @@
-"""The ``shmbroker units`` command: systemd units for broker and workers, with the paths of this installation."""
+"""The texts of systemd units for broker and workers, with the paths of this installation."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import sysconfig
 from importlib import resources
 from pathlib import Path
 
-import click
-
 from shmbroker.errors import BadInput
 
-PACKAGED = resources.files("shmbroker") / "systemd"
+PACKAGED = resources.files(__package__)
+"""The units as they lie in the package."""
+
 UNITS = ("shmbroker.target", "shmbroker.service", "gpu-worker@.service", "tee-worker@.service")
 USERS = "shmbroker-users.conf"
 """For systemd-sysusers."""
@@ -32,27 +32,6 @@ _NOT_FOR_A_USER = re.compile(
     re.MULTILINE,
 )
 """What a user's own service manager may not do without privileges, with the comments before."""
-
-
-@click.command()
-@click.option("--install", "put", is_flag=True, help="Write the files, and tell what to do next.  [default: print them]")
-@click.option("--user", is_flag=True, help="For your own service manager (systemctl --user): one user for all roles, less of a sandbox.")
-@click.option("--dest", metavar="DIR", type=click.Path(path_type=Path), help="Where to.  [default: where systemd looks]")
-def units(put: bool, user: bool, dest: Path | None) -> None:
-    """Print systemd units for broker, GPU workers and TEE workers, or install them (docs/deploy/systemd.md)."""
-    made = texts(user=user)
-    if not put:
-        for name, text in made.items():
-            click.echo(f"# {name}\n{text}")
-        return
-    for path in install(made, dest or (user_folder() if user else SYSTEM_FOLDER), USERS_FOLDER if dest is None else dest):
-        click.echo(f"wrote {path}")
-    control = "systemctl --user" if user else "systemctl"
-    if not user:
-        for path in closed_folders(program_folders()):
-            click.echo(f"warning: other users may not enter {path}, in which this installation lies: install it elsewhere", err=True)
-        click.echo("next: systemd-sysusers")
-    click.echo(f"next: {control} daemon-reload && {control} enable --now shmbroker.target")
 
 
 def texts(*, user: bool = False) -> dict[str, str]:
@@ -82,7 +61,7 @@ def user_folder() -> Path:
 
 def program_folders() -> list[Path]:
     """What a service reads of this installation: interpreter, packages, console scripts."""
-    all_of_them = {Path(sys.prefix), Path(sys.base_prefix), Path(sys.executable).resolve().parents[1], Path(__file__).resolve().parents[1]}
+    all_of_them = {Path(sys.prefix), Path(sys.base_prefix), Path(sys.executable).resolve().parents[1], Path(__file__).resolve().parents[2]}
     return sorted(folder for folder in all_of_them if not any(above in all_of_them for above in folder.parents))
 
 

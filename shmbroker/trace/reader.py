@@ -1,4 +1,4 @@
-"""Trace files that were written: read, also where their end is missing, and merged."""
+"""Reading trace files, one or several as one, also where their end is missing."""
 
 from __future__ import annotations
 

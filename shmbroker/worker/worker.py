@@ -35,7 +35,6 @@ from shmbroker.control.sockets import Requester, Responder
 from shmbroker.errors import BadInput, ChannelError, ProtocolMismatch, describe
 from shmbroker.lane.completion_frames import CompletionFields
 from shmbroker.lane.doorbell import PollingBell, SemaphoreBell, shm_lane_supported
-from shmbroker.lane.kinds import Doorbell, Lane
 from shmbroker.lane.outputs import OutSpec
 from shmbroker.lane.python_ends import Receiver
 from shmbroker.lane.shm_lane import ShmWorkerLane
@@ -44,6 +43,7 @@ from shmbroker.lane.zmq_lane import ZmqWorkerSocket, new_token
 from shmbroker.memory import layout, names
 from shmbroker.memory.hold import Hold, unlink_own
 from shmbroker.memory.segment import Segment
+from shmbroker.settings.kinds import Doorbell, Lane
 from shmbroker.settings.load import current
 from shmbroker.systemd import notify
 from shmbroker.trace.writer import Trace

@@ -21,7 +21,6 @@ from shmbroker.lane import doorbell, python_ends, shm_lane, waiter
 from shmbroker.lane.completion_frames import Completion
 from shmbroker.lane.doorbell import RECHECK_SECONDS, PollingBell, SemaphoreBell, fence
 from shmbroker.lane.frames import FrameTemplate, Taken, taken_of
-from shmbroker.lane.kinds import Doorbell, Lane
 from shmbroker.lane.shm_lane import CLIENT_SLEEPING, Bell, ShmClientLane, ShmWorkerLane, clear_channel
 from shmbroker.lane.submission_reader import SubmissionReader
 from shmbroker.lane.waiter import Waiter
@@ -29,6 +28,7 @@ from shmbroker.memory import layout, names
 from shmbroker.memory.geometry import Geometry
 from shmbroker.memory.layout import ChannelHeader, SegmentHeader
 from shmbroker.memory.segment import Segment
+from shmbroker.settings.kinds import Doorbell, Lane
 from tests.conftest import END_SECONDS, SegmentOf, StartChild
 
 GEOMETRY = Geometry(arena_bytes=layout.PAGE, channel_count=2, depth=2)

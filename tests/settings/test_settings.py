@@ -11,6 +11,7 @@ import pytest
 
 import shmbroker
 from shmbroker.settings import load as loading
+from shmbroker.settings.kinds import DOORBELL_WORDS, LANE_WORDS, Doorbell, Lane, listed
 from shmbroker.settings.load import load, variable_of
 from shmbroker.settings.schema import DEFAULTS, OWN_DEFAULTS, Settings
 from tests.processes import run
@@ -54,7 +55,7 @@ def test_without_files_and_variables_everything_is_at_its_default() -> None:
 
 def test_the_users_file_wins_over_the_systems_and_variables_win_over_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     system = write(tmp_path / "system.toml", 'arena = "1G"\nspin = 10\nservice = "a"\n')
-    user = write(load.user_file(), 'spin = 20\nservice = "b"\n')
+    user = write(loading.user_file(), 'spin = 20\nservice = "b"\n')
     monkeypatch.setenv("SHMBROKER_SERVICE", "c")
     loaded = load()
     assert (loaded.settings.arena, loaded.settings.spin, loaded.settings.service) == ("1G", 20.0, "c")
@@ -66,7 +67,7 @@ def test_the_users_file_wins_over_the_systems_and_variables_win_over_both(tmp_pa
 
 def test_a_file_that_is_named_stands_for_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "system.toml", "spin = 10\n")
-    write(load.user_file(), "spin = 20\n")
+    write(loading.user_file(), "spin = 20\n")
     named = write(tmp_path / "named.toml", "depth = 8\n")
     monkeypatch.setenv("SHMBROKER_CONFIG", str(named))
     assert load().files == (named,)
@@ -99,6 +100,7 @@ def test_a_zero_that_means_nothing_is_no_default_of_a_command_and_any_other_zero
         ("spin = -1", "spin cannot be -1: it is a number of at least 0"),
         ("depth = 1.5", "depth cannot be 1.5: it is a whole number from 1 to 65536"),
         ('lane = "carrier pigeon"', "lane cannot be 'carrier pigeon': it is one of auto, shm, zmq"),
+        ('doorbell = "brass"', "doorbell cannot be 'brass': it is one of auto, sem, poll"),
         ('arena = "much"', "arena cannot be 'much': it is a size, e.g. 4096 or '512M'"),
         ('pure_python = "1"', "pure_python cannot be '1': it is true or false (1 or 0)"),
         ("instance = 3", "instance cannot be 3: it is a text"),
@@ -134,6 +136,12 @@ def test_every_program_refuses_a_wrong_setting_in_one_line(program: str) -> None
     done = run(sys.executable, "-m", program, "--version", SHMBROKER_SPNI="3")
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
     assert "did you mean SHMBROKER_SPIN?" in done.stderr
+
+
+def test_what_may_be_asked_for_is_auto_and_what_there_is() -> None:
+    assert ("auto", *(lane.value for lane in Lane)) == LANE_WORDS
+    assert ("auto", *(doorbell.value for doorbell in Doorbell if doorbell is not Doorbell.SOCKET)) == DOORBELL_WORDS
+    assert (listed(LANE_WORDS), listed(LANE_WORDS[1:])) == ("auto, shm or zmq", "shm or zmq")
 
 
 # --- who takes them -----------------------------------------------------------------------------------------------------------------------

@@ -43,10 +43,10 @@ def manager(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv(notify.SOCKET_VARIABLE, name)
     monkeypatch.setenv(notify.WATCHDOG_MICROSECONDS_VARIABLE, str(int(TIMEOUT * 1e6)))
     monkeypatch.setenv(notify.WATCHDOG_PID_VARIABLE, str(os.getpid()))
-    notify._of_process.cache_clear()
+    notify.of_process.cache_clear()
     yield found
     found.socket.close()
-    notify._of_process.cache_clear()
+    notify.of_process.cache_clear()
 
 
 def test_ready_and_stopping_are_told(manager: Manager) -> None:
@@ -86,7 +86,7 @@ def test_a_turning_loop_feeds_the_watchdog_when_it_is_due_and_not_each_time(mana
     while time.monotonic() < begun + 2 * TIMEOUT:
         notify.watchdog()
         turns += 1
-    due = (time.monotonic() - begun) / TIMEOUT * notify._FEEDS_PER_TIMEOUT
+    due = (time.monotonic() - begun) / TIMEOUT * notify.FEEDS_PER_TIMEOUT
     fed = 0
     while manager.told() == ["WATCHDOG=1"]:
         fed += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from shmbroker.systemd.units import PACKAGED, UNITS, USERS, closed_folders, install, texts
+from shmbroker.systemd.units import PACKAGED, UNITS, USERS, closed_folders, install, program_folders, texts
 from tests.processes import run
 
 EXPOSURE = {"shmbroker.service": 2.5, "tee-worker@.service": 2.5, "gpu-worker@.service": 3.5}
@@ -63,6 +64,15 @@ def test_a_python_without_the_console_scripts_is_one_clear_error(monkeypatch: py
     monkeypatch.setattr("sysconfig.get_path", lambda name: "/nonexistent")
     with pytest.raises(ValueError, match="there is no program /nonexistent/shmbroker: install the package"):
         texts()
+
+
+@pytest.mark.parametrize("package", ["shmbroker", "gpu_worker", "tee_worker"])
+def test_a_service_is_given_the_folders_of_all_packages(package: str) -> None:
+    spec = importlib.util.find_spec(package)
+    assert spec is not None
+    assert spec.origin is not None
+    lies_in = Path(spec.origin).resolve().parents[1]
+    assert any(lies_in.is_relative_to(folder) for folder in program_folders())
 
 
 def test_folders_that_other_users_may_not_enter_are_named(tmp_path: Path) -> None:

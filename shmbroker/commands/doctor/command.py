@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from shmbroker.commands.options import instance_option, json_option
 from shmbroker.control.joining import resolve_instance
+from shmbroker.settings.kinds import DOORBELL_WORDS, LANE_WORDS
 from shmbroker.settings.load import Loaded, load
 
 if TYPE_CHECKING:
@@ -21,10 +23,10 @@ _FLAG = "flag --{}"
 
 
 @click.command()
-@click.option("--instance", metavar="NAME", help="Which broker. Default: $SHMBROKER_INSTANCE, else 'default'.")
-@click.option("--lane", type=click.Choice(("auto", "shm", "zmq")), help="For the probe. Default: as the settings, which is auto.")
-@click.option("--doorbell", type=click.Choice(("auto", "sem", "poll")), help="For the probe. Default: as the settings, which is auto.")
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@instance_option("Which broker.")
+@click.option("--lane", type=click.Choice(LANE_WORDS), help="For the probe. Default: as the settings, which is auto.")
+@click.option("--doorbell", type=click.Choice(DOORBELL_WORDS), help="For the probe. Default: as the settings, which is auto.")
+@json_option()
 @click.pass_context
 def doctor(context: click.Context, instance: str | None, lane: str | None, doorbell: str | None, as_json: bool) -> None:
     """Check this machine, the broker and the transport in use; exit status 1 if anything fails.

@@ -154,7 +154,7 @@ def test_a_broker_without_workers_is_told(broker: shmbroker.LocalBroker) -> None
 
 def test_a_worker_of_another_version_is_told(broker: shmbroker.LocalBroker) -> None:
     words = (
-        "import runpy, sys, shmbroker; shmbroker.__version__ = '9.9.9'; "
+        "import runpy, sys, shmbroker.version; shmbroker.version.__version__ = '9.9.9'; "
         f"sys.argv = ['worker', 'newer']; runpy.run_path({str(PROGRAMS / 'worker.py')!r}, run_name='__main__')"
     )
     with running(sys.executable, "-c", words) as worker:

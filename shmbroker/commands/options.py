@@ -1,0 +1,20 @@
+"""Options that several commands have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def instance_option(what: str = "Which broker; one machine may run several.") -> Callable[[Command], Command]:
+    """``--instance NAME``; its help begins with ``what``."""
+    return click.option("--instance", metavar="NAME", help=f"{what} Default: $SHMBROKER_INSTANCE, else 'default'.")
+
+
+def json_option(what: str = "For programs.") -> Callable[[Command], Command]:
+    """``--json``, given to the command as ``as_json``; its help is ``what``."""
+    return click.option("--json", "as_json", is_flag=True, help=what)

@@ -1,0 +1,268 @@
+"""The processes that a broker knows: who is believed, who is held for, who is taken for gone, and what is reaped then."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.context import ForkProcess
+from pathlib import Path
+
+import pytest
+import zmq
+
+import shmbroker
+from shmbroker.broker import peers as peers_module
+from shmbroker.broker.peers import SWEEP_SECONDS, Peers
+from shmbroker.control import messages as m
+from shmbroker.control.liveness import process_of, this_process
+from shmbroker.memory import names
+from shmbroker.memory.geometry import Geometry
+from shmbroker.memory.hold import Hold, is_held
+from shmbroker.memory.reaper import objects
+from shmbroker.memory.segment import make_segment, unlink_segment
+from tests.conftest import StartChild
+from tests.processes import run, running, wait_until, worker_process
+
+SMALL = Geometry(1 << 16, channel_count=1, depth=1)
+STATS = m.PeerStats(calls=7)
+Sent = list[tuple[bytes, m.Message]]
+
+
+@pytest.fixture
+def sent() -> Sent:
+    """What was sent to peers, by connection."""
+    return []
+
+
+@pytest.fixture
+def poller() -> zmq.Poller:
+    return zmq.Poller()
+
+
+@pytest.fixture
+def peers(instance: str, tmp_path: Path, poller: zmq.Poller, sent: Sent) -> Iterator[Peers]:
+    peers = Peers(instance, tmp_path, poller, lambda receiver, message: sent.append((receiver, message)))
+    yield peers
+    for peer in peers.known():
+        peers.leave(peer.sender, peer.hello.peer)
+    peers.close()
+    for name in objects(instance):
+        unlink_segment(f"/{name.file}")
+
+
+@pytest.fixture
+def sitting(start_child: StartChild) -> ForkProcess:
+    """A process that does nothing until it is killed."""
+    return start_child(signal.pause)
+
+
+def killed(process: ForkProcess) -> None:
+    process.kill()
+    process.join()
+
+
+def made(instance: str, owner: str) -> Hold:
+    """The hold of a fresh segment."""
+    return make_segment(names.segment_name(instance, owner), SMALL, instance=instance, owner=owner, owner_pid=os.getpid())
+
+
+def path_of(instance: str, owner: str) -> str:
+    return names.SHM_DIR + names.segment_name(instance, owner)
+
+
+def hello(peer: str, process: m.ProcessId, segment: str = "", **more: object) -> m.Hello:
+    return m.Hello("client", peer, process, "somebody", "0", segment=segment, **more)  # type: ignore[arg-type]
+
+
+# --- handovers --------------------------------------------------------------------------------------------------------------------------
+
+
+def test_what_was_made_is_held_until_its_owner_says_hello_and_then_by_the_owner(peers: Peers, instance: str) -> None:
+    owner = names.new_id()
+    peers.hold_until_hello(owner, this_process(), made(instance, owner))
+    peers.look_after()
+    assert is_held(path_of(instance, owner))
+    own = Hold.on(path_of(instance, owner))
+    peers.join(b"a", hello(owner, this_process(), names.segment_name(instance, owner)))
+    own.release()
+    assert not is_held(path_of(instance, owner)), "the broker held nothing for one who can"
+
+
+def test_a_handover_that_nobody_takes_is_reaped_after_its_time(peers: Peers, instance: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner = names.new_id()
+    peers.hold_until_hello(owner, this_process(), made(instance, owner))
+    monkeypatch.setattr(peers_module, "HANDOVER_SECONDS", 0.0)
+    peers.look_after()
+    assert not os.path.exists(path_of(instance, owner))
+    assert (peers.reaped_objects, peers.reaped_bytes >= SMALL.total_bytes) == (1, True)
+
+
+def test_a_handover_to_a_process_that_dies_is_reaped_at_once(peers: Peers, instance: str, sitting: ForkProcess) -> None:
+    owner = names.new_id()
+    assert sitting.pid is not None
+    peers.hold_until_hello(owner, process_of(sitting.pid), made(instance, owner))
+    peers.look_after()
+    assert os.path.exists(path_of(instance, owner))
+    killed(sitting)
+    peers.look_after()
+    assert not os.path.exists(path_of(instance, owner))
+
+
+def test_what_was_never_taken_over_is_reaped_when_the_broker_ends_and_what_the_living_hold_is_not(peers: Peers, instance: str) -> None:
+    taken, left = names.new_id(), names.new_id()
+    hold = made(instance, taken)
+    peers.join(b"a", hello(taken, this_process(), names.segment_name(instance, taken)))
+    peers.hold_until_hello(left, this_process(), made(instance, left))
+    peers.close()
+    assert [name.owner for name in objects(instance)] == [taken]
+    hold.release()
+
+
+# --- those that cannot lock (H4) --------------------------------------------------------------------------------------------------------
+
+
+def test_the_broker_holds_for_a_process_that_cannot_lock_while_it_lives_and_not_longer(
+    peers: Peers, instance: str, sitting: ForkProcess
+) -> None:
+    """H4."""
+    owner = names.new_id()
+    assert sitting.pid is not None
+    peers.hold_until_hello(owner, process_of(sitting.pid), made(instance, owner))
+    peers.join(b"a", hello(owner, process_of(sitting.pid), names.segment_name(instance, owner)))
+    assert is_held(path_of(instance, owner)), "not by its owner, which has locked nothing"
+    peers.reap("held by nobody")
+    assert os.path.exists(path_of(instance, owner))
+    killed(sitting)
+    peers.look_after()
+    assert not os.path.exists(path_of(instance, owner))
+
+
+def test_the_broker_holds_no_longer_for_a_process_that_left_or_said_hello_anew(peers: Peers, instance: str) -> None:
+    """H4."""
+    owner = names.new_id()
+    greeting = hello(owner, this_process(), names.segment_name(instance, owner))
+    hold = made(instance, owner)
+    hold.release()
+    peers.join(b"a", greeting)
+    peers.join(b"a", greeting)
+    assert [len(peer.holds) for peer in peers.known()] == [1]
+    peers.leave(b"a", owner)
+    assert not os.path.exists(path_of(instance, owner))
+
+
+LOCKLESS = """
+import errno, fcntl, os, sys, time
+
+def flock(fd, operation):
+    raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+fcntl.flock = flock  # as in a TEE runtime without it
+import torch, shmbroker
+client = shmbroker.connect(arena="4M")
+double = client.channel("test", doorbell="poll").bind("double")
+print("ready", flush=True)
+while True:
+    x = client.empty((8,), torch.float32).fill_(2.0)
+    assert double(x).sum() == 32.0
+    time.sleep(0.05)
+"""
+
+
+def test_a_client_that_cannot_lock_keeps_its_segment_while_it_lives_and_not_longer() -> None:
+    """H4, with real processes."""
+    with shmbroker.local_broker() as broker, worker_process(), running(sys.executable, "-c", LOCKLESS) as client:
+        assert client.stdout is not None
+        assert client.stdout.readline() == b"ready\n"
+
+        def segment() -> list[names.ObjectName]:
+            return [one for one in objects(broker.instance) if one.kind == names.SEGMENT]
+
+        assert run(sys.executable, "-m", "shmbroker", "gc", "--instance", broker.instance).returncode == 0
+        time.sleep(2.5 * SWEEP_SECONDS)
+        assert len(segment()) == 1
+        assert client.poll() is None
+        os.kill(client.pid, signal.SIGKILL)
+        client.wait()
+        wait_until(lambda: not segment())
+
+
+# --- who is known -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_nobody_else_speaks_for_a_peer_that_lives(peers: Peers) -> None:
+    me = names.new_id()
+    peers.join(b"a", hello(me, this_process()))
+    with pytest.raises(ValueError, match=f"{me} is somebody else, who lives"):
+        peers.join(b"b", hello(me, this_process()))
+    assert not peers.heard(b"b", me, STATS)
+    peers.leave(b"b", me)
+    (peer,) = peers.known()
+    assert (peer.sender, peer.stats.calls) == (b"a", 0)
+    assert peers.heard(b"a", me, STATS)
+    assert peer.stats is STATS
+    assert not peers.heard(b"a", names.new_id(), STATS), "nobody said Hello by that id"
+
+
+def test_the_id_of_a_dead_process_may_be_taken_on_another_connection(peers: Peers, sitting: ForkProcess) -> None:
+    peer = names.new_id()
+    assert sitting.pid is not None
+    peers.join(b"a", hello(peer, process_of(sitting.pid)))
+    killed(sitting)
+    peers.join(b"b", hello(peer, this_process()))
+    assert [one.sender for one in peers.known()] == [b"b"]
+
+
+def test_the_poller_wakes_when_a_peer_ends_and_the_others_are_told(
+    peers: Peers, poller: zmq.Poller, sent: Sent, sitting: ForkProcess
+) -> None:
+    dying, other = names.new_id(), names.new_id()
+    assert sitting.pid is not None
+    peers.join(b"a", hello(dying, process_of(sitting.pid)))
+    peers.join(b"b", hello(other, this_process()))
+    assert not poller.poll(0)
+    killed(sitting)
+    assert poller.poll(10_000)
+    peers.look_after()
+    assert sent == [(b"b", m.PeerGone(dying))]
+    assert [peer.hello.peer for peer in peers.known()] == [other]
+    assert not poller.poll(0), "nobody is watched who is gone"
+
+
+@pytest.mark.parametrize("silent", [True, False])
+def test_a_peer_that_cannot_be_watched_lives_as_long_as_it_is_heard(peers: Peers, monkeypatch: pytest.MonkeyPatch, silent: bool) -> None:
+    elsewhere = m.ProcessId(os.getpid(), 1, namespace=1)
+    peer = names.new_id()
+    peers.join(b"a", hello(peer, elsewhere))
+    if silent:
+        monkeypatch.setattr(peers_module, "SILENT_SECONDS", 0.0)
+    peers.look_after()
+    assert bool(peers.known()) != silent
+
+
+def test_sockets_of_workers_that_are_no_more_are_taken_away(peers: Peers, instance: str, tmp_path: Path) -> None:
+    living, dead = names.new_id(), names.new_id()
+    hold = made(instance, living)
+    sockets = {peer: tmp_path / f"{instance}.control.{peer}.sock" for peer in (living, dead)}
+    foreign = tmp_path / f"other-{instance}.control.{dead}.sock"
+    for path in (*sockets.values(), foreign):
+        path.touch()
+    peers.reap("held by nobody")
+    assert [sockets[living].exists(), sockets[dead].exists(), foreign.exists()] == [True, False, True]
+    hold.release()
+
+
+def test_the_sweep_takes_what_nobody_announced_once_in_its_time(peers: Peers, instance: str) -> None:
+    def orphan() -> Callable[[], bool]:
+        owner = names.new_id()
+        made(instance, owner).release()
+        return lambda: os.path.exists(path_of(instance, owner))
+
+    first = orphan()
+    peers.look_after()
+    assert not first()
+    second = orphan()
+    peers.look_after()
+    assert second(), "the next sweep is a second away"
