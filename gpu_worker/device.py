@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from shmbroker.worker.device_memory import DeviceMemory
+from shmbroker.worker import DeviceMemory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

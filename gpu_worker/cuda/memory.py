@@ -9,8 +9,7 @@ import torch
 
 from gpu_worker.cuda.pinning import Pinning
 from gpu_worker.cuda.streams import StreamKind, Streams
-from shmbroker.arena.cuda_runtime import Cuda
-from shmbroker.arena.spec import TensorSpec
+from shmbroker.arena import Cuda, TensorSpec
 from shmbroker.errors import BadInput, CudaRefused
 
 log = logging.getLogger(__name__)
