@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from shmbroker import console
-from shmbroker.settings.schema import DEFAULTS
+from shmbroker.settings import DEFAULTS
 from shmbroker.version import __version__
 
 

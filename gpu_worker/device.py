@@ -1,4 +1,4 @@
-"""Devices that a GPU worker computes on. A device holds weights and runs arithmetic on a client's tensors, results landing in place."""
+"""Devices that a GPU worker computes on: what ops need of one, and the CPU."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from shmbroker.worker.device_memory import DeviceMemory
+from shmbroker.worker import DeviceMemory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from shmbroker.errors import BadInput
-from shmbroker.models.parts import blocks_of, decoder_layers
+from shmbroker.models import blocks_of, decoder_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

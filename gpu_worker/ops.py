@@ -11,7 +11,7 @@ from gpu_worker.device import Device
 from gpu_worker.layers import READ_ON_HOST, Layers
 from gpu_worker.weights import Weights
 from shmbroker.models import ops
-from shmbroker.worker.worker import Worker
+from shmbroker.worker import Worker
 
 
 def register(worker: Worker, weights: Weights, device: Device) -> None:

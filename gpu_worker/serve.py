@@ -14,12 +14,15 @@ from gpu_worker.ops import register
 from gpu_worker.weights import Weights
 from shmbroker.control.status import ask
 from shmbroker.errors import BadInput
-from shmbroker.models.checkpoint import model_dtype
-from shmbroker.models.source import model_source
-from shmbroker.settings.sizes import mib
-from shmbroker.worker.worker import Worker
+from shmbroker.models import model_dtype, model_source
+from shmbroker.settings import mib
+from shmbroker.worker import Worker
 
 log = logging.getLogger(__name__)
+
+CPU = "cpu"
+CUDA = re.compile(r"cuda(:\d+)?")
+"""How the devices are named on the command line."""
 
 
 def serve(
@@ -65,8 +68,8 @@ def serve(
 
 def open_device(text: str) -> Device:
     """``cpu``, ``cuda`` or ``cuda:1`` to a device. Raises :class:`BadInput` for one that is not there."""
-    if text == "cpu":
+    if text == CPU:
         return CpuDevice()
-    if re.fullmatch(r"cuda(:\d+)?", text):
+    if CUDA.fullmatch(text):
         return open_cuda(text)
     raise BadInput(f"device {text!r} is not known; there are: cpu, cuda, cuda:N")

@@ -10,8 +10,7 @@ import torch
 
 from gpu_worker.device import Device
 from shmbroker.errors import BadInput
-from shmbroker.models.parts import is_linear, weight_and_bias
-from shmbroker.models.source import ModelSource
+from shmbroker.models import ModelSource, is_linear, weight_and_bias
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -13,9 +13,9 @@ from gpu_worker.cuda.pinning import Pinning
 from gpu_worker.cuda.staging import Staging
 from gpu_worker.cuda.streams import CudaStreams, Streams
 from gpu_worker.device import CpuDevice
-from shmbroker.arena.cuda_runtime import Cuda, CudaRuntime
+from shmbroker.arena import Cuda, CudaRuntime
 from shmbroker.errors import BadInput, CudaRefused
-from shmbroker.worker.device_memory import DeviceMemory
+from shmbroker.worker import DeviceMemory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -1,22 +1,16 @@
-"""What a worker asks of a CUDA device's memory."""
+"""A CUDA device's memory, as a worker asks for it."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 
 from gpu_worker.cuda.pinning import Pinning
-from gpu_worker.cuda.streams import Line, Streams
-from shmbroker.arena.cuda_runtime import Cuda
-from shmbroker.arena.spec import TensorSpec
+from gpu_worker.cuda.streams import StreamKind, Streams
+from shmbroker.arena import Cuda, TensorSpec
 from shmbroker.errors import BadInput, CudaRefused
-
-if TYPE_CHECKING:
-    pass
-
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +31,8 @@ class CudaMemory:
         return self._pinning.pin(address, nbytes)
 
     def empty(self, spec: TensorSpec) -> torch.Tensor:
-        """In the device's memory, for the queue that computes."""
-        with self._streams.on(Line.COMPUTE):
+        """In the device's memory, for the stream that computes."""
+        with self._streams.on(StreamKind.COMPUTE):
             return torch.empty(spec.shape, dtype=spec.dtype, device=self._device)
 
     def open_arena(self, handle: bytes, nbytes: int) -> tuple[torch.Tensor, Callable[[], None]]:

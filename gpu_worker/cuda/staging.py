@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from gpu_worker.cuda.streams import Event, Line, Streams
+from gpu_worker.cuda.streams import Event, StreamKind, Streams
 from shmbroker.memory.layout import ALIGNMENT, round_up
 
 SLOTS = 2
@@ -92,25 +92,25 @@ class Staging:
         slot.flight = None
         try:
             there = list(inputs)
-            with streams.on(Line.UP):
+            with streams.on(StreamKind.UP):
                 for index, tensor in enumerate(inputs):
                     if away[index]:
                         there[index] = _copy(slot.take(tensor, _dense_strides(tensor)), tensor)
-            streams.after(Line.COMPUTE, streams.mark(Line.UP))
+            streams.after(StreamKind.COMPUTE, streams.mark(StreamKind.UP))
             room = [slot.take(tensor, _contiguous(tensor)) if is_below else tensor for tensor, is_below in zip(outs, below, strict=True)]
-            with streams.on(Line.COMPUTE):
+            with streams.on(StreamKind.COMPUTE):
                 function(*there, out=room[0] if single else tuple(room), **arguments)
-            last = streams.mark(Line.COMPUTE)
+            last = streams.mark(StreamKind.COMPUTE)
             if any(below):
-                streams.after(Line.DOWN, last)
-                with streams.on(Line.DOWN):
+                streams.after(StreamKind.DOWN, last)
+                with streams.on(StreamKind.DOWN):
                     for tensor, staged, is_below in zip(outs, room, below, strict=True):
                         if is_below:
                             _copy(tensor, staged)
-                last = streams.mark(Line.DOWN)
+                last = streams.mark(StreamKind.DOWN)
         except BaseException:
-            for line in Line:  # S3
-                streams.mark(line).synchronize()
+            for kind in StreamKind:  # S3
+                streams.mark(kind).synchronize()
             raise
         slot.flight = Flight(last)
         return slot.flight
@@ -126,10 +126,10 @@ class Staging:
         slot.used = 0
         if nbytes and (slot.memory is None or len(slot.memory) < nbytes):
             slot.memory = None  # before the new one is made: both need not fit
-            with self._streams.on(Line.COMPUTE):
+            with self._streams.on(StreamKind.COMPUTE):
                 slot.memory = self._empty(nbytes)
-            # What had this memory before may be computed with still, and copies up run in another queue.
-            self._streams.after(Line.UP, self._streams.mark(Line.COMPUTE))
+            # What had this memory before may be computed with still, and copies up run in another stream.
+            self._streams.after(StreamKind.UP, self._streams.mark(StreamKind.COMPUTE))
         return slot
 
 

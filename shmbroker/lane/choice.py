@@ -13,7 +13,7 @@ def asked(lane: str, doorbell: str) -> tuple[Lane, Doorbell]:
         raise BadInput(f"lane {lane!r} is not known; there are: {', '.join(LANE_WORDS)}")
     if doorbell not in DOORBELL_WORDS:
         raise BadInput(f"doorbell {doorbell!r} is not known; there are: {', '.join(DOORBELL_WORDS)}")
-    if lane == Lane.ZMQ or (lane == AUTO and not shm_lane_supported()):
+    if lane == Lane.ZMQ.value or (lane == AUTO and not shm_lane_supported()):
         if doorbell != AUTO:
             raise BadInput(f"doorbell {doorbell!r} belongs to lane shm; lane zmq has its socket")
         return Lane.ZMQ, Doorbell.SOCKET

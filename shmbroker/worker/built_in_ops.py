@@ -1,4 +1,4 @@
-"""The ops that every worker has by itself, under a reserved name: for measuring what a call costs, whatever the worker is for."""
+"""The ops that every worker has, whatever it is for: by them a client measures what a call costs."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from shmbroker.arena.spec import TensorSpec
 from shmbroker.worker.ops import OpDefinition
 
 RESERVED = "shmbroker."
-"""How the names of such ops begin."""
+"""How their names begin, and no other op's."""
 
 ECHO = f"{RESERVED}echo"
+"""Copies its input."""
 
 
 def _same(x: TensorSpec) -> TensorSpec:
@@ -18,7 +19,6 @@ def _same(x: TensorSpec) -> TensorSpec:
 
 
 def _echo(x: torch.Tensor, *, out: torch.Tensor) -> None:
-    """The input, copied."""
     out.copy_(x)
 
 

@@ -1,4 +1,4 @@
-"""A channel as its worker sees it: the client's memory as tensors, the ops bound on it, and how one frame is run."""
+"""A channel as its worker sees it: how a frame of it is run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import msgspec
-import torch
 
 from shmbroker.arena.spec import TensorSpec
 from shmbroker.control.liveness import Watch
@@ -19,14 +18,15 @@ from shmbroker.errors import BadFrame, BadInput, describe, text_of
 from shmbroker.lane.completion_frames import Completion, CompletionFields, pack_text
 from shmbroker.lane.frame_layout import KEPT_OP, SUBMISSION_HEADER
 from shmbroker.lane.frames import Taken, taken_of
-from shmbroker.lane.submission_reader import Descriptor, Submission
+from shmbroker.lane.submission_reader import Submission
 from shmbroker.memory.layout import ChannelStatistics, Space, Status, offset_of
 from shmbroker.memory.statistics_block import StatisticsBlock
 from shmbroker.worker.device_completions import InFlight
 from shmbroker.worker.device_memory import Launched
+from shmbroker.worker.kept_calls import about_kept, with_kept
 from shmbroker.worker.kept_tensors import DEFAULT_KEPT_BYTES, KeptTensors
 from shmbroker.worker.mapped_segment import MappedSegment
-from shmbroker.worker.ops import BoundOp, OpDefinition, Static
+from shmbroker.worker.ops import BoundOp, Static
 from shmbroker.worker.prepared_call import PreparedCall
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ _clock_ns = time.monotonic_ns
 
 @dataclass(slots=True)
 class ChannelCounters:
-    """What a channel has done."""
+    """What a channel has done. Added to without a lock: where two threads add at one instant, one addition may be missing."""
 
     calls: int = 0
     errors: int = 0
@@ -53,7 +53,12 @@ class ChannelCounters:
 
 @dataclass(slots=True)
 class WorkerChannel:
-    """One open channel."""
+    """One open channel: the ops bound on it, what is kept for it, and the calls it knows.
+
+    :meth:`run` and :meth:`close` are called by one thread at a time, under the lock that is held while an op runs. The control thread binds and
+    publishes: it adds to ``ops`` and ``state`` what calls look up, and reads ``counters``. Whoever completes a call that a device worked on adds to
+    ``counters`` too, and forgets a call that failed; each is one step of a dict.
+    """
 
     number: int
     opened: OpenChannel
@@ -64,7 +69,7 @@ class WorkerChannel:
     state: dict[str, Any] = field(default_factory=dict)
     """What ops keep for this channel."""
     counters: ChannelCounters = field(default_factory=ChannelCounters)
-    _told: tuple[int, ...] = ()
+    _published: tuple[int, ...] = ()
     kept: KeptTensors = field(default_factory=lambda: KeptTensors(DEFAULT_KEPT_BYTES))
     _op_ids: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
     _prepared: dict[bytes, PreparedCall] = field(default_factory=dict)
@@ -146,7 +151,7 @@ class WorkerChannel:
         """Check a frame that was not met before. Raises :class:`BadFrame`."""
         call = self.mapped.reader.read(frame)
         if call.op_id == KEPT_OP:
-            return self._about_kept(call)
+            return about_kept(self.kept, self.mapped, call)
         op = self.ops.get(call.op_id)
         if op is None:
             raise BadFrame(f"op id {call.op_id} is not bound on this channel")
@@ -157,9 +162,9 @@ class WorkerChannel:
             raise
         except Exception as error:  # an out_spec that fails on odd shapes, or metadata that is none, is the frame's fault too
             raise BadFrame(describe(error)) from None
-        view = self.mapped.view
         if any(place.form.space == Space.KEPT for place in (*call.inputs, *call.outputs)):
-            return self._with_kept(op, call, arguments, single)
+            return with_kept(self.kept, self.mapped, call, op, arguments, single=single)
+        view = self.mapped.view
         inputs, outputs = [view(place) for place in call.inputs], [view(place) for place in call.outputs]
         return PreparedCall(op, inputs, outputs, arguments, single=single, repeatable=not call.metadata)
 
@@ -167,54 +172,12 @@ class WorkerChannel:
         """Tell in the client's segment what has been counted since the last time, for whoever looks."""
         counters = self.counters
         counted = counters.calls, counters.errors, counters.compute_ns, counters.queued_ns
-        if counted != self._told:
-            self._told = counted
+        if counted != self._published:
+            self._published = counted
             segment = self.mapped.segment
             block = StatisticsBlock(segment, segment.geometry.statistics_of(self.opened.index) + _WORKER_STATISTICS)
             # What a client claims (when it submitted) must not make a number that has no room.
             block.write((_clock_ns(), *[min(value, _WORD) for value in counted]))
-
-    def _with_kept(self, op: BoundOp, call: Submission, arguments: Static, single: bool) -> PreparedCall:
-        """A call with inputs that are kept here, or outputs that are to be. Such calls are not remembered: they would outlive what they name."""
-        new = [place for place in call.outputs if place.form.space == Space.KEPT]
-        try:
-            inputs = [self._input(place) for place in call.inputs]
-            self.kept.check_new((place.offset, place.form.spec) for place in new)
-        except BadInput as error:
-            raise BadFrame(str(error)) from None
-        made = {place.offset: self.mapped.memory.empty(place.form.spec) for place in new}
-        outputs = [made[place.offset] if place.form.space == Space.KEPT else self.mapped.view(place) for place in call.outputs]
-        prepared = PreparedCall(op, inputs, outputs, arguments, single=single, repeatable=False)
-        run = prepared.run
-
-        def run_and_keep() -> object:
-            launched = run()
-            self.kept.add(made)
-            return launched
-
-        prepared.run = run_and_keep
-        return prepared
-
-    def _input(self, place: Descriptor) -> torch.Tensor:
-        if place.form.space == Space.KEPT:
-            return self.kept.find(place.offset, place.form.spec)
-        return self.mapped.view(place)
-
-    def _about_kept(self, call: Submission) -> PreparedCall:
-        """Copy kept tensors to the outputs of their places, or, without outputs, let them go."""
-        if any(place.form.space != Space.KEPT for place in call.inputs) or any(place.form.space == Space.KEPT for place in call.outputs):
-            raise BadFrame(f"op id {KEPT_OP} copies from kept tensors, or lets them go, and nothing else")
-        if not call.outputs:
-            for place in call.inputs:
-                self.kept.let_go(place.offset)
-            return PreparedCall(_NO_OP, (), (), {}, single=False, repeatable=False)
-        if [place.form.spec for place in call.inputs] != [place.form.spec for place in call.outputs]:
-            raise BadFrame(f"op id {KEPT_OP} copies each input to an output of its form")
-        try:
-            inputs = [self._input(place) for place in call.inputs]
-        except BadInput as error:
-            raise BadFrame(str(error)) from None
-        return PreparedCall(_NO_OP, inputs, [self.mapped.view(place) for place in call.outputs], {}, single=False, repeatable=False)
 
     def close(self) -> None:
         """Let go of the client's memory, and of what was kept for it."""
@@ -226,14 +189,6 @@ class WorkerChannel:
         if len(self._prepared) >= _KNOWN_CALLS:
             self._prepared.clear()
         self._prepared[key] = prepared
-
-
-def _copy_all(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Each input, to be copied to the output of its place."""
-    return inputs
-
-
-_NO_OP = OpDefinition("fetch", _copy_all).bind({}, {})
 
 
 def _check(op: BoundOp, call: Submission, arguments: Static) -> bool:

@@ -1,21 +1,23 @@
-"""Kept tensors on the worker's side: results that stay for later calls of the same channel."""
+"""The tensors that a worker keeps for a channel: results that stay for its later calls."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 
 from shmbroker.arena.spec import TensorSpec
 from shmbroker.errors import BadInput
 
-if TYPE_CHECKING:
-    pass
+MOST_KEPT = 1 << 16
+"""On one channel: empty ones cost memory too."""
+
+DEFAULT_KEPT_BYTES = 4 << 30
+"""On one channel: as much as the keys and values of a long conversation, and a bound for a client that never lets go."""
 
 
 class KeptTensors:
-    """A channel's kept tensors on its worker's side. ``limit``: bytes that they may have together."""
+    """A channel's kept tensors by number. ``limit``: bytes that they may have together. Used by one thread at a time."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -64,11 +66,3 @@ class KeptTensors:
     def clear(self) -> None:
         """Forget all."""
         self._tensors.clear()
-
-
-MOST_KEPT = 1 << 16
-"""On one channel: empty ones cost memory too."""
-
-
-DEFAULT_KEPT_BYTES = 4 << 30
-"""On one channel: as much as the keys and values of a long conversation, and a bound for a client that never lets go."""

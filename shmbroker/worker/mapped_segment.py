@@ -1,4 +1,4 @@
-"""A client's segment as a worker maps it."""
+"""A client's segment, mapped by a worker: the tensors that its frames name."""
 
 from __future__ import annotations
 
@@ -12,16 +12,21 @@ from shmbroker.worker.device_memory import DeviceMemory, HostMemory, nothing
 
 
 class MappedSegment:
-    """A client's segment as a worker maps it: one flat tensor for each dtype, of which every tensor of a frame is a view."""
+    """A client's segment as a worker maps it: one flat tensor for each dtype, of which every tensor of a frame is a view.
+
+    ``memory``: of the device that is told of the segment for as long as it is mapped. Made, and given its device arena, by the control thread;
+    :meth:`view` and :meth:`close` are called by one thread at a time, under the lock that is held while an op runs. No frame names the device arena
+    before ``reader`` knows its size, which is set last.
+    """
 
     def __init__(self, segment: Segment, memory: DeviceMemory | None = None) -> None:
-        """``memory``: of the device that is told of the segment for as long as it is mapped."""
         self.segment = segment
         self.memory: DeviceMemory = memory or HostMemory()
         geometry = segment.geometry
         self.reader = SubmissionReader(geometry.arena_offset, geometry.total_bytes)
         self._flat: dict[torch.dtype, torch.Tensor] = {}
         self.users = 0
+        """Open channels on it, counted by the control thread."""
         self._device: torch.Tensor | None = None
         self._device_opened: tuple[bytes, int] | None = None
         self._close_device = nothing

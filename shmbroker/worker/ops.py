@@ -1,4 +1,4 @@
-"""Ops: what a worker runs for its clients, and how the shapes of their outputs are known beforehand."""
+"""Ops, as a worker registers them and as a client binds them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from shmbroker.lane.outputs import Outputs, OutSpec
 
 Static = dict[str, Any]
 """Arguments by name: fixed at bind, or of one call."""
-
 
 _KNOWN_OUTPUTS = 1024
 """Outcomes of trying out that are remembered, per bound op."""
@@ -54,7 +53,10 @@ class OpDefinition:
 
 
 class BoundOp:
-    """An op with its static arguments: what a client's small integer stands for."""
+    """An op with its static arguments: what a client's small integer stands for.
+
+    Run by one thread at a time; :meth:`outputs` is called by that one and by the control thread, which share a dict that each changes in single steps.
+    """
 
     __slots__ = ("_definition", "_function", "_known", "_kwargs", "_static", "_takes_out", "name")
 

@@ -1,4 +1,4 @@
-"""A call whose frame was checked before."""
+"""A call that need only be run: its frame is checked, its tensors are made."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from shmbroker.worker.ops import BoundOp, Static
 
 
 class PreparedCall:
-    """A frame that was checked before, with its tensors: when the same one comes again, byte for byte, it need only be run.
+    """A frame that was checked, with its tensors: when the same one comes again, byte for byte, it need only be run.
 
     The tensors have version counters of their own. An op that changes an input in place (its values, or its shape as ``t_()`` does) is seen
     by that, and its call is not kept.

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gpu_worker.cuda.streams import Line
+from gpu_worker.cuda.streams import StreamKind
 from shmbroker.errors import CudaRefused
 
 NOT_SUPPORTED = 801
@@ -99,14 +99,14 @@ class FakeCuda:
 
 
 class FakeEvent:
-    def __init__(self, streams: FakeStreams, line: Line, number: int) -> None:
+    def __init__(self, streams: FakeStreams, kind: StreamKind, number: int) -> None:
         self.streams = streams
-        self.line = line
+        self.kind = kind
         self.number = number
 
     def synchronize(self) -> None:
         time.sleep(self.streams.seconds)
-        self.streams.log.append(f"wait {self.line.value} {self.number}")
+        self.streams.log.append(f"wait {self.kind.value} {self.number}")
         if self.streams.fail:
             raise RuntimeError(self.streams.fail)
 
@@ -121,15 +121,15 @@ class FakeStreams:
         self.marks = 0
 
     @contextlib.contextmanager
-    def on(self, line: Line) -> Iterator[None]:
-        self.log.append(f"on {line.value}")
+    def on(self, kind: StreamKind) -> Iterator[None]:
+        self.log.append(f"on {kind.value}")
         yield
 
-    def mark(self, line: Line) -> FakeEvent:
+    def mark(self, kind: StreamKind) -> FakeEvent:
         self.marks += 1
-        self.log.append(f"mark {line.value} {self.marks}")
-        return FakeEvent(self, line, self.marks)
+        self.log.append(f"mark {kind.value} {self.marks}")
+        return FakeEvent(self, kind, self.marks)
 
-    def after(self, line: Line, event: object) -> None:
+    def after(self, kind: StreamKind, event: object) -> None:
         assert isinstance(event, FakeEvent)
-        self.log.append(f"{line.value} after {event.line.value} {event.number}")
+        self.log.append(f"{kind.value} after {event.kind.value} {event.number}")

@@ -63,6 +63,17 @@ def test_a_refusal_midway_gives_back_what_was_registered(tmp_path: Path) -> None
     assert (pinning.pinned, pinning.pageable) == (0, 1)
 
 
+def test_the_log_counts_the_slower_way_with_each_segment(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pinning = Pinning(FakeCuda(tmp_path, {"cudaHostRegister": 2}, refuse_after=1))
+    with caplog.at_level(logging.INFO):
+        unpins = [pinning.pin(index << 40, GIB) for index in (1, 2, 3)]
+    counted = [record.getMessage() for record in caplog.records if record.levelno == logging.INFO]
+    assert counted[0].endswith("is pinned; so far 1 pinned, 0 pageable")
+    assert counted[-1].endswith("is pageable; so far 1 pinned, 2 pageable")
+    for unpin in unpins:
+        unpin()
+
+
 def test_without_a_driver_to_ask_all_is_pageable(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         pinning = Pinning(None, "cuda-bindings cannot be used")

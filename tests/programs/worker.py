@@ -11,11 +11,10 @@ import torch
 
 import shmbroker
 from shmbroker import TensorSpec
+from shmbroker.worker import draining
 
 if "DRAIN_SECONDS" in os.environ:
-    import shmbroker.worker
-
-    shmbroker.worker.worker.DRAIN_SECONDS = float(os.environ["DRAIN_SECONDS"])
+    draining.DRAIN_SECONDS = float(os.environ["DRAIN_SECONDS"])
 
 KEPT = {"kept_bytes": int(os.environ["KEPT_BYTES"])} if "KEPT_BYTES" in os.environ else {}
 

@@ -1,0 +1,177 @@
+"""What answers the control requests of a worker's clients: open a channel, bind an op, tell an op's shapes, close."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from shmbroker.arena.spec import NAME_OF, TensorSpec, dtype_named
+from shmbroker.control import messages as m
+from shmbroker.control.endpoint import transport_of
+from shmbroker.control.liveness import Watch
+from shmbroker.control.messages import ProcessId
+from shmbroker.control.sockets import Responder
+from shmbroker.errors import BadInput, ChannelError, ProtocolMismatch, describe
+from shmbroker.lane.choice import agreed
+from shmbroker.memory import layout
+from shmbroker.systemd.notify import Watchdog
+from shmbroker.worker.built_in_ops import BUILT_IN_OPS
+from shmbroker.worker.draining import Stop
+from shmbroker.worker.open_channels import OpenChannels
+from shmbroker.worker.ops import BoundOp, OpDefinition
+
+log = logging.getLogger(__name__)
+
+REQUEST_WAIT_SECONDS = 0.1
+"""How long a request is waited for before the server looks after everything else."""
+
+LIVENESS_SECONDS = 0.5
+"""How often the server looks whether clients live; the broker tells of their deaths earlier."""
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What clients are told of a worker when they open a channel. ``ops``: all that were registered."""
+
+    service: str
+    name: str
+    identity: str
+    ops: Mapping[str, OpDefinition]
+    bell_name: str
+    """Of the doorbell that rouses the worker for frames in shared memory."""
+    endpoint: str
+    """Of the zmq lane."""
+
+
+class ControlServer:
+    """Answers control requests until told to ``stop``, and looks whether clients, and ``parent``, still live.
+
+    :meth:`serve` is the control thread, which alone uses ``responder`` and changes ``channels``. Other threads call :meth:`client_gone`.
+    An op without an out_spec is tried out for its shapes in this thread too, on tensors without values.
+    ``parent``: a process that this worker ends with. ``watchdog``: thread-safe.
+    """
+
+    def __init__(
+        self,
+        offer: Offer,
+        responder: Responder,
+        channels: OpenChannels,
+        stop: Stop,
+        *,
+        parent: ProcessId | None = None,
+        watchdog: Watchdog | None = None,
+    ) -> None:
+        self._offer = offer
+        self._responder = responder
+        self._channels = channels
+        self._stop = stop
+        self._parent = parent
+        self._watchdog = watchdog
+        self._gone: queue.SimpleQueue[str] = queue.SimpleQueue()
+        """Clients that the broker says are gone: from any thread to the control thread."""
+        self._handlers: dict[type, Callable[[Any], m.Message]] = {
+            m.OpenChannel: self._open_channel,
+            m.CloseChannel: self._close_channel,
+            m.OpenDeviceArena: self._open_device_arena,
+            m.Bind: self._bind,
+            m.AskOutSpec: self._ask_out_spec,
+        }
+
+    def client_gone(self, client: str) -> None:
+        """Have all channels of this client dropped soon. From any thread."""
+        self._gone.put(client)
+
+    def serve(self) -> None:
+        """Answer until told to stop."""
+        parent = Watch(self._parent) if self._parent is not None else None
+        next_look = time.monotonic() + LIVENESS_SECONDS
+        while not self._stop.requested:
+            if self._watchdog is not None:
+                self._watchdog.turning("control")
+            self._responder.socket.poll(int(REQUEST_WAIT_SECONDS * 1000))
+            self._responder.answer_waiting(self._answer)
+            while not self._gone.empty():
+                self._channels.drop_client(self._gone.get())
+            self._channels.drop_broken()
+            self._channels.publish()
+            if time.monotonic() >= next_look:
+                next_look = time.monotonic() + LIVENESS_SECONDS
+                if parent is not None and not parent.alive():
+                    self._stop.request()
+                self._channels.drop_dead()
+
+    def _answer(self, sender: bytes, message: m.AnyMessage) -> m.Message:
+        handler = self._handlers.get(type(message))
+        if handler is None:
+            raise ProtocolMismatch(f"a worker takes no {type(message).__name__}")
+        return handler(message)
+
+    def _open_channel(self, opening: m.OpenChannel) -> m.ChannelOpened:
+        offer = self._offer
+        if opening.service != offer.service:
+            raise ChannelError(f"this worker offers {offer.service!r}, not {opening.service!r}")
+        # fault: before channel opened
+        lane, doorbell = agreed(opening.lane, opening.doorbell)
+        channel = self._channels.open(opening, lane, doorbell)
+        log.info(
+            "channel area %d opened by %s (pid %d): lane %s, doorbell %s, control %s",
+            opening.index,
+            opening.client_name,
+            opening.process.pid,
+            lane.value,
+            doorbell.value,
+            transport_of(self._responder.endpoint),
+        )
+        # fault: after channel opened
+        return m.ChannelOpened(
+            channel=channel.number,
+            lane=lane.value,
+            doorbell=doorbell.value,
+            bell=offer.bell_name,
+            endpoint=offer.endpoint,
+            token=channel.token,
+            ops=tuple(offer.ops),
+            identity=offer.identity,
+        )
+
+    def _close_channel(self, request: m.CloseChannel) -> m.Done:
+        self._channels.drop(self._channels.find(request.channel))
+        return m.Done()
+
+    def _open_device_arena(self, request: m.OpenDeviceArena) -> m.Done:
+        self._channels.find(request.channel).mapped.open_device(request.handle, request.nbytes)
+        return m.Done()
+
+    def _bind(self, request: m.Bind) -> m.Bound:
+        channel, ops = self._channels.find(request.channel), self._offer.ops
+        definition = ops.get(request.op) or BUILT_IN_OPS.get(request.op)
+        if definition is None:
+            raise BadInput(f"worker {self._offer.name!r} has no op {request.op!r}; it has: {', '.join(ops) or 'none'}")
+        try:
+            op: BoundOp = definition.bind(request.static, channel.state)
+        except TypeError as error:  # wrong names of static arguments, most often
+            raise BadInput(f"op {request.op!r} cannot be bound with {sorted(request.static)}: {error}") from None
+        return m.Bound(channel.bind(op), op.has_out_spec)
+
+    def _ask_out_spec(self, request: m.AskOutSpec) -> m.OutSpecs:
+        op = self._channels.find(request.channel).ops.get(request.op_id)
+        if op is None:
+            raise ChannelError(f"op id {request.op_id} is not bound on channel {request.channel}")
+        arguments_bytes = len(msgspec.msgpack.encode(request.arguments))
+        if len(request.inputs) > layout.MAX_TENSORS or arguments_bytes > layout.METADATA_BYTES:
+            # Answers are remembered: what no call can ask for must not fill the memory.
+            raise BadInput(f"{len(request.inputs)} inputs and {arguments_bytes} bytes of arguments are more than a frame carries")
+        inputs = [TensorSpec(spec.shape, dtype_named(spec.dtype)) for spec in request.inputs]
+        try:
+            outputs = op.outputs(inputs, request.arguments)
+        except BadInput:
+            raise
+        except Exception as error:  # the out_spec's own complaint about these inputs, for the caller to read
+            raise BadInput(f"op {op.name!r} cannot take {', '.join(map(str, inputs))}: {describe(error)}") from None
+        return m.OutSpecs(tuple(m.SpecInfo(spec.shape, NAME_OF[spec.dtype]) for spec in outputs.specs), outputs.single)
