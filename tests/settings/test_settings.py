@@ -54,7 +54,7 @@ def test_without_files_and_variables_everything_is_at_its_default() -> None:
 
 def test_the_users_file_wins_over_the_systems_and_variables_win_over_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     system = write(tmp_path / "system.toml", 'arena = "1G"\nspin = 10\nservice = "a"\n')
-    user = write(load.user_file(), 'spin = 20\nservice = "b"\n')
+    user = write(loading.user_file(), 'spin = 20\nservice = "b"\n')
     monkeypatch.setenv("SHMBROKER_SERVICE", "c")
     loaded = load()
     assert (loaded.settings.arena, loaded.settings.spin, loaded.settings.service) == ("1G", 20.0, "c")
@@ -66,7 +66,7 @@ def test_the_users_file_wins_over_the_systems_and_variables_win_over_both(tmp_pa
 
 def test_a_file_that_is_named_stands_for_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "system.toml", "spin = 10\n")
-    write(load.user_file(), "spin = 20\n")
+    write(loading.user_file(), "spin = 20\n")
     named = write(tmp_path / "named.toml", "depth = 8\n")
     monkeypatch.setenv("SHMBROKER_CONFIG", str(named))
     assert load().files == (named,)
