@@ -17,12 +17,14 @@ WIDTH = 120
 RETURNED = (
     ("shmbroker.client.channel", "Channel"),
     ("shmbroker.client.failover", "FailoverChannel"),
+    ("shmbroker.client.protocols", "Bindable"),
+    ("shmbroker.client.protocols", "Op"),
     ("shmbroker.call.remote_op", "RemoteOp"),
     ("shmbroker.call.remote_op", "CapturedCall"),
     ("shmbroker.call.future", "CallFuture"),
     ("shmbroker.call.report", "Report"),
 )
-"""What public functions return."""
+"""What public functions return, or take."""
 
 
 def command_lines() -> str:
