@@ -17,12 +17,14 @@ WIDTH = 120
 RETURNED = (
     ("shmbroker.client.channel", "Channel"),
     ("shmbroker.client.failover", "FailoverChannel"),
+    ("shmbroker.client.protocols", "Bindable"),
+    ("shmbroker.client.protocols", "Op"),
     ("shmbroker.call.remote_op", "RemoteOp"),
     ("shmbroker.call.remote_op", "CapturedCall"),
     ("shmbroker.call.future", "CallFuture"),
     ("shmbroker.call.report", "Report"),
 )
-"""What public functions return."""
+"""What public functions return, or take."""
 
 
 def command_lines() -> str:
@@ -71,7 +73,8 @@ def interface() -> str:
 
 def _described(name: str, thing: Any) -> list[str]:
     lines = []
-    if inspect.isroutine(thing) or (inspect.isclass(thing) and not issubclass(thing, BaseException) and "__init__" in vars(thing)):
+    made = inspect.isclass(thing) and not issubclass(thing, BaseException) and not getattr(thing, "_is_protocol", False)
+    if inspect.isroutine(thing) or (made and "__init__" in vars(thing)):
         lines = ["```python", f"{name}{_signature(thing)}", "```", ""]
     text = inspect.getdoc(thing.fget if isinstance(thing, property) else thing) or ""
     return [*lines, re.sub(r":(?:class|func|meth|mod|data):`~?([^`]+)`", r"`\1`", text).replace("``", "`")]

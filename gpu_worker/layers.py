@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from shmbroker.errors import BadInput
-from shmbroker.models import blocks_of, decoder_layers
+from shmbroker.models import decoder_layers, halves_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -73,12 +73,12 @@ class Layers:
 
     def _half(self, layer: int, which: str) -> nn.Module:
         whole = self._layer(layer)
-        blocks = blocks_of(whole)
-        if blocks is None:
+        halves = halves_of(whole)
+        if halves is None:
             raise BadInput(
                 f"the layers of this worker's model, {type(whole).__name__}, have no attention and feed-forward that could be told apart"
             )
-        return whole.get_submodule(getattr(blocks, which))
+        return whole.get_submodule(getattr(halves, which))
 
     def _with_session(self, layer: int, module: nn.Module, channel_state: dict[str, Any]) -> Callable[..., None]:
         caches: dict[int, DynamicCache] = channel_state.setdefault(_CACHES, {})

@@ -9,48 +9,21 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import torch
 
-from shmbroker.call.report import Report
-from shmbroker.client.channel import Channel
-from shmbroker.client.client import connect
-from shmbroker.client.failover import FailoverChannel
+from shmbroker.client import Report
 from shmbroker.control.status import ask
 from shmbroker.errors import BadInput
 from shmbroker.models.checkpoint import Checkpoint, model_dtype
 from shmbroker.settings.sizes import mib
-from tee_worker.offloading.offload import offload
-from tee_worker.planning.own_part import own_part
-from tee_worker.planning.splits import Split, Splits
-from tee_worker.planning.structure import structure_of
-from tee_worker.planning.traffic import generation_traffic
-from tee_worker.split_run import Analytic, arena_bytes, compare, private_bytes
+from tee_worker.analytic import Analytic, compare
+from tee_worker.private_memory import private_bytes
+from tee_worker.run_options import GenerateOptions
+from tee_worker.split_run import channel_as_asked, check, compute_with, split_run
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 OnText = Callable[[str], None]
-
-
-class Options(msgspec.Struct, frozen=True):
-    """What a generation is asked for."""
-
-    model: str
-    prompt: str
-    chat: bool = False
-    max_new_tokens: int = 64
-    split: str = Split.FUSED.value
-    pipeline: int = 1
-    dtype: str = "float32"
-    instance: str | None = None
-    service: str = "gpu"
-    lane: str = "auto"
-    doorbell: str = "auto"
-    arena: str | None = None
-    timeout: float = 60.0
-    spin: float = 50e-6
-    failover: float = 30.0
-    threads: int | None = None
-    trace: str | None = None
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -71,66 +44,47 @@ class Outcome(msgspec.Struct, frozen=True):
     analytic: Analytic
 
 
-def generate(options: Options, on_text: OnText | None = None, on_note: OnText = lambda note: None) -> Outcome:
+def generate(options: GenerateOptions, on_text: OnText | None = None, on_note: OnText = lambda note: None) -> Outcome:
     """Run one greedy generation. ``on_text`` is given the text as it comes, ``on_note`` what goes on before. Raises :class:`ShmBrokerError`."""
-    split = Splits.named(options.split)
-    dtype = model_dtype(options.dtype)
+    check(options)
     checkpoint = Checkpoint.at(options.model)
     ask(options.instance)  # before anything is loaded: a missing broker is told at once
-    if options.threads:
-        torch.set_num_threads(options.threads)
     tokenizer = checkpoint.tokenizer()
-    ids = encode(tokenizer, options.prompt, options.chat)
-    check_context(checkpoint.config(), ids.shape[1], options.max_new_tokens)
-    on_note("loading the model's own part ...")
-    model = own_part(checkpoint, dtype, split)
-    structure = structure_of(model, split)
+    ids = _prompt(options, checkpoint, tokenizer)
     prompt_tokens = ids.shape[1]
-    planned = generation_traffic(
-        structure, split, prompt_tokens=prompt_tokens, new_tokens=options.max_new_tokens, pipeline=options.pipeline
-    )
-    with connect(
-        options.instance,
-        arena=arena_bytes(options.arena, planned, options.pipeline),
-        name="tee-worker",
-        timeout=options.timeout,
-        spin=options.spin,
-        trace=options.trace,
-    ) as client:
-        channel: Channel | FailoverChannel
-        if options.failover > 0:
-            channel = client.failover_channel(options.service, lane=options.lane, doorbell=options.doorbell, patience=options.failover)
-        else:
-            channel = client.channel(options.service, lane=options.lane, doorbell=options.doorbell)
-        offload(model, channel, split, pipeline=options.pipeline, structure=structure)
+    on_note("loading the model's own part ...")
+    with split_run(options, checkpoint, channel_as_asked, prompt_tokens=prompt_tokens, new_tokens=options.max_new_tokens) as running:
         begun = time.perf_counter()
-        tokens = run(model, tokenizer, ids, options.max_new_tokens, on_text)
+        tokens = run(running.model, tokenizer, ids, options.max_new_tokens, on_text)
         seconds = time.perf_counter() - begun
-        report = channel.report()
-    expected = generation_traffic(structure, split, prompt_tokens=prompt_tokens, new_tokens=len(tokens))
+        report = running.channel.report()
     return Outcome(
         text=str(tokenizer.decode(tokens, skip_special_tokens=True)),
         tokens=tuple(tokens),
         prompt_tokens=prompt_tokens,
-        split=str(split),
+        split=str(running.splits),
         seconds=seconds,
         tokens_per_second=len(tokens) / seconds,
         private_bytes=private_bytes(),
-        parameter_bytes=sum(parameter.nbytes for parameter in model.parameters()),
+        parameter_bytes=sum(parameter.nbytes for parameter in running.model.parameters()),
         report=report,
-        analytic=compare(expected, report),
+        analytic=compare(running.traffic(prompt_tokens, len(tokens)), report),
     )
 
 
-def reference(options: Options) -> tuple[int, ...]:
+def reference(options: GenerateOptions) -> tuple[int, ...]:
     """The tokens of the same model in this process alone, as Hugging Face generates them: no broker, no other process."""
     checkpoint = Checkpoint.at(options.model)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    compute_with(options.threads)
     tokenizer = checkpoint.tokenizer()
+    ids = _prompt(options, checkpoint, tokenizer)
+    return tuple(run(checkpoint.model(model_dtype(options.dtype)), tokenizer, ids, options.max_new_tokens, None))
+
+
+def _prompt(options: GenerateOptions, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     ids = encode(tokenizer, options.prompt, options.chat)
     check_context(checkpoint.config(), ids.shape[1], options.max_new_tokens)
-    return tuple(run(checkpoint.model(model_dtype(options.dtype)), tokenizer, ids, options.max_new_tokens, None))
+    return ids
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> torch.Tensor:

@@ -1,67 +1,105 @@
-"""What every run of a split model needs."""
+"""A run of a split model, from its options to a model that can be called."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic, TypeVar
 
-import msgspec
+import torch
 
-from shmbroker.call.report import Report
-from shmbroker.errors import ArenaTooSmall
-from shmbroker.memory.layout import PAGE, round_up
-from shmbroker.settings.sizes import MIB, parse_bytes
-from tee_worker.planning.traffic import Traffic
+from shmbroker.client import Channel, Client, FailoverChannel, connect
+from shmbroker.errors import BadInput
+from shmbroker.models.checkpoint import model_dtype
+from shmbroker.models.source import ModelSource
+from tee_worker.offloading.offload import offload
+from tee_worker.planning.arena_size import arena_bytes
+from tee_worker.planning.own_part import own_part
+from tee_worker.planning.splits import Splits
+from tee_worker.planning.structure import Structure, structure_of
+from tee_worker.planning.traffic import Traffic, generation_traffic
+from tee_worker.run_options import RunOptions
 
 if TYPE_CHECKING:
-    pass
+    from transformers import PreTrainedModel
+
+AnyChannel = TypeVar("AnyChannel", bound=Channel | FailoverChannel)
+Opened = Callable[[Client, RunOptions, float | None], AnyChannel]
+"""Opens the channel of a run: its client, its options, and the seconds to wait for a worker that offers the service."""
 
 
-ARENA_FLOOR = 64 * MIB
+@dataclass(frozen=True, slots=True)
+class SplitRun(Generic[AnyChannel]):
+    """A model whose heavy modules are computed by a GPU worker, and what it goes through."""
+
+    model: PreTrainedModel
+    structure: Structure
+    splits: Splits
+    channel: AnyChannel
+    pipeline: int
+
+    def traffic(self, prompt_tokens: int, new_tokens: int) -> Traffic:
+        """What a generation of so many tokens sends and receives."""
+        return generation_traffic(self.structure, self.splits, prompt_tokens=prompt_tokens, new_tokens=new_tokens, pipeline=self.pipeline)
 
 
-ARENA_LARGEST_TENSORS = 4
-"""The arena that is asked for when none is told: room for so many tensors of the largest size of the run, on top of the floor. Attention has
-scores, keys, values and a result at once."""
+def check(options: RunOptions) -> None:
+    """Refuse what can be told to be wrong before anything is looked for or loaded. Raises :class:`BadInput`."""
+    Splits.named(options.split)
+    model_dtype(options.dtype)
+    if not options.failover >= 0:
+        raise BadInput(f"--failover {options.failover:g} must be 0 or more seconds")
 
 
-class Analytic(msgspec.Struct, frozen=True):
-    """The analytic model of the run, and whether what was counted equals it."""
-
-    calls: int
-    sent_bytes: int
-    received_bytes: int
-    equal: bool
+def compute_with(threads: int | None) -> None:
+    """Compute with so many threads; None: torch's own choice."""
+    if threads:
+        torch.set_num_threads(threads)
 
 
-def arena_bytes(told: str | None, planned: Traffic, pipeline: int = 1) -> int:
-    """Size of the arena: as told, if the run's largest tensor fits in it; else enough for the run. Raises :class:`ArenaTooSmall`."""
-    assert planned.largest is not None
-    assert planned.largest_tensor is not None
-    largest = planned.largest_tensor.nbytes
-    if told is None:
-        return round_up(ARENA_FLOOR + ARENA_LARGEST_TENSORS * pipeline * largest, PAGE)
-    size = parse_bytes(told)
-    if size < largest:
-        raise ArenaTooSmall(
-            f"--arena {told} is {size} bytes; the largest tensor of this run, {planned.largest_tensor} of op {planned.largest.op!r}, takes "
-            f"{largest} bytes: give --arena at least {round_up(ARENA_LARGEST_TENSORS * largest, MIB) // MIB}M (room for "
-            f"{ARENA_LARGEST_TENSORS} of them), or leave it out"
-        )
-    return size
+def channel_as_asked(client: Client, options: RunOptions, wait: float | None) -> Channel | FailoverChannel:
+    """One that ends with its worker where no failover is asked for."""
+    if options.failover > 0:
+        return failover_channel(client, options, wait)
+    return client.channel(options.service, lane=options.lane, doorbell=options.doorbell, wait=wait)
 
 
-def compare(expected: Traffic, report: Report) -> Analytic:
-    """The analytic model beside what was counted."""
-    counted = (report.total.calls, report.total.sent_bytes, report.total.received_bytes)
-    told = (expected.calls, expected.sent_bytes, expected.received_bytes)
-    by_op = {line.op: line.calls for line in report.ops}
-    return Analytic(*told, equal=told == counted and by_op == expected.calls_by_op)
+def failover_channel(client: Client, options: RunOptions, wait: float | None) -> FailoverChannel:
+    """One that outlives its worker: with a failover of 0 seconds, if another one is there already."""
+    return client.failover_channel(options.service, lane=options.lane, doorbell=options.doorbell, wait=wait, patience=options.failover)
 
 
-def private_bytes() -> int:
-    """Resident memory of this process that it shares with nobody."""
-    with open("/proc/self/status") as status:
-        for line in status:
-            if line.startswith("RssAnon:"):
-                return int(line.split()[1]) * 1024
-    return 0
+@contextlib.contextmanager
+def split_run(
+    options: RunOptions,
+    source: ModelSource,
+    open_channel: Opened[AnyChannel],
+    *,
+    prompt_tokens: int,
+    new_tokens: int,
+    name: str = "tee-worker",
+    peers: contextlib.AbstractContextManager[object] | None = None,
+    wait: float | None = None,
+    spare: int = 0,
+) -> Iterator[SplitRun[AnyChannel]]:
+    """Load this side's part of ``source``, join the broker and move the rest to a GPU worker, for the length of a block.
+
+    ``prompt_tokens``, ``new_tokens``: the longest generation that the arena must have room for; ``spare``: as of :func:`arena_bytes`. ``name``: for
+    status. ``peers``: entered before the broker is joined. ``wait``: seconds for a worker to come; None: as the settings. Raises
+    :class:`ShmBrokerError`.
+    """
+    splits = Splits.named(options.split)
+    compute_with(options.threads)
+    model = own_part(source, model_dtype(options.dtype), splits)
+    structure = structure_of(model, splits)
+    planned = generation_traffic(structure, splits, prompt_tokens=prompt_tokens, new_tokens=new_tokens, pipeline=options.pipeline)
+    arena = arena_bytes(options.arena, planned, options.pipeline, spare=spare)
+    spin_seconds = options.spin * 1e-6
+    with (
+        peers or contextlib.nullcontext(),
+        connect(options.instance, arena=arena, name=name, timeout=options.timeout, spin=spin_seconds, trace=options.trace) as client,
+    ):
+        channel = open_channel(client, options, wait)
+        offload(model, channel, splits, pipeline=options.pipeline, structure=structure)
+        yield SplitRun(model, structure, splits, channel, options.pipeline)

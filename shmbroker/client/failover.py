@@ -164,6 +164,12 @@ class FailoverChannel:
         socket_bytes = self._socket_bytes + channel.report().socket_bytes
         return Report.of(self._statistics, channel.lane, channel.doorbell, channel.control, socket_bytes, self.failovers, channel.device)
 
+    def forget_statistics(self) -> None:
+        """As :meth:`Channel.forget_statistics`, of all ops, whichever worker they are bound on."""
+        for one in self._statistics:
+            one.reset()
+        self.channel.forget_statistics()
+
     def close(self) -> None:
         """Close the channel in use; nobody takes over any more."""
         self._closed = True

@@ -4,7 +4,7 @@ None of it imports transformers before a model is made.
 """
 
 from shmbroker.models.checkpoint import model_dtype
-from shmbroker.models.parts import blocks_of, decoder_layers, is_linear, weight_and_bias
+from shmbroker.models.parts import decoder_layers, halves_of, is_linear, weight_and_bias
 from shmbroker.models.source import ModelSource, model_source
 
-__all__ = ["ModelSource", "blocks_of", "decoder_layers", "is_linear", "model_dtype", "model_source", "weight_and_bias"]
+__all__ = ["ModelSource", "decoder_layers", "halves_of", "is_linear", "model_dtype", "model_source", "weight_and_bias"]

@@ -47,14 +47,14 @@ def decoder_layers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
 
 
 @dataclass(frozen=True, slots=True)
-class Blocks:
+class LayerHalves:
     """The two halves of a decoder layer, as names of its children: what attends (and keeps keys and values), and what follows."""
 
     attention: str
     feed_forward: str
 
 
-def blocks_of(layer: nn.Module) -> Blocks | None:
+def halves_of(layer: nn.Module) -> LayerHalves | None:
     """Told by what they take: the attention is the child that is given the cache, the feed-forward the other one that has parts of its own.
 
     None where a layer is made otherwise.
@@ -64,7 +64,7 @@ def blocks_of(layer: nn.Module) -> Blocks | None:
     others = [name for name, child in children.items() if name not in attentions and (is_linear(child) or any(child.children()))]
     if len(attentions) != 1 or len(others) != 1 or is_linear(children[others[0]]):
         return None
-    return Blocks(attentions[0], others[0])
+    return LayerHalves(attentions[0], others[0])
 
 
 def gpu_part(model: PreTrainedModel, module: nn.Module) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -86,7 +86,12 @@ DEFAULTS = Settings()
 OWN_DEFAULTS: Mapping[str, Mapping[str, object]] = {
     "tee-worker": {"log_level": "warning"},
     "tee-worker generate": {"arena": "what the run needs", "timeout": 60.0},
-    "tee-worker prefill": {"arena": "what the run needs", "timeout": 120.0, "split": "op"},
+    "tee-worker prefill": {"arena": "what the run needs", "timeout": 120.0, "failover": 0.0, "split": "op"},
     "tee-worker serve": {"arena": "what the longest context needs", "timeout": 60.0},
 }
-"""Commands whose own default is another, where the setting is not set: they print text, or their calls are longer."""
+"""Commands whose own default is another, where the setting is not set: they print text, their calls are longer, or what they measure is one worker."""
+
+
+def default_for(command: str, name: str) -> Any:
+    """The default of setting ``name`` for ``command``: its own where it has one, else everybody's."""
+    return OWN_DEFAULTS.get(command, {}).get(name, getattr(DEFAULTS, name))

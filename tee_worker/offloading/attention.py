@@ -43,7 +43,7 @@ def split_attention_forward(
     return attention(query, key, value, attention_mask, query.shape[-1] ** -0.5 if scaling is None else scaling, softcap), None
 
 
-def split(model: PreTrainedModel, products: SplitAttention, structure: Structure, splits: Splits) -> None:
+def install_split_attention(model: PreTrainedModel, products: SplitAttention, structure: Structure, splits: Splits) -> None:
     """Have the attentions of the layers at split ``op`` computed by ``products``; the others go on as they were, with the same additive mask."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import eager_mask

@@ -6,13 +6,6 @@ Each computes with as many threads as the process may use. Two of them at once w
 from __future__ import annotations
 
 import threading
-from typing import Any
-
-import torch
-
-from shmbroker.call.remote_op import RemoteOp
-from shmbroker.client.channel import Channel
-from shmbroker.client.failover import FailoverChannel, FailoverOp
 
 
 class Baton:
@@ -36,36 +29,3 @@ class Baton:
     def held(self) -> bool:
         """Whether this thread has it."""
         return getattr(self._here, "held", False)
-
-
-class PassingOp:
-    """An op whose caller passes the baton on while it waits for the completion."""
-
-    def __init__(self, op: RemoteOp | FailoverOp, baton: Baton) -> None:
-        self._op = op
-        self._baton = baton
-
-    def __call__(self, *inputs: torch.Tensor, **arguments: Any) -> Any:
-        """As the op's."""
-        baton = self._baton
-        if not baton.held:
-            return self._op(*inputs, **arguments)
-        future = self._op.submit(*inputs, **arguments)
-        baton.pass_on()
-        try:
-            return future.result()
-        finally:
-            baton.take()
-
-
-class PassingChannel:
-    """A channel whose ops are such."""
-
-    def __init__(self, channel: Channel | FailoverChannel, baton: Baton) -> None:
-        self.memory = channel.memory
-        self._channel = channel
-        self._baton = baton
-
-    def bind(self, op: str, **arguments: Any) -> Any:
-        """As the channel's."""
-        return PassingOp(self._channel.bind(op, **arguments), self._baton)

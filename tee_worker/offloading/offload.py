@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from shmbroker.arena.spec import NAME_OF
-from shmbroker.client.channel import Channel
-from shmbroker.client.failover import FailoverChannel
+from shmbroker.client import Bindable
 from shmbroker.errors import BadInput
 from shmbroker.models import ops
-from tee_worker.offloading import attention
-from tee_worker.offloading.baton import Baton, PassingChannel
+from shmbroker.settings.schema import DEFAULTS
+from tee_worker.offloading.attention import install_split_attention
+from tee_worker.offloading.baton import Baton
+from tee_worker.offloading.passing_channel import PassingChannel
 from tee_worker.offloading.pipeline import Pipeline
 from tee_worker.offloading.remote_modules import FusedCall, FusedLinear, RemoteEmbedding, RemoteLinear, SplitAttention, remote_embedding
 from tee_worker.planning.splits import Split, Splits
@@ -22,10 +23,7 @@ from tee_worker.planning.structure import Projection, Structure, structure_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from tee_worker.offloading.remote_layers import Sessions
-
-
-Line = Channel | FailoverChannel | PassingChannel
+    from tee_worker.offloading.sessions import Sessions
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +37,8 @@ class Offloaded:
 
 def offload(
     model: PreTrainedModel,
-    channel: Channel | FailoverChannel,
-    split: Split | Splits | str = Split.FUSED,
+    channel: Bindable,
+    split: Split | Splits | str = DEFAULTS.split,
     *,
     pipeline: int = 1,
     structure: Structure | None = None,
@@ -58,8 +56,9 @@ def offload(
         raise BadInput(f"pipeline {pipeline} must be 1 or more parts on their way at once")
     structure = structure or structure_of(model, splits)
     baton = Baton()
-    line: Line = channel if pipeline == 1 else PassingChannel(channel, baton)
-    embed = line.bind(
+    if pipeline > 1:
+        channel = PassingChannel(channel, baton)
+    embed = channel.bind(
         ops.EMBED,
         out_spec=ops.embed,
         module=structure.embedding,
@@ -70,30 +69,31 @@ def offload(
     assert isinstance(embedding, nn.Embedding)
     rows = RemoteEmbedding(embed, structure.width)
     _replace(model, structure.embedding, remote_embedding(embedding, rows, structure.dtype))
-    sessions = _move_layers(model, line, structure, splits)
+    sessions = _move_layers(model, channel, structure, splits)
     for projection in structure.projections:
         if len(projection.names) == 1 or structure.split_of(projection.names[0], splits) is Split.LINEAR:
             for name, width in zip(projection.names, projection.out_features, strict=True):
-                _replace(model, name, _linear(line, ops.LINEAR, name, projection.in_features, width))
+                _replace(model, name, _linear(channel, ops.LINEAR, name, projection.in_features, width))
         else:
-            _fuse(model, line, projection)
+            _fuse(model, channel, projection)
     if Split.OP in splits.used():
-        products = SplitAttention(channel.memory, line.bind(ops.MATMUL, out_spec=ops.matmul))
-        attention.split(model, products, structure, splits)
+        products = SplitAttention(channel.memory, channel.bind(ops.MATMUL, out_spec=ops.matmul))
+        install_split_attention(model, products, structure, splits)
     head = structure.head
-    _replace(model, head.names[0], _linear(line, ops.LM_HEAD, head.names[0], head.in_features, head.out_features[0]))
+    _replace(model, head.names[0], _linear(channel, ops.LM_HEAD, head.names[0], head.in_features, head.out_features[0]))
     if pipeline > 1:
         Pipeline(model, pipeline, baton, sessions).install()
     return Offloaded(model, structure, splits)
 
 
-def _move_layers(model: PreTrainedModel, channel: Line, structure: Structure, splits: Splits) -> Sessions | None:
+def _move_layers(model: PreTrainedModel, channel: Bindable, structure: Structure, splits: Splits) -> Sessions | None:
     """Move what moves as a whole; None where nothing does."""
     of_layers = splits.of_layers(len(structure.layers))
     remote = frozenset(index for index, split in enumerate(of_layers) if split.stateful)
     if not remote:
         return None
-    from tee_worker.offloading.remote_layers import RemoteAttention, RemoteFeedForward, RemoteLayer, Sessions, become, make_remote
+    from tee_worker.offloading.remote_layers import RemoteAttention, RemoteFeedForward, RemoteLayer, become, make_remote
+    from tee_worker.offloading.sessions import Sessions
 
     sessions = Sessions(channel.memory, model.config, remote)
     for index in sorted(remote):
@@ -101,7 +101,7 @@ def _move_layers(model: PreTrainedModel, channel: Line, structure: Structure, sp
         if of_layers[index] is Split.LAYER:
             make_remote(layer, RemoteLayer, channel.bind(ops.FULL_LAYER, out_spec=ops.full_layer, layer=index), index, sessions)
             continue
-        halves = structure.blocks[index]
+        halves = structure.halves[index]
         assert halves is not None
         attending = channel.bind(ops.ATTENTION_BLOCK, out_spec=ops.attention_block, layer=index)
         make_remote(layer.get_submodule(halves.attention), RemoteAttention, attending, index, sessions)
@@ -110,12 +110,12 @@ def _move_layers(model: PreTrainedModel, channel: Line, structure: Structure, sp
     return sessions
 
 
-def _linear(channel: Line, op: str, name: str, in_features: int, out_features: int) -> RemoteLinear:
+def _linear(channel: Bindable, op: str, name: str, in_features: int, out_features: int) -> RemoteLinear:
     bound = channel.bind(op, out_spec=ops.linear, module=name, in_features=in_features, out_features=out_features)
     return RemoteLinear(bound, in_features, out_features)
 
 
-def _fuse(model: PreTrainedModel, channel: Line, projection: Projection) -> None:
+def _fuse(model: PreTrainedModel, channel: Bindable, projection: Projection) -> None:
     bound = channel.bind(
         ops.BATCH_LINEAR,
         out_spec=ops.batch_linear,

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.cache_utils import Cache, DynamicCache
 
-    from tee_worker.offloading.remote_layers import Sessions
+    from tee_worker.offloading.sessions import Sessions
 
 _ARGUMENTS = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "return_dict"}
 """What a pass in parts can be given; with anything else it goes whole."""
@@ -128,7 +128,8 @@ class Pipeline:
     def _in_chunks(self, parts: Sequence[Part], cache: Cache | None, kwargs: dict[str, Any]) -> Any:
         from transformers.cache_utils import DynamicCache
 
-        from tee_worker.offloading.remote_cache import Turns, chunk_cache, is_plain
+        from tee_worker.offloading.chunk_cache import Turns, chunk_cache
+        from tee_worker.offloading.remote_cache import is_plain
 
         kept = cache
         if cache is None:
@@ -168,7 +169,7 @@ class Pipeline:
 
     def _at_once(self, runs: Sequence[Callable[[], Any]]) -> list[Any]:
         """The outcome of each, in threads that compute as this one does. Waits for all, then raises the first error that is one."""
-        from tee_worker.offloading.remote_cache import AnotherChunkFailed
+        from tee_worker.offloading.chunk_cache import AnotherChunkFailed
 
         inference, gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
 

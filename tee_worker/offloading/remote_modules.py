@@ -8,15 +8,13 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from shmbroker.call.client_memory import ClientMemory
-from shmbroker.call.remote_op import RemoteOp
-from shmbroker.client.failover import FailoverOp
+from shmbroker.client import ClientMemory, Op
 
 
 class RemoteEmbedding(nn.Module):
     """``[batch, tokens]`` ids, int64, to ``[batch, tokens, width]``."""
 
-    def __init__(self, op: RemoteOp | FailoverOp, width: int) -> None:
+    def __init__(self, op: Op, width: int) -> None:
         super().__init__()
         self.embedding_dim = width
         self._op = op
@@ -52,7 +50,7 @@ def remote_embedding(module: nn.Embedding, rows: RemoteEmbedding, dtype: torch.d
 class RemoteLinear(nn.Module):
     """``[..., in_features]`` to ``[..., out_features]``, one call."""
 
-    def __init__(self, op: RemoteOp | FailoverOp, in_features: int, out_features: int) -> None:
+    def __init__(self, op: Op, in_features: int, out_features: int) -> None:
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
@@ -71,7 +69,7 @@ class FusedCall(threading.local):
     thread that runs the model has its own.
     """
 
-    def __init__(self, op: RemoteOp | FailoverOp, count: int) -> None:
+    def __init__(self, op: Op, count: int) -> None:
         self._op = op
         self._waiting: list[torch.Tensor | None] = [None] * count
         self._input: torch.Tensor | None = None
@@ -115,7 +113,7 @@ class SplitAttention:
     block that the scores came in, which then is the next call's input.
     """
 
-    def __init__(self, memory: ClientMemory, matmul: RemoteOp | FailoverOp) -> None:
+    def __init__(self, memory: ClientMemory, matmul: Op) -> None:
         self._memory = memory
         self._matmul = matmul
 

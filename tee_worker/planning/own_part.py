@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from shmbroker.models.parts import blocks_of, decoder_layers, tee_part
+from shmbroker.models.parts import decoder_layers, halves_of, tee_part
 from shmbroker.models.source import ModelSource
 from tee_worker.planning.splits import Split, Splits
 
@@ -36,7 +36,7 @@ def inside(model: PreTrainedModel, splits: Splits) -> set[nn.Module]:
     for (_, layer), split in zip(layers, splits.of_layers(len(layers)), strict=True):
         if split is Split.LAYER:
             found.update(layer.modules())
-        elif split is Split.BLOCK and (blocks := blocks_of(layer)) is not None:
-            for name in (blocks.attention, blocks.feed_forward):
+        elif split is Split.BLOCK and (halves := halves_of(layer)) is not None:
+            for name in (halves.attention, halves.feed_forward):
                 found.update(layer.get_submodule(name).modules())
     return found

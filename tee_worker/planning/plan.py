@@ -1,8 +1,7 @@
-"""The plan: what a model's forward pass would send at each split, and which module runs where, without running it."""
+"""The plan of a model: what its forward pass would cost at each split, without running it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -11,13 +10,13 @@ import torch
 from shmbroker.models.source import ModelSource
 from shmbroker.settings.sizes import mib
 from tee_worker.planning.own_part import own_part
+from tee_worker.planning.places import places
 from tee_worker.planning.splits import Split, Splits
 from tee_worker.planning.structure import Structure, structure_of
 from tee_worker.planning.traffic import generation_traffic
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-    from transformers import PreTrainedModel
 
 
 class PlannedSplit(msgspec.Struct, frozen=True):
@@ -99,7 +98,7 @@ def plan(source: ModelSource, dtype: torch.dtype, *, prompt_tokens: int, new_tok
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         splits=tuple(rows),
-        places=() if split is None else tuple(_places(model, structure, split)),
+        places=() if split is None else tuple(places(model, structure, split)),
     )
 
 
@@ -107,37 +106,6 @@ def _allowed(structure: Structure, also: Splits | None) -> list[Splits]:
     found = [Splits.named(split) for split in Split]
     if not structure.layers:
         found = [split for split in found if split.uniform is not Split.LAYER and split.uniform is not Split.BLOCK]
-    if None in structure.blocks:
+    if None in structure.halves:
         found = [split for split in found if split.uniform is not Split.BLOCK]
     return found if also is None or also in found else [*found, also]
-
-
-def _places(model: PreTrainedModel, structure: Structure, splits: Splits) -> Iterator[tuple[str, str]]:
-    projected = {name for projection in structure.projections for name in projection.names}
-    attentions = {attention.name for attention in structure.attentions}
-    whole: list[str] = []
-    for name, module in model.named_modules():
-        if name.startswith(tuple(f"{one}." for one in whole)):
-            continue
-        split = structure.split_of(name, splits)
-        index = structure.layers.index(name) if name in structure.layers else None
-        if index is not None:
-            if splits.of_layers(len(structure.layers))[index] is Split.LAYER:
-                whole.append(name)
-                yield name, "GPU worker, with its keys and values"
-            continue
-        layer = structure.layer_of(name)
-        halves = structure.blocks[layer] if layer is not None else None
-        if split is Split.BLOCK and halves is not None and name == f"{structure.layers[layer or 0]}.{halves.attention}":
-            whole.append(name)
-            yield name, "GPU worker, with its keys and values"
-        elif split is Split.BLOCK and halves is not None and name == f"{structure.layers[layer or 0]}.{halves.feed_forward}":
-            whole.append(name)
-            yield name, "GPU worker"
-        elif name in projected or name in (structure.embedding, *structure.head.names):
-            yield name, "GPU worker"
-        elif name in attentions:
-            products = "GPU worker" if split is Split.OP else "TEE"
-            yield name, f"TEE: mask, softmax; {products}: Q @ K^T, attention @ V"
-        elif not any(module.children()):
-            yield name, "TEE"

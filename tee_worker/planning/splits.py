@@ -1,4 +1,4 @@
-"""The splits: how much of a layer the GPU worker computes, from most to least private; and which layer has which."""
+"""The splits: how much of each layer the GPU worker computes, from most to least private."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from shmbroker.errors import BadInput
-from shmbroker.models.parts import Blocks, blocks_of, decoder_layers, features, is_linear
+from shmbroker.models.parts import LayerHalves, decoder_layers, features, halves_of, is_linear
 from tee_worker.planning.splits import Split, Splits
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Structure:
     dtype: torch.dtype
     layers: tuple[str, ...] = ()
     """The decoder layers; empty where they could not be told."""
-    blocks: tuple[Blocks | None, ...] = ()
+    halves: tuple[LayerHalves | None, ...] = ()
     """The two halves of each layer; None where they could not be told."""
     windows: tuple[int | None, ...] = ()
     """Of each layer: earlier tokens that its cache keeps, and one; None for all."""
@@ -104,10 +104,10 @@ def structure_of(model: PreTrainedModel, split: Split | Splits | str = Split.FUS
     notes = _Notes([], [])
     dtype = model.dtype
     layers = decoder_layers(model)
-    blocks = tuple(blocks_of(layer) for _, layer in layers)
+    halves = tuple(halves_of(layer) for _, layer in layers)
     of_layers = splits.of_layers(len(layers))
-    _check(model, splits, of_layers, blocks)
-    with _noting(model, notes, dtype), _passing_over(layers, of_layers, blocks), torch.inference_mode():
+    _check(model, splits, of_layers, halves)
+    with _noting(model, notes, dtype), _passing_over(layers, of_layers, halves), torch.inference_mode():
         # Two tokens: one alone takes short cuts in some models.
         model(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=False)
     projections = tuple(_group([note for note in notes.linears if note[1] is not head]))
@@ -121,34 +121,36 @@ def structure_of(model: PreTrainedModel, split: Split | Splits | str = Split.FUS
         head=Projection((names[head],), head.in_features, (head.out_features,)),
         dtype=dtype,
         layers=tuple(name for name, _ in layers),
-        blocks=blocks,
+        halves=halves,
         windows=_windows(model, len(layers)),
         additive_masks=model.config._attn_implementation == "eager",
     )
 
 
-def _check(model: PreTrainedModel, splits: Splits, of_layers: tuple[Split, ...], blocks: tuple[Blocks | None, ...]) -> None:
+def _check(model: PreTrainedModel, splits: Splits, of_layers: tuple[Split, ...], halves: tuple[LayerHalves | None, ...]) -> None:
     kind = type(model).__name__
     if not of_layers and (splits.uniform is None or splits.uniform.stateful):
         raise BadInput(f"split {str(splits)!r}: the decoder layers of {kind} could not be told from its other modules; use split 'op'")
-    for index, (split, halves) in enumerate(zip(of_layers, blocks, strict=True)):
-        if split is Split.BLOCK and halves is None:
+    for index, (split, found) in enumerate(zip(of_layers, halves, strict=True)):
+        if split is Split.BLOCK and found is None:
             raise BadInput(
                 f"split 'block': attention and feed-forward of layer {index} of {kind} could not be told apart; use split 'op' or 'layer'"
             )
 
 
 @contextlib.contextmanager
-def _passing_over(layers: list[tuple[str, nn.Module]], of_layers: tuple[Split, ...], blocks: tuple[Blocks | None, ...]) -> Iterator[None]:
+def _passing_over(
+    layers: list[tuple[str, nn.Module]], of_layers: tuple[Split, ...], halves: tuple[LayerHalves | None, ...]
+) -> Iterator[None]:
     """For the duration, what moves as a whole returns its input."""
     passed: list[nn.Module] = []
-    for (_, layer), split, halves in zip(layers, of_layers, blocks, strict=True):
+    for (_, layer), split, found in zip(layers, of_layers, halves, strict=True):
         if split is Split.LAYER:
             layer.forward = lambda hidden_states, *args, **kwargs: hidden_states
             passed.append(layer)
         elif split is Split.BLOCK:
-            assert halves is not None
-            attention, feed_forward = layer.get_submodule(halves.attention), layer.get_submodule(halves.feed_forward)
+            assert found is not None
+            attention, feed_forward = layer.get_submodule(found.attention), layer.get_submodule(found.feed_forward)
             attention.forward = lambda hidden_states, *args, **kwargs: (hidden_states, None)
             feed_forward.forward = lambda hidden_states: hidden_states
             passed += [attention, feed_forward]

@@ -14,7 +14,8 @@ import pytest
 
 import shmbroker
 from shmbroker.memory.reaper import objects
-from tee_worker.generate import Options, generate
+from tee_worker.generate import generate
+from tee_worker.run_options import GenerateOptions
 from tests.processes import run
 from tests.tee_worker.conftest import gpu_worker
 
@@ -97,11 +98,11 @@ def test_what_cannot_work_is_refused_in_one_line_before_anything_is_generated(wo
 )
 def test_what_cannot_work_is_refused_with_the_remedy(worker: None, embedded: Path, options: dict[str, str], told: str) -> None:
     with pytest.raises(shmbroker.ShmBrokerError, match=told):
-        generate(Options(model=str(embedded), **options))
+        generate(GenerateOptions(model=str(embedded), **options))
 
 
 def test_an_arena_that_is_told_to_be_too_small_says_how_large_it_must_be(worker: None, embedded: Path) -> None:
-    options = Options(model=str(embedded), prompt="word " * 600, max_new_tokens=2, split="op", arena="1M")
+    options = GenerateOptions(model=str(embedded), prompt="word " * 600, max_new_tokens=2, split="op", arena="1M")
     with pytest.raises(shmbroker.ArenaTooSmall, match=r"the largest tensor of this run, float32\[1, 9, 601, 601\]") as caught:
         generate(options)
     enough = str(caught.value).split("at least ")[1].split(" ")[0]
@@ -111,7 +112,7 @@ def test_an_arena_that_is_told_to_be_too_small_says_how_large_it_must_be(worker:
 def test_a_gguf_file_serves_as_well_as_a_folder(worker: None, embedded: Path) -> None:
     file = embedded.gguf_file()
     with gpu_worker(file, "gguf"):
-        options = Options(model=str(file), prompt="Why is the sky blue?", chat=True, max_new_tokens=4, service="gguf")
+        options = GenerateOptions(model=str(file), prompt="Why is the sky blue?", chat=True, max_new_tokens=4, service="gguf")
         assert generate(options).text == "The answer to this", "what the folder gives, as the other tests of this file see"
 
 

@@ -1,0 +1,87 @@
+"""``generate``, ``prefill`` and ``serve`` take the same run options, and every default is the settings'."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import click
+import pytest
+
+from shmbroker.settings.schema import OWN_DEFAULTS, Settings, default_for
+from tee_worker.cli import cli
+from tee_worker.run_options import GenerateOptions, PrefillOptions, RunOptions, ServeOptions
+from tests.processes import run
+
+COMMANDS = {"generate": GenerateOptions, "prefill": PrefillOptions, "serve": ServeOptions}
+NEEDED = {"generate": {"model": "m", "prompt": "p"}, "prefill": {}, "serve": {"model": "m"}}
+OF_THE_COMMAND_LINE = {"until_exit", "as_json"}
+RUN = set(RunOptions.__struct_fields__)
+SETTINGS = RUN & set(Settings.__struct_fields__)
+FOUND_LATER = {"instance", "arena"}
+"""What stays unset until the run: where the broker is, and how much the run needs."""
+
+
+def options(command: str) -> dict[str, click.Option]:
+    return {str(one.name): one for one in cli.commands[command].params if isinstance(one, click.Option)}
+
+
+def given_nothing(command: str) -> dict[str, Any]:
+    """What the command is called with."""
+    words = [word for name, value in NEEDED[command].items() for word in (f"--{name}", value)]
+    return cli.commands[command].make_context(command, words).params
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_takes_every_run_option(command: str) -> None:
+    assert {*RUN, "until_exit"} <= set(options(command))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("name", sorted({*RUN, "until_exit"}))
+def test_a_run_option_is_the_same_one_in_all_commands_but_for_its_default(command: str, name: str) -> None:
+    def told(command: str) -> tuple[object, ...]:
+        option = options(command)[name]
+        return option.opts, type(option.type), option.metavar, (option.help or "").partition(" Default: ")[0]
+
+    assert told(command) == told("generate")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_line_with_nothing_given_means_the_defaults_of_its_options(command: str) -> None:
+    values = {name: value for name, value in given_nothing(command).items() if name not in OF_THE_COMMAND_LINE}
+    assert COMMANDS[command](**values) == COMMANDS[command](**NEEDED[command])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("name", sorted(SETTINGS - FOUND_LATER))
+def test_a_default_is_the_settings_or_the_commands_own(command: str, name: str) -> None:
+    default = default_for(f"tee-worker {command}", name)
+    assert given_nothing(command)[name] == (None if name == "threads" and default == 0 else default)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_has_own_defaults_only_for_what_it_takes(command: str) -> None:
+    assert set(OWN_DEFAULTS[f"tee-worker {command}"]) <= SETTINGS
+
+
+def test_no_default_stands_a_second_time() -> None:
+    """With other defaults in the settings, all commands have those."""
+    words = f"""
+import json
+from shmbroker.settings import schema
+other = dict(split="linear", dtype="bfloat16", threads=3, service="other", lane="zmq", doorbell="poll", failover=1.5, timeout=2.5, spin=7.0)
+schema.DEFAULTS = schema.Settings(**other)
+schema.OWN_DEFAULTS = {{f"tee-worker {{name}}": {{"arena": "enough"}} for name in {list(COMMANDS)}}}
+from tee_worker.cli import cli
+print(json.dumps([{{one.name: one.default for one in cli.commands[name].params if one.name in other}} == other for name in {list(COMMANDS)}]))
+"""
+    done = run(sys.executable, "-c", words)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [True] * len(COMMANDS)
+
+
+def test_showing_the_options_loads_no_torch() -> None:
+    words = "import sys, tee_worker.cli; print([m for m in ('torch', 'numpy', 'transformers') if m in sys.modules])"
+    assert run(sys.executable, "-c", words).stdout == "[]\n"
