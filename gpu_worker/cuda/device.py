@@ -28,8 +28,16 @@ class CudaDevice(CpuDevice):
 
     memory: DeviceMemory | None
 
-    def __init__(self, device: torch.device, cuda: Cuda | None, why: str, streams: Streams, model: str) -> None:
-        """``model``: the device's name; ``why`` there is no ``cuda``."""
+    def __init__(
+        self,
+        device: torch.device,
+        cuda: Cuda | None,
+        why: str,
+        streams: Streams,
+        model: str,
+        resident: Callable[[torch.Tensor], bool] | None = None,
+    ) -> None:
+        """``model``: the device's name; ``why`` there is no ``cuda``; ``resident``: whether a tensor is there, by its device where not given."""
         self._device = device
         pinning = Pinning(cuda, why)
         self.name = f"{device} {model}, {'pinned' if pinning.probe() else 'pageable'}"
@@ -37,7 +45,7 @@ class CudaDevice(CpuDevice):
         self._staging = Staging(
             streams,
             lambda nbytes: torch.empty(nbytes, dtype=torch.uint8, device=device),
-            lambda tensor: tensor.device == device,
+            resident or (lambda tensor: tensor.device == device),
         )
 
     def take(self, model: PreTrainedModel) -> None:

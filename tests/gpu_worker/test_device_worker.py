@@ -1,4 +1,4 @@
-"""The CUDA device's own code between real processes, over a stand-in for the driver: pinning, staging, landing, device arenas."""
+"""The CUDA device's own code between real processes, over a stand-in for the driver: pinning, staging, completions, device arenas."""
 
 from __future__ import annotations
 

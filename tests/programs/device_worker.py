@@ -11,7 +11,6 @@ import torch
 import shmbroker
 from gpu_worker import serve
 from gpu_worker.cuda.device import CudaDevice
-from gpu_worker.cuda.staging import Staging
 from shmbroker import TensorSpec
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -21,8 +20,7 @@ folder, service, *model = sys.argv[1:]
 refuse = {name: 801 for name in os.environ.get("REFUSE", "").split(",") if name}
 cuda = FakeCuda(Path(folder), refuse)
 streams = FakeStreams(float(os.environ.get("EVENT_SECONDS", "0.001")), os.environ.get("EVENT_FAILS", ""))
-device = CudaDevice(torch.device("cpu"), cuda, "", streams, "Stand-in")
-device._staging = Staging(streams, lambda nbytes: torch.empty(nbytes, dtype=torch.uint8), cuda.holds)
+device = CudaDevice(torch.device("cpu"), cuda, "", streams, "Stand-in", cuda.holds)
 
 if model:
     serve.open_device = lambda text: device
