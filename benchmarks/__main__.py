@@ -2,48 +2,43 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 import click
-import torch
 
-from benchmarks import alloc, copies, cuda, model, replay, rtt, steps, throughput, waiting
-from benchmarks.measure import PEER_CPU, machine, pin
+from benchmarks.machine import PEER_CPU, machine, pin
 
-FULL: dict[str, Callable[[], dict[str, Any]]] = {
-    "rtt": rtt.run,
-    "replay": replay.run,
-    "steps": steps.run,
-    "copies": copies.run,
-    "waiting": waiting.run,
-    "throughput": throughput.run,
-    "alloc": alloc.run,
-    "model": model.run,
-    "cuda": cuda.run,
-}
-QUICK: dict[str, Callable[[], dict[str, Any]]] = {
-    "rtt": lambda: rtt.run(0.1, [64, 1 << 20]),
-    "replay": lambda: replay.run(0.1, 16, msgpack=False),
-    "steps": lambda: steps.run(100),
-    "copies": lambda: copies.run(0.1),
-    "waiting": lambda: waiting.run(0.1),
-    "throughput": lambda: throughput.run(0.1),
-    "alloc": lambda: alloc.run(0.1),
-    "model": lambda: model.run(1, lengths=1),
-    "cuda": lambda: cuda.run(0.1),
-}
+NAMES = ("rtt", "replay", "steps", "copies", "waiting", "throughput", "alloc", "model", "cuda")
+"""A module of this package each, with the two functions of :class:`Benchmark`."""
+
+
+class Benchmark(Protocol):
+    """What measures, prints its tables and returns its figures, as they go into JSON."""
+
+    def run(self) -> dict[str, Any]:
+        """In full."""
+
+    def quick(self) -> dict[str, Any]:
+        """Small and short: to see that it runs. A few seconds."""
+
+
+def benchmark(name: str) -> Benchmark:
+    """The module, imported only now: most need less than all of them together."""
+    return cast("Benchmark", importlib.import_module(f"benchmarks.{name}"))
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("names", nargs=-1, type=click.Choice(list(FULL)))
+@click.argument("names", nargs=-1, type=click.Choice(NAMES))
 @click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write all figures here too.")
 @click.option("--plot", "plot_dir", type=click.Path(path_type=Path, file_okay=False), help="Draw the pictures of docs/performance.md here.")
 @click.option("--quick", is_flag=True, help="Small and short: to see that it runs, not how fast.")
 def main(names: tuple[str, ...], json_file: Path | None, plot_dir: Path | None, quick: bool) -> None:
     """Measure against everything else that can be had, in one run, alternating."""
+    import torch
+
     here = machine()
     click.echo(", ".join(f"{key} {value}" for key, value in here.items()))
     if here["load"] > 0.5:
@@ -51,9 +46,10 @@ def main(names: tuple[str, ...], json_file: Path | None, plot_dir: Path | None, 
     pin(1 - PEER_CPU)
     torch.set_num_threads(1)  # on its one core; so do the peers
     figures: dict[str, Any] = {"machine": here}
-    for name in names or FULL:
+    for name in names or NAMES:
         click.echo(f"\n== {name}")
-        figures[name] = (QUICK if quick else FULL)[name]()
+        chosen = benchmark(name)
+        figures[name] = chosen.quick() if quick else chosen.run()
     if json_file:
         json_file.write_text(json.dumps(figures, indent=2))
     if plot_dir:

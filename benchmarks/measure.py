@@ -4,32 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import os
-import platform
 import signal
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from benchmarks.contenders import Call
 
 WARM_UP_CALLS = 20
 TURN_SECONDS = 0.05
 """One case runs for so long, then the next: short against the drift of a shared machine, long against the cost of changing over."""
 
 
-PEER_CPU = 1
-"""Client and peer have a core each, as two workers on one machine would have: left to itself, a scheduler now puts both on one core, where a
-semaphore costs 5 us, now on two, where it costs 46, and figures of one run cannot be compared."""
+class Call:
+    """One round trip. ``busy`` is the pid of a peer that spins without end, to be stopped while others are measured."""
 
+    def __init__(self, call: Callable[[], object], busy: int = 0) -> None:
+        self._call = call
+        self.busy = busy
 
-def pin(cpu: int) -> None:
-    """Keep this process on one core, where there are several."""
-    if (os.cpu_count() or 1) > 1:
-        os.sched_setaffinity(0, {cpu})
+    def __call__(self) -> object:
+        """Do it."""
+        return self._call()
 
 
 @dataclass(slots=True)
@@ -80,29 +75,3 @@ def _alone(case: Case) -> Iterator[None]:
     finally:
         if busy:
             os.kill(busy, signal.SIGSTOP)
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    import torch
-
-    model = next(
-        (line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")),
-        platform.processor(),
-    )
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "load": os.getloadavg()[0],
-    }
-
-
-def size_text(nbytes: int) -> str:
-    """``8 MiB``."""
-    for unit, power in (("MiB", 20), ("KiB", 10)):
-        if nbytes >= 1 << power:
-            return f"{nbytes >> power} {unit}"
-    return f"{nbytes} B"

@@ -3,51 +3,51 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 from typing import Any
 
-from benchmarks import contenders
-from benchmarks.measure import Case, alternate, size_text
-from benchmarks.table import Table
+from benchmarks.contenders import floors, missing, ours, shared_memory, torch_queue
+from benchmarks.measure import Case, alternate
+from benchmarks.table import Table, size_text
 
 SIZES = [64, 4 << 10, 64 << 10, 1 << 20, 8 << 20, 64 << 20]
 OURS = "shmbroker shm/sem"
+MSGPACK = "msgpack over ZeroMQ"
+OPTIONAL = (("iceoryx2", "iceoryx2", "iceoryx"), (MSGPACK, "msgpack", "msgpack_socket"), ("ray", "ray", "ray_actor"))
+"""Contenders that need a package which need not be there: name, package, file."""
 
 
 def cases_for(nbytes: int, stack: contextlib.ExitStack, notes: dict[str, str]) -> list[Case]:
     """All contenders at one size."""
     enter = stack.enter_context
-    ours = enter(contenders.shmbroker_calls(nbytes))
+    own = enter(ours.calls(nbytes))
     cases = [
-        Case(OURS, ours["call"]),
-        Case("  replayed", ours["replay"]),
-        Case("  input outside the arena", ours["copied in"]),
-        Case("shmbroker shm/poll", enter(contenders.shmbroker_calls(nbytes, doorbell="poll"))["call"]),
-        Case("shmbroker shm/sem, no spin", enter(contenders.shmbroker_calls(nbytes, spin=0.0))["call"]),
-        Case("shmbroker zmq", enter(contenders.shmbroker_calls(nbytes, lane="zmq"))["call"]),
-        Case("shared_memory + Pipe", enter(contenders.shared_memory_calls(nbytes))),
+        Case(OURS, own["call"]),
+        Case("  replayed", own["replay"]),
+        Case("  input outside the arena", own["copied in"]),
+        Case("shmbroker shm/poll", enter(ours.calls(nbytes, doorbell="poll"))["call"]),
+        Case("shmbroker shm/sem, no spin", enter(ours.calls(nbytes, spin=0.0))["call"]),
+        Case("shmbroker zmq", enter(ours.calls(nbytes, lane="zmq"))["call"]),
+        Case("shared_memory + Pipe", enter(shared_memory.calls(nbytes))),
     ]
-    queues = enter(contenders.torch_queue_calls(nbytes))
+    queues = enter(torch_queue.calls(nbytes))
     cases += [Case("torch queue, reused tensor", queues["reused"]), Case("torch queue, new tensor", queues["new"])]
-    for name, package, calls in (
-        ("iceoryx2", "iceoryx2", contenders.iceoryx2_calls),
-        ("msgpack over ZeroMQ", "msgpack", contenders.msgpack_calls),
-        ("ray", "ray", contenders.ray_calls),
-    ):
-        why = contenders.missing(package)
+    for name, package, file in OPTIONAL:
+        why = missing(package)
         if why is None:
-            cases.append(Case(name, enter(calls(nbytes))))
+            cases.append(Case(name, enter(importlib.import_module(f"benchmarks.contenders.{file}").calls(nbytes))))
         else:
             notes[name] = why
     return cases
 
 
-def floors(stack: contextlib.ExitStack) -> list[Case]:
+def floors_for(stack: contextlib.ExitStack) -> list[Case]:
     """What no Python program can be below."""
     enter = stack.enter_context
     return [
-        Case("floor: spin on a word", enter(contenders.spin_calls())),
-        Case("floor: semaphore", enter(contenders.semaphore_calls())),
-        Case("floor: eventfd", enter(contenders.eventfd_calls())),
+        Case("floor: spin on a word", enter(floors.spin())),
+        Case("floor: semaphore", enter(floors.semaphore())),
+        Case("floor: eventfd", enter(floors.eventfd())),
     ]
 
 
@@ -56,14 +56,14 @@ def run(seconds: float = 2.0, sizes: list[int] | None = None) -> dict[str, Any]:
     result: dict[str, Any] = {"sizes": {}, "left_out": {}}
     for nbytes in sizes or SIZES:
         with contextlib.ExitStack() as stack:
-            cases = [*cases_for(nbytes, stack, result["left_out"]), *floors(stack)]
+            cases = [*cases_for(nbytes, stack, result["left_out"]), *floors_for(stack)]
             alternate(cases, seconds)
         rows = {case.name.strip(): {"median_us": case.median_us, "p99_us": case.p99_us} for case in cases}
         result["sizes"][str(nbytes)] = rows
-        ours = rows[OURS]["median_us"]
-        table = Table(f"round trip, {contenders.describe(nbytes)}", ["", "median us", "p99 us", "ours / it"])
+        own = rows[OURS]["median_us"]
+        table = Table(f"round trip, {size_text(nbytes)} to a peer and {size_text(nbytes)} back", ["", "median us", "p99 us", "ours / it"])
         for case in cases:
-            table.row(case.name, f"{case.median_us:.1f}", f"{case.p99_us:.1f}", f"{ours / case.median_us:.3f}")
+            table.row(case.name, f"{case.median_us:.1f}", f"{case.p99_us:.1f}", f"{own / case.median_us:.3f}")
         table.show()
     for name, why in result["left_out"].items():
         print(f"left out: {name}: {why}")
@@ -71,10 +71,15 @@ def run(seconds: float = 2.0, sizes: list[int] | None = None) -> dict[str, Any]:
     return result
 
 
+def quick() -> dict[str, Any]:
+    """A moment, at one size."""
+    return run(0.1, [1 << 20])
+
+
 def copying_wins(sizes: dict[str, Any]) -> str:
     """The size below which sending bytes over a socket is faster than handing memory over."""
-    won = [int(size) for size, rows in sizes.items() if rows.get("msgpack over ZeroMQ", {}).get("median_us", 1e9) < rows[OURS]["median_us"]]
-    if not any("msgpack over ZeroMQ" in rows for rows in sizes.values()):
+    won = [int(size) for size, rows in sizes.items() if rows.get(MSGPACK, {}).get("median_us", 1e9) < rows[OURS]["median_us"]]
+    if not any(MSGPACK in rows for rows in sizes.values()):
         return "whether copying wins anywhere was not measured: msgpack is not installed"
     if won:
         return f"copying over a socket wins up to {size_text(max(won))}"

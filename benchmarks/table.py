@@ -23,3 +23,11 @@ class Table:
         console = Console()
         console.print(self._table)
         console.print()
+
+
+def size_text(nbytes: int) -> str:
+    """``8 MiB``."""
+    for unit, power in (("MiB", 20), ("KiB", 10)):
+        if nbytes >= 1 << power:
+            return f"{nbytes >> power} {unit}"
+    return f"{nbytes} B"

@@ -1,4 +1,5 @@
-"""The kill matrix: each role is killed at each step of the protocol that it passes, under load. ``python -m tests.faults.matrix [ROLE:POINT ...]``.
+"""The kill matrix: each role is killed at each step of the protocol that it passes, under load. ``python -m tests.faults.matrix [ROLE:POINT ...]``;
+``--short`` for a few, ``--list`` to see all.
 
 What must hold then, for those that live on:
 
@@ -23,7 +24,7 @@ if "shmbroker.lane" not in sys.modules:
     points.install()
 
 from shmbroker.memory.names import new_id
-from tests.faults.world import Process, World, wait_for, world
+from tests.faults.world import RESULT_HALF_WRITTEN, Process, World, wait_for, world
 
 ROLES: dict[str, dict[str, int]] = {
     "broker": {
@@ -134,19 +135,35 @@ def _watch_callers(here: World, died: float) -> float:
     return slowest
 
 
+def mismatches() -> list[str]:
+    """Points of the package that no case is for, and cases whose point is not in the package."""
+    there = {*points.all_points(), RESULT_HALF_WRITTEN}
+    killed_at = {point for named in ROLES.values() for point in named}
+    return [f"no case kills anybody at {point!r}" for point in sorted(there - killed_at)] + [
+        f"{point!r} is nowhere in the package" for point in sorted(killed_at - there)
+    ]
+
+
 def main() -> int:
     """Run the cells that are named, or all."""
     wanted = sys.argv[1:]
     if wanted == ["--short"]:
         wanted = SHORT
-    cases = [(role, point, passes) for role, named in ROLES.items() for point, passes in named.items()]
-    missing = set(points.all_points()) - {point for _, point, _ in cases}
-    failures = len(missing)
-    for point in missing:
-        print(f"FAILED  no case kills anybody at {point!r}")
+    cases = {f"{role}:{point}": (role, point, passes) for role, named in ROLES.items() for point, passes in named.items()}
+    if wanted == ["--list"]:
+        print("\n".join(cases))
+        return 0
+    unknown = set(wanted) - set(cases)
+    if unknown:
+        print(f"there is no {', '.join(sorted(unknown))}; --list shows all")
+        return 2
+    failures = 0
+    for text in mismatches():
+        print(f"FAILED  {text}")
+        failures += 1
     passed = 0
-    for number, (role, point, passes) in enumerate(cases):
-        if wanted and f"{role}:{point}" not in wanted:
+    for number, (case, (role, point, passes)) in enumerate(cases.items()):
+        if wanted and case not in wanted:
             continue
         try:
             outcome = "ok      " + run_case(role, point, passes, seed=1000 * number)

@@ -25,7 +25,7 @@ _passes_left = 0
 
 
 def all_points() -> list[str]:
-    """The names of all points in the package."""
+    """The names of all points in the package, in all its rooms."""
     found: dict[str, None] = {}
     for path in sorted((ROOT / "shmbroker").rglob("*.py")):
         found.update(dict.fromkeys(name for _, name in _MARKER.findall(path.read_text())))
@@ -38,7 +38,8 @@ def arm(point: str, passes: int = 0) -> None:
     _armed, _passes_left = point, passes
 
 
-def _reach(point: str) -> None:
+def reach(point: str) -> None:
+    """A point is passed: what its comment becomes."""
     global _passes_left
     if point == _armed:
         if _passes_left == 0:
@@ -72,5 +73,5 @@ def install() -> None:
     imported = [name for name in sys.modules if name.startswith("shmbroker.")]
     if imported:
         raise RuntimeError(f"already imported: {', '.join(imported)}")
-    builtins.__fault_point__ = _reach  # type: ignore[attr-defined]
+    builtins.__fault_point__ = reach  # type: ignore[attr-defined]
     sys.meta_path.insert(0, _Finder())

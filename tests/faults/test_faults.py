@@ -30,6 +30,11 @@ def test_killing_at_random_under_load_spoils_nothing_hangs_nobody_and_leaves_not
     assert "all held" in done.stdout
 
 
+def test_every_fault_point_has_a_case_and_every_case_a_fault_point() -> None:
+    done = run(sys.executable, "-c", "from tests.faults.matrix import mismatches; print(mismatches())")
+    assert done.stdout == "[]\n", done.stdout + done.stderr
+
+
 def test_a_fault_point_is_a_comment_in_a_program_that_is_not_under_test() -> None:
     code = "import shmbroker.client.client, shmbroker.worker.worker, builtins; print(hasattr(builtins, '__fault_point__'))"
     assert run(sys.executable, "-c", code).stdout == "False\n"

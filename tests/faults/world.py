@@ -33,6 +33,9 @@ SERVICE = "faults"
 CALL_SECONDS = 5.0
 """Timeout of a call here; a caller that only learns by it of a peer's death has learnt too late."""
 
+RESULT_HALF_WRITTEN = "amid result written"
+"""The one point that lies in an op, and so here, not in the package."""
+
 WORDS = ("calls", "errors", "lost", "wrong", "unexpected", "busy_since_ns", "slowest_ns")
 
 
@@ -130,7 +133,7 @@ def run_worker(instance: str, seed: int) -> None:
     def affine(x: torch.Tensor, *, out: torch.Tensor) -> None:
         half = len(out) // 2
         out[:half].copy_(x[:half]).mul_(3)
-        points._reach("amid result written")
+        points.reach(RESULT_HALF_WRITTEN)
         out[half:].copy_(x[half:]).mul_(3)
         out.add_(7)
 
