@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +12,6 @@ import pytest
 import torch
 
 import shmbroker
-from shmbroker.broker.broker import SWEEP_SECONDS
 from shmbroker.memory import names
 from shmbroker.memory.reaper import objects
 from tests.processes import run, running, wait_until, worker_process
@@ -111,38 +109,3 @@ def test_a_worker_that_was_told_another_place_says_what_to_look_at(instance_of: 
     refused = pytest.raises(shmbroker.ShmBrokerError, match=r"\$SHMBROKER_SEGMENTS is not the same")
     with worker_process(SHMBROKER_SEGMENTS=""), shmbroker.connect(arena="4M") as client, refused:
         client.channel("test")
-
-
-LOCKLESS = """
-import errno, fcntl, os, sys, time
-
-def flock(fd, operation):
-    raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-
-fcntl.flock = flock  # as in a TEE runtime without it
-import torch, shmbroker
-client = shmbroker.connect(arena="4M")
-double = client.channel("test", doorbell="poll").bind("double")
-print("ready", flush=True)
-while True:
-    x = client.empty((8,), torch.float32).fill_(2.0)
-    assert double(x).sum() == 32.0
-    time.sleep(0.05)
-"""
-
-
-def test_a_process_that_cannot_lock_keeps_its_segment_while_it_lives_and_not_longer() -> None:
-    with shmbroker.local_broker() as broker, worker_process(), running(sys.executable, "-c", LOCKLESS) as client:
-        assert client.stdout is not None
-        assert client.stdout.readline() == b"ready\n"
-
-        def segment() -> list[names.ObjectName]:
-            return [one for one in objects(broker.instance) if one.kind == names.SEGMENT]
-
-        assert run(sys.executable, "-m", "shmbroker", "gc", "--instance", broker.instance).returncode == 0
-        time.sleep(2.5 * SWEEP_SECONDS)
-        assert len(segment()) == 1
-        assert client.poll() is None
-        os.kill(client.pid, signal.SIGKILL)
-        client.wait()
-        wait_until(lambda: not segment())
