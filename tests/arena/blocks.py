@@ -1,9 +1,6 @@
-"""Blocks in a small arena: placed, counted, filling it whole, kept by garbage alone, and placed by other threads."""
+"""Blocks in a small arena: placed, counted, filling it whole, and kept by garbage alone."""
 
 from __future__ import annotations
-
-import threading
-from collections.abc import Callable
 
 import torch
 from hypothesis import HealthCheck, settings
@@ -14,9 +11,6 @@ from shmbroker.memory.geometry import Geometry
 
 UNIT = layout.ALIGNMENT
 GEOMETRY = Geometry(arena_bytes=16 * layout.PAGE, channel_count=1, depth=1)
-
-STUCK_SECONDS = 40.0
-"""Far beyond what any of this takes: who is not done by then is stuck."""
 
 # The segment of a fixture serves all examples of a property; each example has an arena of its own over it.
 property_settings = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -42,27 +36,3 @@ def blocks_in(arena: Arena) -> int:
 def fill(arena: Arena, units: int) -> list[torch.Tensor]:
     """The whole arena in blocks of ``units`` alignments."""
     return [arena.empty((units * UNIT,), torch.uint8) for _ in range(arena.nbytes // (units * UNIT))]
-
-
-def in_thread(work: Callable[[], object]) -> Callable[[], object]:
-    """Starts ``work``; the returned call waits for its end and gives its result, or raises what it raised."""
-    outcome: list[object] = []
-    failure: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            outcome.append(work())
-        except BaseException as error:
-            failure.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-
-    def join() -> object:
-        thread.join(STUCK_SECONDS)
-        assert not thread.is_alive(), "stuck"
-        if failure:
-            raise failure[0]
-        return outcome[0]
-
-    return join

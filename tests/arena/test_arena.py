@@ -17,7 +17,8 @@ from shmbroker.arena.ring import largest_request
 from shmbroker.arena.spec import CODE_OF
 from shmbroker.errors import ArenaFull, ArenaTooSmall, BadInput
 from shmbroker.memory.segment import Segment
-from tests.arena.blocks import GEOMETRY, STUCK_SECONDS, UNIT, Cycle, blocks_in, fill, in_thread, placed
+from tests.arena.blocks import GEOMETRY, UNIT, Cycle, blocks_in, fill, placed
+from tests.threads import STUCK_SECONDS, InThread
 
 pytestmark = pytest.mark.usefixtures("flavour")
 
@@ -184,19 +185,19 @@ def test_placing_waits_for_a_release_by_another_thread(arena: Arena, collected_b
         known.set()
         return arena.empty((32 * UNIT,), torch.uint8, STUCK_SECONDS).fill_(9).numel()
 
-    join = in_thread(place)
+    placing = InThread(place)
     assert known.wait(STUCK_SECONDS)
     assert collected_by(numbers[0]).wait(STUCK_SECONDS), "it never came to wait"
     held.pop(3)
-    assert join() == 32 * UNIT
+    assert placing.join() == 32 * UNIT
 
 
 def test_all_who_wait_get_room_when_one_block_that_is_large_enough_for_them_is_released(arena: Arena) -> None:
     """A4: the thread that takes the news leaves room over for the others, and they see it."""
     held = [arena.empty((arena.nbytes,), torch.uint8)]
-    joins = [in_thread(lambda: arena.empty((UNIT,), torch.uint8, STUCK_SECONDS)) for _ in range(6)]
+    threads = [InThread(lambda: arena.empty((UNIT,), torch.uint8, STUCK_SECONDS)) for _ in range(6)]
     held.clear()
-    tensors = [join() for join in joins]
+    tensors = [thread.join() for thread in threads]
     assert len({tensor.data_ptr() for tensor in tensors if isinstance(tensor, torch.Tensor)}) == 6
 
 
@@ -217,5 +218,5 @@ def test_what_dies_in_that_collection_may_use_the_arena_itself(arena: Arena) -> 
     garbage = Cycle(arena.empty((arena.nbytes,), torch.uint8))
     weakref.finalize(garbage, lambda: seen.append(arena.occupancy().blocks))
     del garbage
-    in_thread(lambda: arena.empty((UNIT,), torch.uint8, STUCK_SECONDS))()
+    InThread(lambda: arena.empty((UNIT,), torch.uint8, STUCK_SECONDS)).join()
     assert seen == [1]

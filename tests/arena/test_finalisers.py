@@ -14,8 +14,9 @@ from shmbroker.arena.arena import Arena, Room
 from shmbroker.arena.ring import Extent, RingAllocator
 from shmbroker.errors import ArenaBusy, ArenaFull
 from shmbroker.memory.segment import Segment
-from tests.arena.blocks import STUCK_SECONDS, UNIT, Cycle, blocks_in, in_thread
+from tests.arena.blocks import UNIT, Cycle, blocks_in
 from tests.conftest import InChild
+from tests.threads import STUCK_SECONDS, InThread
 
 pytestmark = pytest.mark.usefixtures("flavour")
 
@@ -163,11 +164,11 @@ def _use_while_another_thread_places(segment: Segment, use: Callable[[Arena, tor
         return place(ring, nbytes)
 
     RingAllocator.place = place_slowly
-    join_slow = in_thread(lambda: arena.empty((8,), torch.int64))
+    slow = InThread(lambda: arena.empty((8,), torch.int64))
     assert inside.wait(STUCK_SECONDS)
-    join = in_thread(lambda: use(arena, known))
-    join_slow()
-    join()
+    other = InThread(lambda: use(arena, known))
+    slow.join()
+    other.join()
 
 
 @pytest.mark.parametrize("use", [name for name in USES if "more than" not in name])

@@ -23,9 +23,10 @@ from shmbroker.arena.spec import CODE_OF, NUMPY_OF
 from shmbroker.errors import ArenaFull
 from shmbroker.memory import names
 from shmbroker.memory.segment import Segment, make_segment, unlink_segment
-from tests.arena.blocks import GEOMETRY, STUCK_SECONDS, UNIT, Cycle, blocks_in, in_thread, placed, property_settings
+from tests.arena.blocks import GEOMETRY, UNIT, Cycle, blocks_in, placed, property_settings
 from tests.conftest import InChild
 from tests.shared_memory import is_mapped
+from tests.threads import STUCK_SECONDS, InThread
 
 pytestmark = pytest.mark.usefixtures("flavour")
 
@@ -224,7 +225,7 @@ def test_a_release_in_a_collection_at_any_point_of_placing_neither_blocks_nor_is
 
     gc.callbacks.append(look)
     try:
-        in_thread(lambda: _place_while_garbage_dies_at_every_allocation(arena))()
+        InThread(lambda: _place_while_garbage_dies_at_every_allocation(arena)).join()
     finally:
         gc.callbacks.remove(look)
     # Compiled, nothing that the collector counts is allocated under the lock.
@@ -251,8 +252,8 @@ def _place_check_and_drop(arena: Arena, seed: int, rounds: int) -> None:
 @pytest.mark.usefixtures("eager_gc")
 def test_threads_that_place_and_drop_amid_collections_never_share_a_block_and_never_get_stuck(arena: Arena) -> None:
     """A1, A2: releases come from the collector, in whichever thread it runs."""
-    joins = [in_thread(lambda seed=seed: _place_check_and_drop(arena, seed, 400)) for seed in range(4)]
-    for join in joins:
-        join()
+    threads = [InThread(lambda seed=seed: _place_check_and_drop(arena, seed, 400)) for seed in range(4)]
+    for thread in threads:
+        thread.join()
     gc.collect()
     assert blocks_in(arena) == 0
