@@ -10,17 +10,10 @@ import torch
 
 from shmbroker.arena.spec import DTYPE_OF, TensorSpec, contiguous_strides, extent_elements
 from shmbroker.errors import BadFrame
-from shmbroker.lane.frame_layout import (
-    DESCRIPTOR,
-    FORM_OFFSET,
-    HEADER_BYTES,
-    METADATA_OFFSET,
-    OFFSET_AND_NBYTES,
-    SUBMISSION_HEADER,
-)
+from shmbroker.lane.frame_layout import DESCRIPTOR, FORM_OFFSET, HEADER_BYTES, METADATA_OFFSET, OFFSET_AND_NBYTES, SUBMISSION_HEADER
 from shmbroker.memory import layout
 
-_KNOWN_FORMS = 4096
+KNOWN_FORMS = 4096
 """Forms remembered; a process whose peer sends ever new ones starts over rather than growing."""
 
 _INT64_MAX = (1 << 63) - 1
@@ -159,7 +152,7 @@ class SubmissionReader:
         return self._remember(frame, at, Form(spec, strides, spec.nbytes, extent, space))
 
     def _remember(self, frame: bytes, at: int, form: Form) -> Form:
-        if len(self._forms) >= _KNOWN_FORMS:
+        if len(self._forms) >= KNOWN_FORMS:
             self._forms.clear()
         self._forms[frame[at + FORM_OFFSET : at + DESCRIPTOR.size]] = form
         return form

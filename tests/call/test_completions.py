@@ -1,0 +1,789 @@
+"""Waiting for completions, by one thread and by many, with sources and doorbells in the test's hand. Invariants C1 to C5.
+
+Where a word from one thread must reach another, ``RECHECK_SECONDS`` is raised above the test's own deadline: a lost word then ends the test.
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from shmbroker.call import completions
+from shmbroker.call.completions import CompletionLoop
+from shmbroker.call.state import DONE
+from shmbroker.lane.doorbell import RECHECK_SECONDS
+from tests.call.fake_sources import Clock, FakeCall, FakeFuture, FakeSource, HandRungBell, WatchedLocks
+from tests.threads import STUCK_SECONDS, InThread
+
+NEVER_SECONDS = 600.0
+"""Put for the recheck bound: nobody is healed by it in time."""
+
+BACKGROUND = "shmbroker-completions"
+"""The name of the thread that waits for what is watched."""
+
+
+@pytest.fixture
+def no_recheck(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lost word is not healed."""
+    monkeypatch.setattr(completions, "RECHECK_SECONDS", NEVER_SECONDS)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The time that deadlines are compared with, which passes when the test says so."""
+    clock = Clock()
+    monkeypatch.setattr(completions, "time", clock)
+    return clock
+
+
+@pytest.fixture
+def locks(monkeypatch: pytest.MonkeyPatch) -> WatchedLocks:
+    """The locks of loops that are made from now on."""
+    locks = WatchedLocks()
+    monkeypatch.setattr(completions, "threading", locks)
+    return locks
+
+
+@pytest.fixture
+def bell() -> HandRungBell:
+    return HandRungBell()
+
+
+@pytest.fixture
+def source() -> FakeSource:
+    return FakeSource()
+
+
+@pytest.fixture
+def loop(bell: HandRungBell, source: FakeSource) -> CompletionLoop:
+    """Over ``source``, its waiters blocked on ``bell``."""
+    loop = CompletionLoop(bell.block)
+    loop.add(source)
+    return loop
+
+
+@pytest.fixture
+def without_gc() -> Iterator[None]:
+    """What dies, dies with its last reference."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def waiting(loop: CompletionLoop, call: FakeCall, deadline_ns: int = 0) -> InThread[bool]:
+    """A thread that waits for ``call``."""
+    return InThread(lambda: loop.wait(call, deadline_ns))
+
+
+def followers(loop: CompletionLoop, calls: list[FakeCall]) -> list[InThread[bool]]:
+    """A thread that waits for each, behind a leader that there is already."""
+    threads = [waiting(loop, call) for call in calls]
+    for call in calls:
+        assert call.following.wait(STUCK_SECONDS)
+    return threads
+
+
+# --- one thread reads for all (C1) -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("no_recheck")
+def test_one_thread_takes_the_completions_of_all_that_wait_and_they_have_its_word(
+    loop: CompletionLoop, bell: HandRungBell, source: FakeSource
+) -> None:
+    """C1."""
+    own, others = FakeCall(), [FakeCall() for _ in range(6)]
+    leader = waiting(loop, own)
+    blocked = bell.next_blocked()
+    assert blocked.thread == leader.ident
+    threads = followers(loop, others)
+    assert bell.nobody_else, "one thread blocks on the doorbell, the others wait for a word from it"
+    source.answer(*others)
+    blocked.wake()
+    assert all(thread.join() for thread in threads), "done, though the leader still waits"
+    blocked = bell.next_blocked()
+    source.answer(own)
+    blocked.wake()
+    assert leader.join()
+    assert source.readers == [leader.ident] * 2
+    assert bell.nobody_else
+
+
+def test_who_waits_for_what_is_done_already_reads_nothing(loop: CompletionLoop, bell: HandRungBell, source: FakeSource) -> None:
+    done, other = FakeCall(), FakeCall()
+    done.finish()
+    source.answer(other)
+    assert loop.wait(done, 0)
+    assert (source.readers, other.done, bell.nobody_else) == ([], False, True)
+
+
+def test_a_leader_looks_at_the_receivers_before_it_blocks(monkeypatch: pytest.MonkeyPatch, bell: HandRungBell, source: FakeSource) -> None:
+    """Most calls are answered by then: they cost no sleep."""
+    looks: list[tuple[object, float]] = []
+    call, other = FakeCall(), FakeCall()
+
+    def spin(receivers: object, seconds: float) -> bool:
+        looks.append((receivers, seconds))
+        source.answer(call)
+        return True
+
+    monkeypatch.setattr(completions, "spin", spin)
+    source.receivers = (object(),)  # type: ignore[assignment]
+    loop = CompletionLoop(bell.block, 0.25)
+    loop.add(source)
+    assert loop.wait(call, 0)
+    assert looks == [(source.receivers, 0.25)]
+    assert bell.nobody_else
+    monkeypatch.setattr(completions, "spin", lambda receivers, seconds: False)
+    leader = waiting(loop, other)
+    blocked = bell.next_blocked()
+    source.answer(other)
+    blocked.wake()
+    assert leader.join()
+
+
+def test_a_leader_reads_all_sources_whichever_was_ready(loop: CompletionLoop, bell: HandRungBell, source: FakeSource) -> None:
+    sources = [source, FakeSource(), FakeSource()]
+    for other in sources[1:]:
+        loop.add(other)
+    calls = [FakeCall() for _ in sources]
+    leader = waiting(loop, calls[2])
+    blocked = bell.next_blocked()
+    for one, call in zip(sources, calls, strict=True):
+        one.answer(call)
+    blocked.wake()
+    assert leader.join()
+    assert [call.done for call in calls] == [True] * 3
+
+
+def test_a_source_that_is_added_meanwhile_is_the_leaders_to_read(loop: CompletionLoop, bell: HandRungBell, source: FakeSource) -> None:
+    """C1, C3: after at most one wait more, for whoever waits on either."""
+    own, others = FakeCall(), FakeCall()
+    leader = waiting(loop, own)
+    blocked = bell.next_blocked()
+    added = FakeSource()
+    loop.add(added)
+    (follower,) = followers(loop, [others])
+    added.answer(others)
+    blocked.wake()  # it was blocked before, and looks at what it knew of
+    bell.next_blocked().wake()
+    assert follower.join()
+    blocked = bell.next_blocked()
+    source.answer(own)
+    blocked.wake()
+    assert leader.join()
+    assert set(added.readers) == {leader.ident}
+
+
+def test_sources_may_be_added_by_many_threads_at_once(loop: CompletionLoop, source: FakeSource) -> None:
+    sources = [FakeSource() for _ in range(32)]
+    start = threading.Barrier(8)
+
+    def add(own: list[FakeSource]) -> None:
+        start.wait(STUCK_SECONDS)
+        for one in own:
+            loop.add(one)
+
+    for thread in [InThread(lambda own=sources[i::8]: add(own)) for i in range(8)]:
+        thread.join()
+    loop.check_peers()
+    assert [one.checked for one in (source, *sources)] == [1] * 33
+
+
+# --- the lead is handed on (C2) --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("no_recheck")
+def test_a_leader_whose_own_call_is_done_hands_the_lead_to_one_that_still_waits(
+    loop: CompletionLoop, bell: HandRungBell, source: FakeSource
+) -> None:
+    """C2, over and over, until nobody waits; no lead goes to one whose call is done as well."""
+    calls = [FakeCall() for _ in range(8)]
+    leader = waiting(loop, calls[0])
+    blocked = bell.next_blocked()
+    threads = [leader, *followers(loop, calls[1:])]
+    left = dict(zip([thread.ident for thread in threads], zip(calls, threads, strict=True), strict=True))
+    while left:
+        call, thread = left.pop(blocked.thread)
+        answered = [call]
+        if left:  # one of the followers with it
+            other = next(iter(left))
+            answered.append(left[other][0])
+        source.answer(*answered)
+        blocked.wake()
+        assert thread.join()
+        if len(answered) > 1:
+            assert left.pop(other)[1].join()
+        if left:
+            blocked = bell.next_blocked()
+            assert blocked.thread in left
+    assert bell.nobody_else
+
+
+@pytest.mark.usefixtures("no_recheck")
+def test_a_leader_whose_deadline_has_passed_hands_the_lead_on_too(
+    loop: CompletionLoop, bell: HandRungBell, source: FakeSource, clock: Clock
+) -> None:
+    """C2."""
+    own, other = FakeCall(), FakeCall()
+    leader = waiting(loop, own, clock.after(1.0))
+    blocked = bell.next_blocked()
+    (follower,) = followers(loop, [other])
+    clock.advance(1.0)
+    blocked.wake()
+    blocked = bell.next_blocked()
+    assert (blocked.thread, blocked.seconds) == (leader.ident, 0.0), "a last look"
+    blocked.wake()
+    assert leader.join() is False
+    blocked = bell.next_blocked()
+    assert blocked.thread == follower.ident
+    source.answer(other)
+    blocked.wake()
+    assert follower.join()
+
+
+class Trouble(Exception):
+    """Raised where it is least wanted."""
+
+
+def _raise() -> None:
+    raise Trouble
+
+
+def _nothing() -> None:
+    pass
+
+
+@pytest.mark.usefixtures("no_recheck")
+@pytest.mark.parametrize("where", ["drain", "check_peer", "block"])
+def test_an_error_of_a_leader_leaves_the_lead_to_the_next(loop: CompletionLoop, bell: HandRungBell, source: FakeSource, where: str) -> None:
+    """C2: whatever a source raises, or a signal's handler while it is blocked."""
+    own, other = FakeCall(), FakeCall()
+    leader = waiting(loop, own)
+    blocked = bell.next_blocked()
+    (follower,) = followers(loop, [other])
+    if where != "block":
+        source.look = _raise
+    if where == "drain":
+        source.answer(FakeCall())
+    blocked.wake(Trouble() if where == "block" else None)
+    with pytest.raises(Trouble):
+        leader.join()
+    source.look = _nothing
+    blocked = bell.next_blocked()
+    assert blocked.thread == follower.ident
+    source.answer(other)
+    blocked.wake()
+    assert follower.join()
+
+
+@pytest.mark.parametrize("how", ["wait", "wait_any", "wait_any in vain", "alone", "check_peers"])
+def test_an_error_leaves_nobody_in_the_lead(source: FakeSource, how: str) -> None:
+    loop = CompletionLoop(lambda ready, receivers, seconds: ready())
+    loop.add(source)
+    source.look = _raise
+    if "vain" not in how:
+        source.answer(FakeCall())
+    uses: dict[str, Callable[[], object]] = {
+        "wait": lambda: loop.wait(FakeCall(), 1),
+        "wait_any": lambda: loop.wait_any(1.0),
+        "wait_any in vain": lambda: loop.wait_any(1.0),
+        "alone": lambda: loop.alone(_raise),
+        "check_peers": loop.check_peers,
+    }
+    with pytest.raises(Trouble):
+        uses[how]()
+    source.look = _nothing
+    call = FakeCall()
+    source.answer(call)
+    assert InThread(lambda: loop.wait(call, 0)).join()
+    InThread(lambda: loop.alone(_nothing)).join()
+
+
+# --- nobody waits for long at once (C3) ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("deadline", "waits"),
+    [
+        (None, [RECHECK_SECONDS] * 5),
+        (0.25, [RECHECK_SECONDS, RECHECK_SECONDS, 0.05, 0.0]),
+        (RECHECK_SECONDS, [RECHECK_SECONDS, 0.0]),
+        (0.001, [0.001, 0.0]),
+        (0.0, [0.0]),
+        (-1.0, [0.0]),
+    ],
+)
+def test_a_leader_blocks_no_longer_than_the_bound_and_looks_at_peers_and_deadline_after_each_wait(
+    loop: CompletionLoop, bell: HandRungBell, source: FakeSource, clock: Clock, deadline: float | None, waits: list[float]
+) -> None:
+    """C3."""
+    call = FakeCall()
+    leader = waiting(loop, call, 0 if deadline is None else clock.after(deadline))
+    for number, seconds in enumerate(waits):
+        blocked = bell.next_blocked()
+        assert blocked.seconds == pytest.approx(seconds)
+        assert source.checked == number, "once after each wait that nothing came of"
+        clock.advance(seconds)
+        if deadline is None and number == len(waits) - 1:
+            source.answer(call)
+        blocked.wake()
+    assert leader.join() is (deadline is None)
+    assert source.checked == len(waits) - 1, "not after a mere look, nor after something came"
+    assert bell.nobody_else
+
+
+def test_a_leader_whose_call_is_failed_with_its_peer_is_done(loop: CompletionLoop, bell: HandRungBell, source: FakeSource) -> None:
+    """C3: the peer is found dead after one wait."""
+    call = FakeCall()
+    leader = waiting(loop, call)
+    blocked = bell.next_blocked()
+    source.look = call.finish
+    blocked.wake()
+    assert leader.join()
+    assert (source.checked, source.readers) == (1, [])
+
+
+def test_a_deadline_that_passes_is_told_though_others_completions_keep_coming(
+    loop: CompletionLoop, bell: HandRungBell, source: FakeSource, clock: Clock
+) -> None:
+    """C3."""
+    leader = waiting(loop, FakeCall(), clock.after(0.25))
+    for _ in range(5):
+        blocked = bell.next_blocked()
+        clock.advance(0.06)
+        source.answer(FakeCall())
+        blocked.wake()
+    blocked = bell.next_blocked()
+    assert blocked.seconds == 0.0
+    source.answer(FakeCall())
+    blocked.wake()
+    assert leader.join() is False
+
+
+@pytest.mark.parametrize(("deadline", "waits"), [(0.25, [RECHECK_SECONDS, RECHECK_SECONDS, 0.05]), (0.0, []), (-1.0, [])])
+def test_a_follower_waits_no_longer_than_the_bound_for_a_word_and_looks_at_its_deadline_after_each_wait(
+    loop: CompletionLoop, bell: HandRungBell, source: FakeSource, clock: Clock, locks: WatchedLocks, deadline: float, waits: list[float]
+) -> None:
+    """C3: also behind a leader that says nothing and does nothing at all."""
+    locks.clock = clock
+    own, other = FakeCall(), FakeCall()
+    leader = waiting(loop, own)
+    blocked = bell.next_blocked()
+    assert waiting(loop, other, clock.after(deadline)).join() is False
+    assert locks.waits == pytest.approx(waits)
+    assert leader.running
+    source.answer(own)
+    blocked.wake()
+    assert leader.join()
+
+
+def test_a_follower_that_is_never_told_finds_that_its_call_is_done(loop: CompletionLoop, bell: HandRungBell, source: FakeSource) -> None:
+    """C3: a word that is lost costs one wait, no more."""
+    own, other = FakeCall(), FakeCall()
+    leader = waiting(loop, own)
+    blocked = bell.next_blocked()
+    (follower,) = followers(loop, [other])
+    other.state = DONE
+    assert follower.join()
+    source.answer(own)
+    blocked.wake()
+    assert leader.join()
+
+
+@pytest.mark.parametrize(("asked", "seconds"), [(0.0, 0.0), (0.01, 0.01), (RECHECK_SECONDS, RECHECK_SECONDS), (1e9, RECHECK_SECONDS)])
+def test_waiting_for_any_completion_blocks_once_and_no_longer_than_the_bound(
+    loop: CompletionLoop, bell: HandRungBell, source: FakeSource, asked: float, seconds: float
+) -> None:
+    """C3: for who needs a free slot; then it takes what there is, or looks at the peers' lives."""
+    for comes in (False, True):
+        thread = InThread(lambda: loop.wait_any(asked))
+        blocked = bell.next_blocked()
+        assert blocked.seconds == seconds
+        if comes:
+            source.answer(FakeCall())
+        blocked.wake()
+        thread.join()
+        assert (source.checked, len(source.readers)) == (1, int(comes))
+    assert bell.nobody_else
+
+
+@pytest.mark.parametrize(("asked", "seconds"), [(0.01, 0.01), (1e9, RECHECK_SECONDS)])
+def test_waiting_for_any_completion_behind_a_leader_ends_at_the_bound_too(
+    loop: CompletionLoop, bell: HandRungBell, source: FakeSource, clock: Clock, locks: WatchedLocks, asked: float, seconds: float
+) -> None:
+    """C1, C3: it reads nothing that another thread may be reading."""
+    locks.clock = clock
+    loop = CompletionLoop(bell.block)
+    loop.add(source)
+    own = FakeCall()
+    leader = waiting(loop, own)
+    blocked = bell.next_blocked()
+    loop.wait_any(asked)
+    assert locks.waits == [seconds]
+    assert (source.readers, source.checked, bell.nobody_else) == ([], 0, True)
+    source.answer(own)
+    blocked.wake()
+    assert leader.join()
+
+
+def test_looking_at_the_peers_lives_now_is_left_to_the_leader_where_there_is_one(
+    loop: CompletionLoop, bell: HandRungBell, source: FakeSource
+) -> None:
+    """C1, C3."""
+    loop.check_peers()
+    assert source.checked == 1
+    own = FakeCall()
+    leader = waiting(loop, own)
+    blocked = bell.next_blocked()
+    loop.check_peers()
+    assert source.checked == 1
+    blocked.wake()
+    blocked = bell.next_blocked()
+    assert source.checked == 2
+    source.answer(own)
+    blocked.wake()
+    assert leader.join()
+
+
+# --- who must read alone (C4) ----------------------------------------------------------------------------------------------------------
+
+
+class Alone:
+    """What several threads do alone: notes how many at once, and stays at it until it is told to go on."""
+
+    def __init__(self) -> None:
+        self.entered = threading.Semaphore(0)
+        self.go_on = threading.Semaphore(0)
+        self.done = 0
+        self._inside = threading.Lock()
+
+    def __call__(self) -> None:
+        assert self._inside.acquire(blocking=False), "two threads are alone at once"
+        self.entered.release()
+        assert self.go_on.acquire(timeout=STUCK_SECONDS)
+        self.done += 1
+        self._inside.release()
+
+
+@pytest.mark.usefixtures("no_recheck")
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_a_leader_makes_way_after_one_wait_for_all_that_must_read_alone(
+    bell: HandRungBell, source: FakeSource, locks: WatchedLocks, count: int
+) -> None:
+    """C4: for several such threads too, one after the other; who waits for calls waits on meanwhile, also who comes then."""
+    loop = CompletionLoop(bell.block)
+    loop.add(source)
+    own, others = FakeCall(), [FakeCall(), FakeCall()]
+    leader = waiting(loop, own)
+    blocked = bell.next_blocked()
+    threads = followers(loop, others[:1])
+    alone = Alone()
+    visitors = []
+    for _ in range(count):
+        visitors.append(InThread(lambda: loop.alone(alone)))
+        assert locks.next_waiting() == visitors[-1].ident
+    assert not alone.entered.acquire(blocking=False), "somebody else reads"
+    blocked.wake()  # the one wait
+    for number in range(count):
+        assert alone.entered.acquire(timeout=STUCK_SECONDS)
+        if not number:
+            threads += followers(loop, others[1:])
+        assert bell.nobody_else, "nobody blocks, and so nobody reads, while one is alone"
+        alone.go_on.release()
+    for visitor in visitors:
+        visitor.join()
+    assert alone.done == count
+    blocked = bell.next_blocked()
+    assert blocked.thread in {thread.ident for thread in (leader, *threads)}
+    source.answer(own, *others)
+    blocked.wake()
+    assert all([thread.join() for thread in (leader, *threads)])
+
+
+@pytest.mark.usefixtures("no_recheck")
+def test_who_must_read_alone_need_not_wait_where_nobody_reads_and_may_not_be_overtaken(
+    loop: CompletionLoop, bell: HandRungBell, source: FakeSource
+) -> None:
+    """C4: who comes to wait for a call meanwhile reads only afterwards."""
+    call, alone = FakeCall(), Alone()
+    visitor = InThread(lambda: loop.alone(alone))
+    assert alone.entered.acquire(timeout=STUCK_SECONDS)
+    (thread,) = followers(loop, [call])
+    assert bell.nobody_else
+    alone.go_on.release()
+    visitor.join()
+    blocked = bell.next_blocked()
+    assert blocked.thread == thread.ident
+    source.answer(call)
+    blocked.wake()
+    assert thread.join()
+
+
+def test_a_source_is_removed_when_nobody_reads_from_it_any_more(bell: HandRungBell, source: FakeSource, locks: WatchedLocks) -> None:
+    """C4: so its memory may be given up when that returns."""
+    loop = CompletionLoop(bell.block)
+    loop.add(source)
+    other = FakeSource()
+    loop.add(other)
+    reading, go_on = threading.Event(), threading.Event()
+
+    def look() -> None:
+        reading.set()
+        assert go_on.wait(STUCK_SECONDS)
+
+    source.look = look
+    call = FakeCall()
+    leader = waiting(loop, call)
+    blocked = bell.next_blocked()
+    source.answer(FakeCall())
+    blocked.wake()
+    assert reading.wait(STUCK_SECONDS)
+    removing = InThread(lambda: loop.remove(source))
+    assert locks.next_waiting() == removing.ident
+    assert removing.running
+    go_on.set()
+    removing.join()
+    source.look = _raise
+    source.answer(FakeCall())
+    other.answer(call)
+    bell.next_blocked().wake()
+    assert leader.join()
+    loop.check_peers()
+    assert (len(source.readers), source.checked) == (1, 0)
+    loop.remove(source)  # a second time does nothing
+    assert other.checked == 1
+
+
+# --- what is done with completions (C5) ------------------------------------------------------------------------------------------------
+
+
+def _attached(loop: CompletionLoop, callback: Callable[[], object]) -> tuple[FakeCall, FakeFuture]:
+    """A call with a future."""
+    future = FakeFuture(callback)
+    return FakeCall(on_finish=lambda: loop.settle_later(future)), future
+
+
+@pytest.mark.usefixtures("no_recheck")
+def test_a_futures_callback_may_call_and_wait_and_close(loop: CompletionLoop, bell: HandRungBell, source: FakeSource) -> None:
+    """C5: the thread that took the completion has given up the lead, so it can have it anew, and be alone."""
+    inner = FakeCall()
+
+    def callback() -> None:
+        assert loop.wait(inner, 0)
+        loop.alone(lambda: order.append("alone"))
+        order.append("called back")
+
+    order: list[str] = []
+    call, future = _attached(loop, callback)
+    leader = waiting(loop, call)
+    blocked = bell.next_blocked()
+    source.answer(call)
+    blocked.wake()
+    blocked = bell.next_blocked()
+    assert blocked.thread == leader.ident
+    source.answer(inner)
+    blocked.wake()
+    assert leader.join()
+    assert (order, future.settled) == (["alone", "called back"], 1)
+
+
+@pytest.mark.usefixtures("no_recheck")
+def test_while_a_callback_runs_others_completions_are_taken(loop: CompletionLoop, bell: HandRungBell, source: FakeSource) -> None:
+    """C2, C5: the lead was handed on before it began."""
+    called, go_on = threading.Event(), threading.Event()
+
+    def callback() -> None:
+        called.set()
+        assert go_on.wait(STUCK_SECONDS)
+
+    call, _ = _attached(loop, callback)
+    other = FakeCall()
+    leader = waiting(loop, call)
+    blocked = bell.next_blocked()
+    (follower,) = followers(loop, [other])
+    source.answer(call)
+    blocked.wake()
+    assert called.wait(STUCK_SECONDS)
+    blocked = bell.next_blocked()
+    assert blocked.thread == follower.ident
+    source.answer(other)
+    blocked.wake()
+    assert follower.join()
+    assert leader.running
+    go_on.set()
+    assert leader.join()
+
+
+@pytest.mark.parametrize("how", ["wait", "wait_any", "alone", "check_peers"])
+def test_futures_are_settled_whenever_the_lead_is_given_up_once_each_and_in_order(source: FakeSource, how: str) -> None:
+    """C5: by whoever has finished their calls, whatever it was after."""
+    loop = CompletionLoop(lambda ready, receivers, seconds: ready())
+    loop.add(source)
+    order: list[int] = []
+
+    def callback(number: int) -> None:
+        order.append(number)
+        before = source.checked
+        loop.check_peers()
+        assert source.checked > before, "the lead is still taken"
+
+    attached = [_attached(loop, lambda number=number: callback(number)) for number in range(4)]
+    calls = [call for call, _ in attached]
+
+    def finish() -> None:
+        source.look = _nothing
+        for call in calls:
+            call.finish()
+        assert order == [], "not in the midst of reading"
+
+    source.look = finish
+    last = FakeCall()
+    if how in ("wait", "wait_any"):
+        source.answer(last)
+    uses: dict[str, Callable[[], object]] = {
+        "wait": lambda: loop.wait(last, 0),
+        "wait_any": lambda: loop.wait_any(1.0),
+        "alone": lambda: loop.alone(finish),
+        "check_peers": loop.check_peers,
+    }
+    InThread(uses[how]).join()
+    assert order == [0, 1, 2, 3]
+    assert [future.settled for _, future in attached] == [1] * 4
+
+
+# --- calls that no thread waits for ----------------------------------------------------------------------------------------------------
+
+
+def _background() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name == BACKGROUND}
+
+
+def test_what_is_watched_is_completed_in_the_background(loop: CompletionLoop, bell: HandRungBell, source: FakeSource) -> None:
+    """C5: its future is settled there too."""
+    before = _background()
+    settled = threading.Event()
+    call, _ = _attached(loop, settled.set)
+    loop.watch(call)
+    blocked = bell.next_blocked()
+    assert {thread.ident for thread in _background() - before} == {blocked.thread}
+    source.answer(call)
+    blocked.wake()
+    assert settled.wait(STUCK_SECONDS)
+    assert call.done
+    loop.close()
+
+
+def test_several_are_watched_by_one_thread_in_whatever_order_they_are_answered(
+    loop: CompletionLoop, bell: HandRungBell, source: FakeSource
+) -> None:
+    before = _background()
+    calls = [FakeCall() for _ in range(6)]
+    for call in calls:
+        loop.watch(call)
+    for call in reversed(calls):
+        blocked = bell.next_blocked()
+        source.answer(call)
+        blocked.wake()
+    assert len(_background() - before) == 1
+    loop.close()
+    assert all(call.done for call in calls)
+    assert set(source.readers) == {blocked.thread}
+
+
+def test_watched_calls_expire_once_each_at_their_deadlines(
+    loop: CompletionLoop, bell: HandRungBell, source: FakeSource, clock: Clock
+) -> None:
+    """C3: and those that have none, or a later one, are watched on."""
+    never, late, early = FakeCall(), FakeCall(clock.after(1.25)), FakeCall(clock.after(1.0))
+    for call in (never, late, early):
+        loop.watch(call)
+    seen_at: dict[FakeCall, int] = {}
+    while True:
+        blocked = bell.next_blocked()
+        assert blocked.seconds <= RECHECK_SECONDS
+        for call in (late, early):
+            if call.expired:
+                seen_at.setdefault(call, clock.now_ns)
+        if late.expired:
+            break
+        clock.advance(blocked.seconds)
+        blocked.wake()
+    bound_ns = int(RECHECK_SECONDS * 1e9)
+    for call in (late, early):
+        assert call.deadline_ns <= seen_at[call] <= call.deadline_ns + bound_ns
+    source.answer(never)
+    blocked.wake()
+    loop.close()
+    assert [(call.expired, call.done) for call in (never, late, early)] == [(0, True), (1, False), (1, False)]
+
+
+def test_a_watched_call_whose_deadline_has_passed_already_expires_after_a_look(
+    loop: CompletionLoop, bell: HandRungBell, clock: Clock
+) -> None:
+    call = FakeCall(clock.after(-1.0))
+    loop.watch(call)
+    blocked = bell.next_blocked()
+    assert blocked.seconds == 0.0
+    blocked.wake()
+    loop.close()
+    assert (call.expired, call.done) == (1, False)
+
+
+@pytest.mark.usefixtures("without_gc")
+@pytest.mark.parametrize("ends", ["done", "expired"])
+def test_a_call_that_was_watched_is_kept_by_nothing_afterwards(
+    loop: CompletionLoop, bell: HandRungBell, source: FakeSource, clock: Clock, ends: str
+) -> None:
+    """Its tensors' blocks are wanted back."""
+    gone = threading.Event()
+    call = FakeCall(clock.after(0.0 if ends == "expired" else 1000.0))
+    weakref.finalize(call, gone.set)
+    loop.watch(call)
+    blocked = bell.next_blocked()
+    if ends == "done":
+        source.answer(call)
+    del call
+    blocked.wake()
+    assert gone.wait(STUCK_SECONDS), "the background thread, which waits for the next, has kept it"
+    loop.close()
+
+
+def test_closing_ends_the_background_thread_and_lets_go_of_what_waiting_looks_at(bell: HandRungBell, source: FakeSource) -> None:
+    before = _background()
+    gone = threading.Event()
+
+    class Memory:
+        """What a doorbell looks at."""
+
+        def block(self, *args: object) -> bool:
+            return bell.block(*args)  # type: ignore[arg-type]
+
+    memory = Memory()
+    weakref.finalize(memory, gone.set)
+    loop = CompletionLoop(memory.block)
+    loop.add(source)
+    del memory
+    call = FakeCall()
+    loop.watch(call)
+    blocked = bell.next_blocked()
+    source.answer(call)
+    blocked.wake()
+    loop.close()
+    assert _background() == before
+    gc.collect()
+    assert gone.is_set()
+
+
+def test_closing_a_loop_that_watched_nothing_starts_no_thread_and_who_waits_afterwards_is_told_at_its_deadline(
+    loop: CompletionLoop, bell: HandRungBell, source: FakeSource, clock: Clock
+) -> None:
+    before = _background()
+    loop.close()
+    assert _background() == before
+    assert loop.wait(FakeCall(), clock.after(-1.0)) is False
+    assert bell.nobody_else
