@@ -121,7 +121,7 @@ def test_a_worker_that_is_told_to_stop_does_not_wait_for_an_op_without_end(broke
     """Whatever the op does: it sleeps, or computes without a line of Python; exit status 0 within the limit, and nothing left behind."""
     with worker_process(DRAIN_SECONDS="0.3") as process, shmbroker.connect(arena="1M") as client:
         channel = client.channel("test")
-        futures = [channel.bind(op, seconds=3600.0).submit(torch.ones(2)), channel.bind("double").submit(torch.ones(2))]
+        futures = [channel.bind(op, seconds=3600.0).submit(torch.ones(2)), channel.bind("add").submit(torch.ones(2))]
         wait_until(lambda: submissions_taken(channel) >= 1, 5.0)
         process.send_signal(signal.SIGTERM)
         assert process.wait(10) == 0
