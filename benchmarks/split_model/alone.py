@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.split_model.processes import on_all_cores
-from benchmarks.split_model.work import Work
+from benchmarks.split_model.work import Times, Work, medians
 from shmbroker.models.checkpoint import Checkpoint
 
 DEFAULT_SPIN_COUNT = 300_000
@@ -24,21 +23,19 @@ ROUNDS = 4
 """The first is for warming up."""
 
 
-def alone(work: Work, threads: int) -> dict[str, float]:
-    """Seconds of ``prefill`` and ``decode``, medians."""
+def alone(work: Work, threads: int) -> Times:
+    """Medians."""
     environment = {**os.environ, "GOMP_SPINCOUNT": str(DEFAULT_SPIN_COUNT)}
     command = [sys.executable, "-m", "benchmarks.split_model.alone", str(threads), *map(str, dataclasses.astuple(work))]
-    found = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
-    measured: dict[str, float] = json.loads(found.splitlines()[-1])
-    return measured
+    found = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return Times(*json.loads(found.splitlines()[-1]))
 
 
-def measure(work: Work, threads: int) -> dict[str, float]:
+def measure(work: Work, threads: int) -> Times:
     """In this process."""
     with on_all_cores(threads):
         model = Checkpoint.at(work.model).model(torch.float32)
-        times = [(work.prefill(model), work.decode(model)) for _ in range(ROUNDS)][1:]
-    return {"prefill": statistics.median(one[0] for one in times), "decode": statistics.median(one[1] for one in times)}
+        return medians([work.times(model) for _ in range(ROUNDS)][1:])
 
 
 if __name__ == "__main__":

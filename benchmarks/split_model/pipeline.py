@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import shmbroker
-from benchmarks.split_model.processes import CALL_SECONDS, START_SECONDS, gpu_worker
+from benchmarks.split_model.processes import START_SECONDS
 from benchmarks.split_model.work import prefill
 from benchmarks.table import Table
 from shmbroker.models.checkpoint import Checkpoint
@@ -21,16 +21,15 @@ LENGTHS = {512: (1, 2, 4), 1024: (1, 4, 8), 2048: (1, 4, 8)}
 """Tokens of a prompt, and how many parts of it are on their way at once."""
 
 
-def pipelines(model: Path, rounds: int, lengths: Mapping[int, tuple[int, ...]], arena: str) -> list[dict[str, Any]]:
+def pipelines(client: shmbroker.Client, model: Path, rounds: int, lengths: Mapping[int, tuple[int, ...]]) -> list[dict[str, Any]]:
     """A row for each split, length and number of parts; seconds are medians."""
     table = Table(
         "Prefill in parts, one thread in each process", ["split", "tokens", "--pipeline", "prefill s", "speed-up", "worker computes"]
     )
     rows: list[dict[str, Any]] = []
-    with gpu_worker(model, 1), shmbroker.connect(arena=arena, timeout=CALL_SECONDS) as client:
-        for tokens, ways in lengths.items():
-            for split in (Split.FUSED, Split.OP):
-                rows += _one_split(client, Checkpoint.at(model), split, tokens, ways, rounds)
+    for tokens, ways in lengths.items():
+        for split in (Split.FUSED, Split.OP):
+            rows += _one_split(client, Checkpoint.at(model), split, tokens, ways, rounds)
     for row in rows:
         table.row(
             row["split"], str(row["tokens"]), str(row["pipeline"]), f"{row['seconds']:.3f}", f"{row['speed_up']:.2f}",

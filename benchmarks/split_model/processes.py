@@ -33,6 +33,13 @@ def on_all_cores(threads: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def two_processes(model: Path, threads: int, arena: str) -> Iterator[shmbroker.Client]:
+    """A client of a GPU worker with a model."""
+    with gpu_worker(model, threads), shmbroker.connect(arena=arena, timeout=CALL_SECONDS) as client:
+        yield client
+
+
+@contextlib.contextmanager
 def gpu_worker(model: Path, threads: int, *options: str) -> Iterator[None]:
     """A broker and a GPU worker with a model, so many threads there and here; further ``options`` of its command."""
     command = [sys.executable, "-m", "gpu_worker", "--log-level", "warning", "serve"]

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 SMALLEST_ID, LARGEST_ID = 100, 40_000
 """Of the tokens in a prompt: within the vocabulary of every model here, and none of the few that mark something."""
+
+
+class Times(NamedTuple):
+    """Seconds."""
+
+    prefill: float
+    decode: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,12 +32,11 @@ class Work:
     """Before those that are decoded."""
     decode_tokens: int
 
-    def prefill(self, model: Any) -> float:
-        """Seconds."""
-        return prefill(model, self.prefill_tokens)
+    def times(self, model: Any) -> Times:
+        """Of a prefill, and of a decode with its short prompt's prefill."""
+        return Times(prefill(model, self.prefill_tokens), self._decode(model))
 
-    def decode(self, model: Any) -> float:
-        """Seconds, the short prompt's prefill among them."""
+    def _decode(self, model: Any) -> float:
         ids, count = prompt(self.prompt_tokens), self.decode_tokens
         begun = time.perf_counter()
         with torch.inference_mode():
@@ -48,3 +56,8 @@ def prefill(model: Any, tokens: int) -> float:
     with torch.inference_mode():
         model(ids, use_cache=True, logits_to_keep=1)
     return time.perf_counter() - begun
+
+
+def medians(rounds: Sequence[Times]) -> Times:
+    """Of each by itself."""
+    return Times(statistics.median(one.prefill for one in rounds), statistics.median(one.decode for one in rounds))
