@@ -14,6 +14,7 @@ import pytest
 
 import shmbroker
 from shmbroker.memory.reaper import objects
+from shmbroker.models import embedded as embedded_model
 from tee_worker.generate import generate
 from tee_worker.run_options import GenerateOptions
 from tests.processes import run
@@ -110,7 +111,7 @@ def test_an_arena_that_is_told_to_be_too_small_says_how_large_it_must_be(worker:
 
 
 def test_a_gguf_file_serves_as_well_as_a_folder(worker: None, embedded: Path) -> None:
-    file = embedded.gguf_file()
+    file = embedded_model.gguf_file()
     with gpu_worker(file, "gguf"):
         options = GenerateOptions(model=str(file), prompt="Why is the sky blue?", chat=True, max_new_tokens=4, service="gguf")
         assert generate(options).text == "The answer to this", "what the folder gives, as the other tests of this file see"
