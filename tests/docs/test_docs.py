@@ -66,19 +66,21 @@ def test_the_layout_document_lists_every_dtype_and_status_code() -> None:
         assert re.search(rf"\| {status.name}[^|]* \| {status.value} \|", text)
 
 
-@pytest.mark.parametrize("page", sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")]), ids=lambda page: page.name)
-def test_links_lead_to_files(page: Path) -> None:
-    for target in re.findall(r"\]\((?!https:)([^)#:]+)[^)]*\)", page.read_text()):
-        assert (page.parent / target).exists(), target
-
-
 @pytest.mark.parametrize("program", ["shmbroker", "gpu_worker", "tee_worker"])
-def test_every_command_of_the_readme_exists(program: str) -> None:
-    told = re.findall(rf"\| `{program.replace('_', '-')} (\w+)", README)
-    assert told
-    offered = run(sys.executable, "-m", program, "--help").stdout
-    for command in told:
-        assert re.search(rf"^  {command}\b", offered, re.MULTILINE), command
+def test_every_command_of_the_readme_exists_and_every_command_has_a_row(program: str) -> None:
+    named = rf"(?:\| |, )`{program.replace('_', '-')} (\w+)"
+    of_readme, rows = set(re.findall(named, README)), set(re.findall(named, (ROOT / "docs" / "commands.md").read_text()))
+    offered = set(re.findall(r"^  (\w+)  ", run(sys.executable, "-m", program, "--help").stdout.split("Commands:")[1], re.MULTILINE))
+    assert of_readme
+    assert of_readme <= offered
+    assert rows == offered
+
+
+def test_make_targets_that_documents_name_are_in_the_makefile() -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
+        told = set(re.findall(r"^make ([\w-]+)|`make ([\w-]+)", page.read_text(), re.MULTILINE))
+        assert {first or second for first, second in told} <= targets, page
 
 
 def test_public_names_have_docstrings() -> None:
