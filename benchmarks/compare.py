@@ -2,7 +2,8 @@
 
 Each round runs ``python -m benchmarks NAME`` once in this checkout and once in the other, with this interpreter; who is first changes from round to
 round. Both must have their compiled parts built (``python setup.py build_ext --inplace``), or neither. Of two checkouts whose benchmarks measure
-something else under one name, nothing is learnt.
+something else under one name, nothing is learnt. The floors of ``rtt`` have nothing of either checkout in them: as far as their ratios are from 1, so
+far may the others be by chance.
 """
 
 from __future__ import annotations
@@ -31,6 +32,13 @@ DEFAULT_ROUNDS = 5
 BEST = ("steps",)
 """Benchmarks of which the best of all rounds counts: nothing but disturbance makes a step slower. Of others it is the median of the rounds."""
 
+SUBTRACTED = (
+    "steps_ns/worker: run an op that does nothing, count",
+    "steps_ns/worker: write and publish the completion; client: read it",
+    "steps_ns/client: finish the call, count",
+)
+"""Rows of ``steps`` that are the difference of two figures: a disturbance of the smaller one makes them less, so their median counts too."""
+
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
@@ -40,26 +48,25 @@ class Comparison:
     there: float
     ratio: float
     """Of this checkout's figure to the other's: below 1 is faster here."""
-    least: float
-    most: float
-    """Ratio of a single round."""
+    rounds: tuple[float, ...]
+    """Ratios of the single rounds, least first."""
 
 
-def summary_of(name: str) -> Callable[[Sequence[float]], float]:
+def summary_of(name: str, row: str) -> Callable[[Sequence[float]], float]:
     """What counts of a row's figures in all rounds."""
-    return min if name in BEST else statistics.median
+    return min if name in BEST and row not in SUBTRACTED else statistics.median
 
 
 def compare(name: str, here: Sequence[Rows], there: Sequence[Rows]) -> dict[str, Comparison]:
     """The rows that both have, in the order of this checkout's. One item of each sequence for each round."""
-    summary = summary_of(name)
     result = {}
     for row in here[0]:
         if row in there[0]:
+            summary = summary_of(name, row)
             ours, others = [rows[row] for rows in here], [rows[row] for rows in there]
-            ratios = [one / other for one, other in zip(ours, others, strict=True) if other]
-            if ratios and summary(others):
-                result[row] = Comparison(summary(ours), summary(others), summary(ours) / summary(others), min(ratios), max(ratios))
+            if all(others):
+                rounds = sorted(one / other for one, other in zip(ours, others, strict=True))
+                result[row] = Comparison(summary(ours), summary(others), summary(ours) / summary(others), tuple(rounds))
     return result
 
 
@@ -120,10 +127,11 @@ def main(other: Path, names: list[str], rounds: int, quick: bool, json_file: Pat
 def show(name: str, rounds: int, here: Sequence[Rows], there: Sequence[Rows]) -> None:
     """Print the ratios, and the rows that only one has."""
     table = Table(
-        f"{name}, {'best' if name in BEST else 'median'} of {rounds} rounds", ["", "here", "there", "here / there", "single rounds"]
+        f"{name}, {'best' if name in BEST else 'median'} of {rounds} rounds", ["", "here", "there", "here / there", "of the rounds"]
     )
     for row, one in compare(name, here, there).items():
-        table.row(row, f"{one.here:.2f}", f"{one.there:.2f}", f"{one.ratio:.3f}", f"{one.least:.3f} .. {one.most:.3f}")
+        middle = f"{statistics.median(one.rounds):.3f} ({one.rounds[0]:.3f} .. {one.rounds[-1]:.3f})"
+        table.row(row, f"{one.here:.2f}", f"{one.there:.2f}", f"{one.ratio:.3f}", middle)
     table.show()
     for side, own, others in (("here", here[0], there[0]), ("there", there[0], here[0])):
         for row in own:

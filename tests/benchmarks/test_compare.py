@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.compare import compare, show
+from benchmarks.compare import SUBTRACTED, compare, show
 from benchmarks.figures import times
 from benchmarks.peer import ROOT
 from tests.processes import run
@@ -36,7 +36,13 @@ def test_of_steps_the_best_round_counts_and_of_others_the_median() -> None:
     best, median = compare("steps", here, there)["row"], compare("rtt", here, there)["row"]
     assert (best.here, best.there, best.ratio) == (1.0, 4.0, 0.25)
     assert (median.here, median.there, median.ratio) == (2.0, 4.0, 0.5)
-    assert (median.least, median.most) == (0.25, 0.75), "of rounds, each with its own other side"
+    assert median.rounds == (0.25, 0.4, 0.75), "each with its own other side"
+
+
+def test_of_a_difference_the_median_counts_since_a_disturbance_can_make_it_less() -> None:
+    row = SUBTRACTED[0]
+    one = compare("steps", [{row: 3.0}, {row: -9.0}, {row: 2.0}], [{row: 4.0}, {row: 4.0}, {row: 5.0}])[row]
+    assert (one.here, one.there) == (2.0, 4.0)
 
 
 def test_a_row_that_only_one_checkout_has_is_told_and_not_compared(capsys: pytest.CaptureFixture[str]) -> None:
