@@ -19,12 +19,15 @@ def _nothing() -> None:
 
 
 class FakeCall:
-    """A call to be waited for. :attr:`following` is set as soon as a thread waits for it behind a leader."""
+    """A call to be waited for. :attr:`following` is set as soon as a thread waits for it behind a leader; right before, ``on_follow`` is called."""
 
-    def __init__(self, deadline_ns: int = 0, on_finish: Callable[[], None] = _nothing) -> None:
+    def __init__(
+        self, deadline_ns: int = 0, on_finish: Callable[[], object] = _nothing, on_follow: Callable[[], object] = _nothing
+    ) -> None:
         self.state: CallState = OUTSTANDING
         self.deadline_ns = deadline_ns
         self.on_finish = on_finish
+        self.on_follow = on_follow
         self.expired = 0
         self.following = threading.Event()
         self._wake: threading.Lock | None = None
@@ -41,6 +44,8 @@ class FakeCall:
 
     @wake.setter
     def wake(self, wake: threading.Lock | None) -> None:
+        if wake is not None:
+            self.on_follow()
         self._wake = wake
         if wake is not None:
             self.following.set()

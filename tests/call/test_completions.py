@@ -5,10 +5,8 @@ Where a word from one thread must reach another, ``RECHECK_SECONDS`` is raised a
 
 from __future__ import annotations
 
-import gc
 import threading
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
@@ -16,63 +14,8 @@ from shmbroker.call import completions
 from shmbroker.call.completions import CompletionLoop
 from shmbroker.call.state import DONE
 from shmbroker.lane.doorbell import RECHECK_SECONDS
-from tests.call.fake_sources import Clock, FakeCall, FakeFuture, FakeSource, HandRungBell, WatchedLocks
+from tests.call.fake_sources import Blocked, Clock, FakeCall, FakeFuture, FakeSource, HandRungBell, WatchedLocks
 from tests.threads import STUCK_SECONDS, InThread
-
-NEVER_SECONDS = 600.0
-"""Put for the recheck bound: nobody is healed by it in time."""
-
-BACKGROUND = "shmbroker-completions"
-"""The name of the thread that waits for what is watched."""
-
-
-@pytest.fixture
-def no_recheck(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A lost word is not healed."""
-    monkeypatch.setattr(completions, "RECHECK_SECONDS", NEVER_SECONDS)
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """The time that deadlines are compared with, which passes when the test says so."""
-    clock = Clock()
-    monkeypatch.setattr(completions, "time", clock)
-    return clock
-
-
-@pytest.fixture
-def locks(monkeypatch: pytest.MonkeyPatch) -> WatchedLocks:
-    """The locks of loops that are made from now on."""
-    locks = WatchedLocks()
-    monkeypatch.setattr(completions, "threading", locks)
-    return locks
-
-
-@pytest.fixture
-def bell() -> HandRungBell:
-    return HandRungBell()
-
-
-@pytest.fixture
-def source() -> FakeSource:
-    return FakeSource()
-
-
-@pytest.fixture
-def loop(bell: HandRungBell, source: FakeSource) -> CompletionLoop:
-    """Over ``source``, its waiters blocked on ``bell``."""
-    loop = CompletionLoop(bell.block)
-    loop.add(source)
-    return loop
-
-
-@pytest.fixture
-def without_gc() -> Iterator[None]:
-    """What dies, dies with its last reference."""
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
 
 
 def waiting(loop: CompletionLoop, call: FakeCall, deadline_ns: int = 0) -> InThread[bool]:
@@ -111,6 +54,49 @@ def test_one_thread_takes_the_completions_of_all_that_wait_and_they_have_its_wor
     assert leader.join()
     assert source.readers == [leader.ident] * 2
     assert bell.nobody_else
+
+
+@pytest.mark.usefixtures("no_recheck")
+def test_a_call_that_is_finished_before_the_leader_could_see_its_follower_is_done(
+    loop: CompletionLoop, bell: HandRungBell, source: FakeSource
+) -> None:
+    """C1: the word that the leader had for nobody is not waited for."""
+    own = FakeCall()
+    leader = waiting(loop, own)
+    first = bell.next_blocked()
+
+    def finish_it() -> None:
+        source.answer(other)
+        first.wake()
+        again.append(bell.next_blocked())
+
+    again: list[Blocked] = []
+    other = FakeCall(on_follow=finish_it)
+    assert waiting(loop, other).join()
+    source.answer(own)
+    again[0].wake()
+    assert leader.join()
+
+
+@pytest.mark.usefixtures("no_recheck")
+def test_who_begins_to_follow_when_the_leader_leaves_takes_the_lead(loop: CompletionLoop, bell: HandRungBell, source: FakeSource) -> None:
+    """C2: the leader had nobody to hand it to."""
+    own = FakeCall()
+    leader = waiting(loop, own)
+    first = bell.next_blocked()
+
+    def let_it_leave() -> None:
+        source.answer(own)
+        first.wake()
+        assert leader.join()
+
+    other = FakeCall(on_follow=let_it_leave)
+    follower = waiting(loop, other)
+    blocked = bell.next_blocked()
+    assert blocked.thread == follower.ident
+    source.answer(other)
+    blocked.wake()
+    assert follower.join()
 
 
 def test_who_waits_for_what_is_done_already_reads_nothing(loop: CompletionLoop, bell: HandRungBell, source: FakeSource) -> None:
@@ -654,136 +640,3 @@ def test_futures_are_settled_whenever_the_lead_is_given_up_once_each_and_in_orde
     InThread(uses[how]).join()
     assert order == [0, 1, 2, 3]
     assert [future.settled for _, future in attached] == [1] * 4
-
-
-# --- calls that no thread waits for ----------------------------------------------------------------------------------------------------
-
-
-def _background() -> set[threading.Thread]:
-    return {thread for thread in threading.enumerate() if thread.name == BACKGROUND}
-
-
-def test_what_is_watched_is_completed_in_the_background(loop: CompletionLoop, bell: HandRungBell, source: FakeSource) -> None:
-    """C5: its future is settled there too."""
-    before = _background()
-    settled = threading.Event()
-    call, _ = _attached(loop, settled.set)
-    loop.watch(call)
-    blocked = bell.next_blocked()
-    assert {thread.ident for thread in _background() - before} == {blocked.thread}
-    source.answer(call)
-    blocked.wake()
-    assert settled.wait(STUCK_SECONDS)
-    assert call.done
-    loop.close()
-
-
-def test_several_are_watched_by_one_thread_in_whatever_order_they_are_answered(
-    loop: CompletionLoop, bell: HandRungBell, source: FakeSource
-) -> None:
-    before = _background()
-    calls = [FakeCall() for _ in range(6)]
-    for call in calls:
-        loop.watch(call)
-    for call in reversed(calls):
-        blocked = bell.next_blocked()
-        source.answer(call)
-        blocked.wake()
-    assert len(_background() - before) == 1
-    loop.close()
-    assert all(call.done for call in calls)
-    assert set(source.readers) == {blocked.thread}
-
-
-def test_watched_calls_expire_once_each_at_their_deadlines(
-    loop: CompletionLoop, bell: HandRungBell, source: FakeSource, clock: Clock
-) -> None:
-    """C3: and those that have none, or a later one, are watched on."""
-    never, late, early = FakeCall(), FakeCall(clock.after(1.25)), FakeCall(clock.after(1.0))
-    for call in (never, late, early):
-        loop.watch(call)
-    seen_at: dict[FakeCall, int] = {}
-    while True:
-        blocked = bell.next_blocked()
-        assert blocked.seconds <= RECHECK_SECONDS
-        for call in (late, early):
-            if call.expired:
-                seen_at.setdefault(call, clock.now_ns)
-        if late.expired:
-            break
-        clock.advance(blocked.seconds)
-        blocked.wake()
-    bound_ns = int(RECHECK_SECONDS * 1e9)
-    for call in (late, early):
-        assert call.deadline_ns <= seen_at[call] <= call.deadline_ns + bound_ns
-    source.answer(never)
-    blocked.wake()
-    loop.close()
-    assert [(call.expired, call.done) for call in (never, late, early)] == [(0, True), (1, False), (1, False)]
-
-
-def test_a_watched_call_whose_deadline_has_passed_already_expires_after_a_look(
-    loop: CompletionLoop, bell: HandRungBell, clock: Clock
-) -> None:
-    call = FakeCall(clock.after(-1.0))
-    loop.watch(call)
-    blocked = bell.next_blocked()
-    assert blocked.seconds == 0.0
-    blocked.wake()
-    loop.close()
-    assert (call.expired, call.done) == (1, False)
-
-
-@pytest.mark.usefixtures("without_gc")
-@pytest.mark.parametrize("ends", ["done", "expired"])
-def test_a_call_that_was_watched_is_kept_by_nothing_afterwards(
-    loop: CompletionLoop, bell: HandRungBell, source: FakeSource, clock: Clock, ends: str
-) -> None:
-    """Its tensors' blocks are wanted back."""
-    gone = threading.Event()
-    call = FakeCall(clock.after(0.0 if ends == "expired" else 1000.0))
-    weakref.finalize(call, gone.set)
-    loop.watch(call)
-    blocked = bell.next_blocked()
-    if ends == "done":
-        source.answer(call)
-    del call
-    blocked.wake()
-    assert gone.wait(STUCK_SECONDS), "the background thread, which waits for the next, has kept it"
-    loop.close()
-
-
-def test_closing_ends_the_background_thread_and_lets_go_of_what_waiting_looks_at(bell: HandRungBell, source: FakeSource) -> None:
-    before = _background()
-    gone = threading.Event()
-
-    class Memory:
-        """What a doorbell looks at."""
-
-        def block(self, *args: object) -> bool:
-            return bell.block(*args)  # type: ignore[arg-type]
-
-    memory = Memory()
-    weakref.finalize(memory, gone.set)
-    loop = CompletionLoop(memory.block)
-    loop.add(source)
-    del memory
-    call = FakeCall()
-    loop.watch(call)
-    blocked = bell.next_blocked()
-    source.answer(call)
-    blocked.wake()
-    loop.close()
-    assert _background() == before
-    gc.collect()
-    assert gone.is_set()
-
-
-def test_closing_a_loop_that_watched_nothing_starts_no_thread_and_who_waits_afterwards_is_told_at_its_deadline(
-    loop: CompletionLoop, bell: HandRungBell, source: FakeSource, clock: Clock
-) -> None:
-    before = _background()
-    loop.close()
-    assert _background() == before
-    assert loop.wait(FakeCall(), clock.after(-1.0)) is False
-    assert bell.nobody_else

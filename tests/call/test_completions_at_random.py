@@ -16,7 +16,7 @@ from shmbroker.call.completions import CompletionLoop
 from tests.call.fake_sources import CountingBell, FakeCall, FakeFuture, FakeSource
 from tests.threads import STUCK_SECONDS, InThread
 
-CALLS = 150
+CALLS = 300
 """Of each thread."""
 
 
