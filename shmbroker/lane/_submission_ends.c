@@ -68,22 +68,21 @@ static int tensors_of(PyObject *packed)
     return (int)tensors;
 }
 
-/* The numbers of a list or tuple, exactly so many. What they are made of may run Python code, which may change the list. */
-static inline bool as_numbers(PyObject *sequence, Py_ssize_t count, uint64_t most, const char *name, uint64_t *values)
+static bool is_sequence(PyObject *object, const char *name)
 {
-    if (!PyList_Check(sequence) && !PyTuple_Check(sequence)) {
-        PyErr_Format(PyExc_TypeError, "%s are a list or a tuple", name);
-        return false;
-    }
-    Py_ssize_t read = 0;
-    while (read < count && read < PySequence_Fast_GET_SIZE(sequence)) {
-        if (!as_unsigned(PySequence_Fast_GET_ITEM(sequence, read), most, name, &values[read]))
-            return false;
-        read++;
-    }
-    if (read == count && PySequence_Fast_GET_SIZE(sequence) == count)
+    if (PyList_Check(object) || PyTuple_Check(object))
         return true;
-    PyErr_Format(PyExc_ValueError, "%zd %s for a template of %zd tensors", PySequence_Fast_GET_SIZE(sequence), name, count);
+    PyErr_Format(PyExc_TypeError, "%s are a list or a tuple", name);
+    return false;
+}
+
+/* Asked before the numbers are read, and after each: the code of one that is no int may change the list that it stands in. */
+static inline bool are_as_many(PyObject *offsets, PyObject *generations, Py_ssize_t tensors)
+{
+    if (PySequence_Fast_GET_SIZE(offsets) == tensors && PySequence_Fast_GET_SIZE(generations) == tensors)
+        return true;
+    PyErr_Format(PyExc_ValueError, "%zd offsets and %zd generations for a template of %zd tensors", PySequence_Fast_GET_SIZE(offsets),
+                 PySequence_Fast_GET_SIZE(generations), tensors);
     return false;
 }
 
@@ -96,11 +95,17 @@ static int write_submission(Sender *self, PyObject *packed, PyObject *const *arg
         PyErr_Format(PyExc_ValueError, "%zd bytes that are no template of a frame", PyBytes_GET_SIZE(packed));
         return -1;
     }
-    if (!as_unsigned(arguments[1], UINT64_MAX, "call_id", &call_id) || !as_unsigned(arguments[2], UINT64_MAX, "deadline_ns", &deadline_ns)
-        || !as_unsigned(arguments[3], UINT64_MAX, "submitted_ns", &submitted_ns)
-        || !as_numbers(arguments[4], tensors, UINT64_MAX, "offsets", offsets)
-        || !as_numbers(arguments[5], tensors, UINT32_MAX, "generations", generations))
+    if (!is_sequence(arguments[4], "offsets") || !is_sequence(arguments[5], "generations")
+        || !are_as_many(arguments[4], arguments[5], tensors) || !as_unsigned(arguments[1], UINT64_MAX, "call_id", &call_id)
+        || !as_unsigned(arguments[2], UINT64_MAX, "deadline_ns", &deadline_ns)
+        || !as_unsigned(arguments[3], UINT64_MAX, "submitted_ns", &submitted_ns))
         return -1;
+    for (int i = 0; i < tensors; i++)
+        if (!are_as_many(arguments[4], arguments[5], tensors)
+            || !as_unsigned(PySequence_Fast_GET_ITEM(arguments[4], i), UINT64_MAX, "an offset", &offsets[i])
+            || !are_as_many(arguments[4], arguments[5], tensors)
+            || !as_unsigned(PySequence_Fast_GET_ITEM(arguments[5], i), UINT32_MAX, "a generation", &generations[i]))
+            return -1;
     uint8_t *slot = claim(self);
     if (slot == NULL)
         return 0;
