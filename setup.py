@@ -1,17 +1,20 @@
 """The compiled parts. Optional: where one cannot be built, the same is done in Python (SHMBROKER_PURE_PYTHON=1 asks for that)."""
 
+from glob import glob
+
 from setuptools import Extension, setup
 
 
-def compiled(name: str) -> Extension:
-    """One C file, one extension module."""
+def compiled(name: str, *beside: str) -> Extension:
+    """One extension module: the C file of its name, and those ``beside`` it in its folder."""
+    room, _, module = name.partition(".")
     return Extension(
         f"shmbroker.{name}",
-        sources=[f"shmbroker/{name.replace('.', '/')}.c"],
-        depends=["shmbroker/memory/shmbroker.h"],
-        extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Wno-missing-field-initializers"],
+        sources=[f"shmbroker/{room}/{file}.c" for file in (module, *beside)],
+        depends=sorted(glob("shmbroker/*/*.h")),
+        extra_compile_args=["-std=gnu11", "-O2", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-missing-field-initializers"],
         optional=True,
     )
 
 
-setup(ext_modules=[compiled("lane._ends"), compiled("arena._leases")])
+setup(ext_modules=[compiled("lane._ends", "_submission_ends", "_completion_ends"), compiled("arena._leases")])

@@ -1,18 +1,16 @@
-/* Leases, compiled: what shmbroker/arena/leases.py says, for half of its cost.
+/* Leases, compiled: what shmbroker/arena/python_leases.py says, for half of its cost.
  *
  * A tensor is made from a DLPack capsule whose deleter, called when the last tensor over the block has died, puts the block on a list. torch may
  * call it in any thread, with or without the interpreter lock: so it takes no lock (A2) and touches no Python object; the arena collects the list.
  * When the arena is gone, nobody collects any more: then the deleter takes the interpreter lock and cleans up itself.
  */
 
-#define PY_SSIZE_T_CLEAN
 #define _GNU_SOURCE
-#include <Python.h>
+#include "../memory/_arguments.h"
 
 #include <errno.h>
 #include <semaphore.h>
 #include <stdatomic.h>
-#include <stdbool.h>
 #include <string.h>
 #include <time.h>
 
@@ -44,6 +42,8 @@ typedef struct DLManagedTensor {
 } DLManagedTensor;
 enum { DL_CPU = 1 };
 
+#define LONGEST_WAIT_SECONDS 9e9 /* of 64 bits of nanoseconds, as everywhere in Python */
+
 /* Room.form, packed in Python: what a tensor is, less its place. */
 typedef struct {
     uint8_t code;
@@ -72,13 +72,6 @@ typedef struct Home {
     sem_t news;
     Py_buffer map;
 } Home;
-
-typedef struct {
-    PyObject_HEAD
-    Home *home;
-    PyObject *from_dlpack;
-    PyObject *form_name; /* "form" */
-} Leases;
 
 static bool interpreter_lives(void)
 {
@@ -162,31 +155,79 @@ static void capsule_died(PyObject *capsule)
     }
 }
 
+/* --- Leases ---------------------------------------------------------------------------------------------------------------------------------
+ *
+ * The leases of one arena: tensor(), pop(), wait().
+ *
+ *   Before   It was made: its __init__ returned. `mapping` is a writable buffer, `from_dlpack` makes a tensor of a DLPack capsule, once. tensor: the
+ *            block at `offset` is the caller's to lend, and what Room.form tells of fits into it.
+ *   Who      Any thread that holds the interpreter lock. tensor() and pop() are serialised by the arena's lock; wait() is not, may be in several
+ *            threads at once, and lets go of the interpreter lock. Tensors may die in any thread, with the interpreter lock or without it.
+ *   After    The mapping stays exported, and so mapped, until this object and the last tensor over it are gone, whichever goes last. Every block that
+ *            was lent comes out of pop() once, after its last tensor has died (A1), the longest dead first; those that are still lent when this
+ *            object goes are let go of as they die.
+ *            tensor: values as they were. pop: None where nothing has died. wait: returns when a lease has died since the last pop(), or when the time is
+ *            over, or now and then before; who waits looks again.
+ *   Failure  RuntimeError from a method of an object that was never made, or whose making failed, and from a second making; a making that fails
+ *            leaves the object as it was, and may be tried again. tensor: ValueError for an offset that is no place in the mapping, TypeError for
+ *            what is no offset or no room; then nothing was lent. Where from_dlpack raises, the block was lent, and comes out of pop() again.
+ *            wait: ValueError for a negative time and for none (NaN), OverflowError for one beyond all clocks, TypeError for what is no time.
+ *            No signal handler runs before it ends: who wants one to waits for a short while, again and again.
+ */
+
+typedef struct {
+    PyObject_HEAD
+    Home *home; /* NULL: never made */
+    PyObject *from_dlpack;
+    PyObject *form_name; /* "form" */
+} Leases;
+
+static bool is_made(const Leases *self)
+{
+    if (self->home != NULL)
+        return true;
+    PyErr_SetString(PyExc_RuntimeError, "these Leases were never made: their __init__ was not called, or raised");
+    return false;
+}
+
+static Home *open_home(PyObject *mapping)
+{
+    Home *home = PyMem_RawCalloc(1, sizeof *home);
+    if (home == NULL) {
+        PyErr_NoMemory();
+        return NULL;
+    }
+    if (PyObject_GetBuffer(mapping, &home->map, PyBUF_WRITABLE) < 0) {
+        PyMem_RawFree(home);
+        return NULL;
+    }
+    sem_init(&home->news, 0, 0);
+    atomic_init(&home->shares, 1);
+    return home;
+}
+
 static int leases_init(Leases *self, PyObject *arguments, PyObject *keywords)
 {
     static char *names[] = {"mapping", "from_dlpack", NULL};
     PyObject *mapping, *from_dlpack;
-    if (self->home != NULL) {
-        PyErr_SetString(PyExc_TypeError, "Leases are made once");
-        return -1;
-    }
     if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "OO", names, &mapping, &from_dlpack))
         return -1;
-    Home *home = PyMem_RawCalloc(1, sizeof *home);
+    PyObject *form_name = PyUnicode_InternFromString("form");
+    Home *home = form_name ? open_home(mapping) : NULL;
     if (home == NULL) {
-        PyErr_NoMemory();
+        Py_XDECREF(form_name);
         return -1;
     }
-    if (PyObject_GetBuffer(mapping, &home->map, PyBUF_WRITABLE) < 0) {
-        PyMem_RawFree(home);
+    if (self->home != NULL) { /* asked last: a buffer's own code may make the same object */
+        PyErr_SetString(PyExc_RuntimeError, "Leases are made once");
+        Py_DECREF(form_name);
+        drop_share(home);
         return -1;
     }
-    sem_init(&home->news, 0, 0);
-    atomic_init(&home->shares, 1);
     self->home = home;
     self->from_dlpack = Py_NewRef(from_dlpack);
-    self->form_name = PyUnicode_InternFromString("form");
-    return self->form_name ? 0 : -1;
+    self->form_name = form_name;
+    return 0;
 }
 
 static void leases_dealloc(Leases *self)
@@ -207,7 +248,9 @@ static void leases_dealloc(Leases *self)
 static PyObject *leases_tensor(Leases *self, PyObject *const *arguments, Py_ssize_t count)
 {
     Form form;
-    if (self->home == NULL || count != 3) {
+    if (!is_made(self))
+        return NULL;
+    if (count != 3) {
         PyErr_SetString(PyExc_TypeError, "tensor(room, offset: int, block)");
         return NULL;
     }
@@ -222,12 +265,12 @@ static PyObject *leases_tensor(Leases *self, PyObject *const *arguments, Py_ssiz
         PyErr_Format(PyExc_TypeError, "a room's form is %zu bytes", sizeof form);
         return NULL;
     }
-    uint64_t offset = PyLong_AsUnsignedLongLong(arguments[1]);
-    if (offset == (uint64_t)-1 && PyErr_Occurred())
+    uint64_t offset;
+    if (!as_unsigned(arguments[1], UINT64_MAX, "offset", &offset))
         return NULL;
     Home *home = self->home;
     uint64_t nbytes = form.bits / 8;
-    bool fits = form.ndim >= 0 && form.ndim <= SHMBROKER_MAX_DIMS;
+    bool fits = form.bits % 8 == 0 && form.ndim >= 0 && form.ndim <= SHMBROKER_MAX_DIMS;
     for (int i = 0; fits && i < form.ndim; i++)
         fits = form.shape[i] >= 0 && !__builtin_mul_overflow(nbytes, (uint64_t)form.shape[i], &nbytes);
     if (!fits || offset > (uint64_t)home->map.len || nbytes > (uint64_t)home->map.len - offset) {
@@ -265,7 +308,9 @@ static PyObject *leases_tensor(Leases *self, PyObject *const *arguments, Py_ssiz
 /* pop() -> block | None */
 static PyObject *leases_pop(Leases *self, PyObject *Py_UNUSED(ignored))
 {
-    PyObject *block = self->home ? pop_block(self->home) : NULL;
+    if (!is_made(self))
+        return NULL;
+    PyObject *block = pop_block(self->home);
     if (block == NULL)
         Py_RETURN_NONE;
     return block;
@@ -274,11 +319,19 @@ static PyObject *leases_pop(Leases *self, PyObject *Py_UNUSED(ignored))
 /* wait(seconds): until a lease dies, or so long */
 static PyObject *leases_wait(Leases *self, PyObject *argument)
 {
+    if (!is_made(self))
+        return NULL;
     double seconds = PyFloat_AsDouble(argument);
     if (seconds == -1.0 && PyErr_Occurred())
         return NULL;
-    if (self->home == NULL)
-        Py_RETURN_NONE;
+    if (seconds > LONGEST_WAIT_SECONDS || seconds < -LONGEST_WAIT_SECONDS) {
+        PyErr_SetString(PyExc_OverflowError, "so many seconds are beyond all clocks");
+        return NULL;
+    }
+    if (!(seconds >= 0)) {
+        PyErr_SetString(PyExc_ValueError, "seconds to wait are a number that is not negative");
+        return NULL;
+    }
     Home *home = self->home;
     if (home->collected != NULL)
         Py_RETURN_NONE;
@@ -304,8 +357,6 @@ static PyObject *leases_wait(Leases *self, PyObject *argument)
     Py_DECREF(self);
     Py_RETURN_NONE;
 }
-
-#define METHOD(function) ((PyCFunction)(void (*)(void))(function))
 
 static PyMethodDef leases_methods[] = {
     {"tensor", METHOD(leases_tensor), METH_FASTCALL, "A tensor over a block, whose death gives the block back."},

@@ -72,13 +72,20 @@ class PythonLeases(WeakLeases):
         self._memory = memoryview(mapping)
 
     def tensor(self, room: Room, offset: int, block: Extent) -> torch.Tensor:
-        """A tensor over ``block``, whose death gives the block back."""
+        """A tensor over ``block``, whose death gives the block back. Raises ValueError where it does not lie in the mapping."""
         anchor: object
-        if room.numpy_dtype is not None:
-            anchor = array = _ndarray(room.shape, room.numpy_dtype, self._map, offset)
-            tensor = _from_numpy(array)
-        else:
-            anchor, tensor = self._without_numpy(room, offset)
+        if offset < 0:
+            raise ValueError(f"a tensor at {offset} does not lie in {len(self._map)} bytes")  # NumPy would make it
+        try:
+            if room.numpy_dtype is not None:
+                anchor = array = _ndarray(room.shape, room.numpy_dtype, self._map, offset)
+                tensor = _from_numpy(array)
+            else:
+                anchor, tensor = self._without_numpy(room, offset)
+        except (TypeError, OverflowError):
+            if not isinstance(offset, int):
+                raise
+            raise ValueError(f"a tensor at {offset} does not lie in {len(self._map)} bytes") from None
         self.lend(anchor, offset, block)
         return tensor
 

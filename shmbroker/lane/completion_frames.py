@@ -10,11 +10,13 @@ from shmbroker.lane.frame_layout import (
     COMPLETION_HEADER,
     COMPUTE_WORD,
     QUEUED_WORD,
-    STATUS_WORD,
+    STATUS_HALF,
     TEXT_WORD,
 )
 from shmbroker.lane.frames import Slot
 from shmbroker.memory import layout
+
+_NO_TEXT = b""
 
 CompletionFields = tuple[int, int, int, int, bytes]
 """A :class:`Completion` as it travels: a plain tuple costs a fifth of a named one."""
@@ -31,15 +33,19 @@ class Completion(NamedTuple):
 
 
 def write_completion(slot: Slot, completion: CompletionFields) -> int:
-    """Fill ``slot`` with everything but the sequence number; returns the bytes used."""
+    """Fill ``slot`` with everything but the sequence number; returns the bytes used.
+
+    Raises ValueError for a number that does not fit its field, for a body that is too long, and for a tuple of another length; TypeError for what is
+    no integer, and a body that is no bytes.
+    """
     call_id, status, queued_ns, compute_ns, body = completion
     words = slot.words
     words[CALL_ID_WORD] = call_id
-    words[STATUS_WORD] = status
-    words[TEXT_WORD] = len(body)
+    slot.halves[STATUS_HALF] = status
     words[QUEUED_WORD] = queued_ns
     words[COMPUTE_WORD] = compute_ns
-    if body:
+    words[TEXT_WORD] = len(body)
+    if body is not _NO_TEXT:  # as most are, and so the very object
         slot.bytes[BODY_OFFSET : BODY_OFFSET + len(body)] = body
     return BODY_OFFSET + len(body)
 

@@ -58,7 +58,7 @@ def private_slot(nbytes: int) -> Slot:
 class FrameTemplate:
     """A submission whose tensors' forms are known: all is packed beforehand but ids, times, offsets and generations."""
 
-    __slots__ = ("_offset_words", "nbytes", "packed", "tensor_count")
+    __slots__ = ("_places", "nbytes", "packed", "tensor_count")
 
     def __init__(
         self,
@@ -82,13 +82,13 @@ class FrameTemplate:
         frame = bytearray(layout.SUBMISSION_SLOT_BYTES)
         none = (0,) * layout.MAX_TENSORS
         SUBMISSION_HEADER.pack_into(frame, 0, 0, 0, 0, 0, *none, op_id, len(inputs), len(outputs), 0, len(metadata))
-        offset_words = []
+        places = []
         at = HEADER_BYTES
         for (spec, strides), space in zip(tensors, spaces or itertools.repeat(layout.Space.SEGMENT), strict=False):
             pad = (0,) * (layout.MAX_DIMS - len(spec.shape))
             code = int(CODE_OF[spec.dtype])
             DESCRIPTOR.pack_into(frame, at, 0, spec.nbytes, code, len(spec.shape), space, 0, 0, *spec.shape, *pad, *strides, *pad)
-            offset_words.append(at // 8)
+            places.append((at // 8, FIRST_GENERATION_HALF + len(places)))
             at += DESCRIPTOR.size
         self.nbytes = at
         if metadata:
@@ -96,12 +96,20 @@ class FrameTemplate:
             self.nbytes = layout.SUBMISSION_SLOT_BYTES
         self.tensor_count = len(tensors)
         self.packed = bytes(frame[8 : self.nbytes])
-        self._offset_words = tuple(offset_words)
+        self._places = tuple(places)
+        """Of each tensor: the word of its offset, and the half of its generation."""
 
     def write(
         self, slot: Slot, call_id: int, deadline_ns: int, submitted_ns: int, offsets: Sequence[int], generations: Sequence[int]
     ) -> None:
-        """Fill ``slot`` with everything but the sequence number; ``offsets`` and ``generations`` of each tensor, inputs first."""
+        """Fill ``slot`` with everything but the sequence number; ``offsets`` and ``generations`` of each tensor, inputs first.
+
+        Raises ValueError for a number that does not fit its field, and where there is not one for each tensor; TypeError for what is no integer.
+        What has been written by then is written anew before anything is published.
+        """
+        count = self.tensor_count
+        if len(offsets) != count or len(generations) != count:
+            raise ValueError(f"{len(offsets)} offsets and {len(generations)} generations for a template of {count} tensors")
         if slot.template is not self:
             slot.bytes[8 : self.nbytes] = self.packed
             slot.template = self
@@ -109,11 +117,9 @@ class FrameTemplate:
         words[CALL_ID_WORD] = call_id
         words[DEADLINE_WORD] = deadline_ns
         words[SUBMITTED_WORD] = submitted_ns
-        half = FIRST_GENERATION_HALF
-        for word, offset, generation in zip(self._offset_words, offsets, generations):  # noqa: B905 (strict costs a tenth of the call)
+        for (word, half), offset, generation in zip(self._places, offsets, generations):  # noqa: B905 (strict costs half as much again)
             words[word] = offset
             halves[half] = generation
-            half += 1
 
 
 _CONSTANT_END = [HEADER_BYTES + min(count, layout.MAX_TENSORS) * DESCRIPTOR.size for count in range(2 * 256)]

@@ -8,6 +8,11 @@
 ========================  ======  ====================================================================
 
 ``_ends.c`` has the same ends compiled; :mod:`shmbroker.lane.ends` says which are used. Nothing here is thread-safe.
+
+What both refuse, with the same errors, and what leaves the queue as it was: a number that does not fit its field, offsets or generations that are not
+one for each tensor, a completion that has not five parts or too long a body (ValueError), what is no integer where one belongs (TypeError), and words
+or slots that do not lie in the segment (ValueError, from the constructors). A full queue is noticed before anything else. The compiled ends alone
+insist on the kinds: offsets and generations as lists or tuples, a completion as a tuple, its body as bytes.
 """
 
 from __future__ import annotations
@@ -20,7 +25,7 @@ from typing import Protocol
 from shmbroker.lane.completion_frames import CompletionFields, read_completion, read_plain_completion, write_completion
 from shmbroker.lane.doorbell import fence
 from shmbroker.lane.frames import FrameTemplate, Slot, Taken, taken_of
-from shmbroker.lane.queue import QueueReader, QueueWriter
+from shmbroker.lane.queue import QueueReader, QueueWriter, word_at
 from shmbroker.memory import layout
 from shmbroker.memory.segment import Segment
 
@@ -40,23 +45,22 @@ class _Sender:
     def __init__(self, queue: QueueWriter, segment: Segment, sleeping_offset: int, ring: Callable[[], None]) -> None:
         self._queue = queue
         self._words = segment.words
-        self._sleeping = sleeping_offset // 8
+        self._sleeping = word_at(segment, sleeping_offset)
         self._ring = ring
 
     def _commit(self) -> None:
         self._queue.commit()
         # fault: after publishing
         fence()
-        self._wake()
+        if self._words[self._sleeping]:
+            self._wake()
 
     def _wake(self) -> None:
-        words, sleeping = self._words, self._sleeping
-        if words[sleeping]:
-            # fault: before doorbell rung
-            words[sleeping] = 0  # D4
-            # fault: amid doorbell rung
-            self._ring()
-            # fault: after doorbell rung
+        # fault: before doorbell rung
+        self._words[self._sleeping] = 0  # D4
+        # fault: amid doorbell rung
+        self._ring()
+        # fault: after doorbell rung
 
 
 class SubmissionSender(_Sender):
@@ -70,7 +74,8 @@ class SubmissionSender(_Sender):
 
     def nudge(self) -> None:
         """Wake the worker if it sleeps: a frame will follow in a moment (D4)."""
-        self._wake()
+        if self._words[self._sleeping]:
+            self._wake()
 
     def submit(
         self, template: FrameTemplate, call_id: int, deadline_ns: int, submitted_ns: int, offsets: list[int], generations: list[int]
@@ -157,20 +162,24 @@ class CompletionReceiver:
 IMPOLITE_SECONDS = 50e-6
 """A spin that takes longer makes way for whoever wants the core, each time it looks at the clock."""
 
+LONGEST_SPIN_SECONDS = 1.0
+"""No signal is handled meanwhile where the spin is compiled."""
+
 
 def spin(receivers: tuple[Receiver, ...], seconds: float) -> bool:
-    """Look for a frame at any of ``receivers`` for so long; whether there is one."""
+    """Look for a frame at any of ``receivers``, once at least, and for so long (a second at most); whether there is one."""
     looks = [receiver.ready for receiver in receivers]
     clock = time.perf_counter
     now = clock()
-    until, impolite_until = now + seconds, now + IMPOLITE_SECONDS
+    until, impolite_until = now + min(seconds, LONGEST_SPIN_SECONDS), now + IMPOLITE_SECONDS
     if len(looks) == 1:
         looks *= 4  # for each look at the clock: what comes is seen that much sooner
-    while now < until:
+    while True:
         if now > impolite_until:
             os.sched_yield()
         for ready in looks:
             if ready():
                 return True
         now = clock()
-    return False
+        if not now < until:
+            return False

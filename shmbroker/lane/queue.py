@@ -16,13 +16,25 @@ A peer that writes nonsense into its words can lose its own frames, nothing else
 
 from __future__ import annotations
 
+import operator
+
 from shmbroker.lane.frame_layout import SEQUENCE_WORD
 from shmbroker.lane.frames import Slot
 from shmbroker.memory.segment import Segment
 
 
+def word_at(segment: Segment, offset: int) -> int:
+    """Index in ``segment.words`` of the word at ``offset`` (bytes). Raises ValueError where none lies."""
+    nbytes = len(segment.map)
+    if operator.index(offset) % 8 or not 0 <= offset <= nbytes - 8:
+        raise ValueError(f"a word at {offset} does not lie in a segment of {nbytes} bytes")
+    return offset // 8
+
+
 def _slots(segment: Segment, offset: int, depth: int, slot_bytes: int) -> list[Slot]:
     memory = memoryview(segment.map)
+    if depth < 1 or depth & (depth - 1) or operator.index(offset) % 8 or offset < 0 or offset + depth * slot_bytes > len(memory):
+        raise ValueError(f"{depth} slots of {slot_bytes} bytes at {offset} do not lie in a segment of {len(memory)} bytes")
     starts = range(offset, offset + depth * slot_bytes, slot_bytes)
     return [Slot(memory[at : at + slot_bytes]) for at in starts]
 
@@ -35,7 +47,7 @@ class QueueWriter:
     def __init__(self, segment: Segment, offset: int, depth: int, slot_bytes: int, taken_offset: int) -> None:
         self._slots = _slots(segment, offset, depth, slot_bytes)
         self._words = segment.words
-        self._taken_word = taken_offset // 8
+        self._taken_word = word_at(segment, taken_offset)
         self._mask = depth - 1
         self._position = 0
         self._known_taken = 0
@@ -64,7 +76,7 @@ class QueueReader:
     def __init__(self, segment: Segment, offset: int, depth: int, slot_bytes: int, taken_offset: int) -> None:
         self._slots = _slots(segment, offset, depth, slot_bytes)
         self._words = segment.words
-        self._taken_word = taken_offset // 8
+        self._taken_word = word_at(segment, taken_offset)
         self._mask = depth - 1
         self._position = 0
 

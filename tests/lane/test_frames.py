@@ -95,23 +95,16 @@ def test_more_metadata_than_a_frame_carries_is_refused_when_the_template_is_made
         FrameTemplate(1, [], [], b"x" * 129)
 
 
-@pytest.mark.parametrize("given", [0, 1])
-def test_a_call_in_a_fresh_slot_whose_places_are_not_all_given_is_refused_by_its_reader(given: int) -> None:
-    """The hot path does not count them: a tensor without a place lies at 0, which is in no arena."""
+@pytest.mark.parametrize(("offsets", "generations"), [(0, 0), (1, 1), (1, 2), (2, 1), (3, 3), (2, 20), (20, 20)])
+def test_places_that_are_not_one_for_each_tensor_are_refused(offsets: int, generations: int) -> None:
+    """A slot remembers what was written last: a tensor without a place would lie where an earlier call's did."""
     one = (TensorSpec((), torch.int8), ())
-    slot = private_slot(layout.SUBMISSION_SLOT_BYTES)
-    FrameTemplate(1, [one], [one]).write(slot, 1, 0, 0, [FIRST] * given, [1] * given)
-    with pytest.raises(BadFrame, match=rf"tensor {given} \(int8\[\]\) at 0 .*outside the arena"):
-        new_reader().read(bytes(slot.bytes))
-
-
-def test_places_beyond_those_of_the_tensors_are_written_nowhere() -> None:
-    one = (TensorSpec((), torch.int8), ())
-    template = FrameTemplate(1, [one], [one])
-    exact, beyond = private_slot(layout.SUBMISSION_SLOT_BYTES), private_slot(layout.SUBMISSION_SLOT_BYTES)
-    template.write(exact, 1, 0, 0, [FIRST] * 2, [1] * 2)
-    template.write(beyond, 1, 0, 0, [FIRST] * 20, [1] * 20)
-    assert exact.bytes == beyond.bytes
+    template, slot = FrameTemplate(1, [one], [one]), private_slot(layout.SUBMISSION_SLOT_BYTES)
+    template.write(slot, 1, 0, 0, [FIRST] * 2, [1] * 2)
+    before = bytes(slot.bytes)
+    with pytest.raises(ValueError, match=f"{offsets} offsets and {generations} generations for a template of 2 tensors"):
+        template.write(slot, 2, 0, 0, [FIRST] * offsets, [1] * generations)
+    assert bytes(slot.bytes) == before
 
 
 def test_a_private_slots_words_and_halves_are_its_bytes() -> None:
@@ -239,7 +232,8 @@ def test_two_frames_have_the_same_constant_part_only_if_they_ask_for_the_same_op
         moved = [data.draw(st.sampled_from([offset, FIRST])) for offset in offsets]
         slot = private_slot(layout.SUBMISSION_SLOT_BYTES)
         template = FrameTemplate(data.draw(st.integers(1, 2)), kept[:inputs], kept[inputs:], metadata)
-        template.write(slot, *(data.draw(st.integers(0, UINT64_MAX)) for _ in range(3)), moved, data.draw(st.permutations(range(4))))
+        ids, generations = [data.draw(st.integers(0, UINT64_MAX)) for _ in range(3)], data.draw(st.permutations(range(4)))
+        template.write(slot, *ids, moved[: len(kept)], generations[: len(kept)])
         frame = bytes(slot.bytes)
         try:
             call = reader.read(frame)
