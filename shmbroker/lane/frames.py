@@ -82,7 +82,7 @@ class FrameTemplate:
         frame = bytearray(layout.SUBMISSION_SLOT_BYTES)
         none = (0,) * layout.MAX_TENSORS
         SUBMISSION_HEADER.pack_into(frame, 0, 0, 0, 0, 0, *none, op_id, len(inputs), len(outputs), 0, len(metadata))
-        places = []
+        places: list[tuple[int, int]] = []
         at = HEADER_BYTES
         for (spec, strides), space in zip(tensors, spaces or itertools.repeat(layout.Space.SEGMENT), strict=False):
             pad = (0,) * (layout.MAX_DIMS - len(spec.shape))
