@@ -1,10 +1,9 @@
-"""An OpenAI-compatible HTTP endpoint: Hugging Face's own server, given a model whose heavy modules are computed by a GPU worker."""
+"""Serving a split model over HTTP on loopback, until SIGTERM or SIGINT."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import signal
 import socket
 from collections.abc import Callable
@@ -19,8 +18,6 @@ from tee_worker.split_run import check, failover_channel, split_run
 
 if TYPE_CHECKING:
     import uvicorn
-
-log = logging.getLogger(__name__)
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 DRAIN_SECONDS = 10

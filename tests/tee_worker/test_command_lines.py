@@ -110,6 +110,11 @@ def test_an_arena_that_is_told_to_be_too_small_says_how_large_it_must_be(worker:
     assert len(generate(msgspec.structs.replace(options, arena=enough)).tokens) == 2
 
 
+def test_a_generation_in_parts_sends_what_its_analytic_model_says(worker: None, embedded: Path) -> None:
+    options = GenerateOptions(model=str(embedded), prompt="word " * 80, max_new_tokens=2, pipeline=2)
+    assert generate(options).analytic.equal
+
+
 def test_a_gguf_file_serves_as_well_as_a_folder(worker: None, embedded: Path) -> None:
     file = embedded_model.gguf_file()
     with gpu_worker(file, "gguf"):

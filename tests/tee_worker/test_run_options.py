@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 import pytest
+import torch
 
+from shmbroker.client import FailoverChannel
+from shmbroker.models.checkpoint import Checkpoint
 from shmbroker.settings.schema import OWN_DEFAULTS, Settings, default_for
+from tee_worker.analytic import compare
 from tee_worker.cli import cli
+from tee_worker.prefill import prefill
 from tee_worker.run_options import GenerateOptions, PrefillOptions, RunOptions, ServeOptions
+from tee_worker.split_run import channel_as_asked, split_run
 from tests.processes import run
 
 COMMANDS = {"generate": GenerateOptions, "prefill": PrefillOptions, "serve": ServeOptions}
@@ -74,12 +82,43 @@ from shmbroker.settings import schema
 other = dict(split="linear", dtype="bfloat16", threads=3, service="other", lane="zmq", doorbell="poll", failover=1.5, timeout=2.5, spin=7.0)
 schema.DEFAULTS = schema.Settings(**other)
 schema.OWN_DEFAULTS = {{f"tee-worker {{name}}": {{"arena": "enough"}} for name in {list(COMMANDS)}}}
+from tee_worker.analytic import compare
 from tee_worker.cli import cli
+from tee_worker.prefill import prefill
 print(json.dumps([{{one.name: one.default for one in cli.commands[name].params if one.name in other}} == other for name in {list(COMMANDS)}]))
 """
     done = run(sys.executable, "-c", words)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == [True] * len(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_options_of_every_command_reach_its_channel(tiny_worker: str, tiny: Path, command: str) -> None:
+    asked = {"service": tiny_worker, "split": "op", "lane": "shm", "doorbell": "poll", "spin": 0.0, "arena": "32M", "failover": 3.0}
+    options = COMMANDS[command](**{**NEEDED[command], "model": str(tiny), **asked})
+    with split_run(options, Checkpoint.at(str(tiny)), channel_as_asked, prompt_tokens=8, new_tokens=1) as running:
+        assert isinstance(running.channel, FailoverChannel)
+        assert running.channel.patience == 3.0
+        running.model(input_ids=torch.ones(1, 8, dtype=torch.int64), logits_to_keep=1)
+        report = running.channel.report()
+    assert (report.lane, report.doorbell) == ("shm", "poll")
+    assert compare(running.traffic(8, 1), report).equal
+
+
+def test_a_prefill_that_may_fail_over_counts_its_own_calls_alone(tiny_worker: str, tiny: Path) -> None:
+    asked = PrefillOptions(model=str(tiny), service=tiny_worker, tokens=70, failover=3.0)
+    for options in (asked, msgspec.structs.replace(asked, pipeline=2), msgspec.structs.replace(asked, failover=0.0)):
+        assert prefill(options).analytic.equal
+
+
+@pytest.mark.parametrize("words", [["--failover", "-1"], ["--split", "half"], ["--dtype", "int3"]])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_cannot_be_is_refused_before_anything_is_looked_for(command: str, words: list[str]) -> None:
+    needed = [word for name, value in NEEDED[command].items() for word in (f"--{name}", value)]
+    done = run(sys.executable, "-m", "tee_worker", command, *needed, *words, SHMBROKER_INSTANCE="nobody")
+    assert done.returncode == 1
+    assert words[0].removeprefix("--") in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_showing_the_options_loads_no_torch() -> None:
