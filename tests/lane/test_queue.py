@@ -114,6 +114,7 @@ def test_a_full_queue_has_nothing_to_claim_until_a_frame_is_taken(segment: Segme
 
 
 def test_the_word_taken_counts_the_frames_taken(segment: Segment, depth: int) -> None:
+    """L3: it is written by the consumer alone."""
     writer, reader = _ends(segment)
     for number in range(3 * depth):
         assert segment.words[_taken_word(segment)] == number
