@@ -26,7 +26,8 @@ def struct_name(structure: type[ctypes.Structure]) -> str:
     return "shmbroker" + re.sub(r"([A-Z])", r"_\1", structure.__name__).lower()
 
 
-def _declaration(name: str, kind: Any) -> str:
+def declaration(name: str, kind: Any) -> str:
+    """A field as C declares it, without the semicolon: ``uint64_t offset``, ``uint64_t shape[8]``."""
     if issubclass(kind, ctypes.Array):
         return f"{_c_name(kind._type_)} {name}[{kind._length_}]"
     return f"{_c_name(kind)} {name}"
@@ -62,7 +63,7 @@ def _lines() -> Iterator[str]:
         yield f"\nstruct {struct_name(structure)} {{"
         for name, kind, *_ in structure._fields_:
             offset = layout.offset_of(structure, name)
-            yield f"    {_declaration(name, kind) + ';':<56}/* {offset} */"
+            yield f"    {declaration(name, kind) + ';':<56}/* {offset} */"
         yield "};"
         size = ctypes.sizeof(structure)
         yield f'_Static_assert(sizeof(struct {struct_name(structure)}) == {size}, "size of {structure.__name__}");'

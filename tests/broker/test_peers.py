@@ -157,9 +157,10 @@ LOCKLESS = """
 import errno, fcntl, os, sys, time
 
 def flock(fd, operation):
-    raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    if sys.argv[1] == "refused":
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
-fcntl.flock = flock  # as in a TEE runtime without it
+fcntl.flock = flock
 import torch, shmbroker
 client = shmbroker.connect(arena="4M")
 double = client.channel("test", doorbell="poll").bind("double")
@@ -171,9 +172,10 @@ while True:
 """
 
 
-def test_a_client_that_cannot_lock_keeps_its_segment_while_it_lives_and_not_longer() -> None:
-    """H4, with real processes."""
-    with shmbroker.local_broker() as broker, worker_process(), running(sys.executable, "-c", LOCKLESS) as client:
+@pytest.mark.parametrize("locking", ["refused", "seen by nobody else"])
+def test_a_client_that_cannot_lock_keeps_its_segment_while_it_lives_and_not_longer(locking: str) -> None:
+    """H4, with real processes: as in a TEE runtime without ``flock``, and in one that keeps its locks to itself."""
+    with shmbroker.local_broker() as broker, worker_process(), running(sys.executable, "-c", LOCKLESS, locking) as client:
         assert client.stdout is not None
         assert client.stdout.readline() == b"ready\n"
 

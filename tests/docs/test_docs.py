@@ -13,7 +13,7 @@ import pytest
 import shmbroker
 from shmbroker.arena.spec import CODE_OF, NAME_OF
 from shmbroker.memory import layout
-from shmbroker.memory.cheader import _declaration
+from shmbroker.memory.cheader import declaration
 from tests.processes import run, running, wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -50,7 +50,7 @@ def test_the_layout_document_agrees_with_the_structures(structure: type[ctypes.L
     table = text.split(head, 1)[1].split("###", 1)[0]
     told = {(int(offset), field) for offset, field in re.findall(r"^\| (\d+) \| `([^`]+)` \|", table, re.MULTILINE)}
     true = {
-        (layout.offset_of(structure, name), _declaration(name, kind))
+        (layout.offset_of(structure, name), declaration(name, kind))
         for name, kind, *_ in structure._fields_
         if not name.startswith("reserved")
     }

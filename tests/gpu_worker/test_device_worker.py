@@ -21,7 +21,7 @@ from shmbroker.models.checkpoint import Checkpoint
 from tee_worker import Split, offload
 from tee_worker.planning.own_part import own_part
 from tests.gpu_worker.fake_cuda import FakeCuda
-from tests.processes import PROGRAMS, START_SECONDS, ready_program, running, wait_until
+from tests.processes import PROGRAMS, START_SECONDS, ready_program, running, submissions_taken, wait_until
 from tests.tee_worker.conftest import save_random, tiny_llama
 from tests.tee_worker.test_offload import PROMPT, generate
 
@@ -86,10 +86,12 @@ def test_an_error_that_the_device_tells_late_is_the_answer_to_its_call(client: s
 
 def test_calls_in_flight_at_a_sigterm_are_answered(client: shmbroker.Client, tmp_path: Path) -> None:
     with device_worker(tmp_path, "fake", EVENT_SECONDS="0.3") as process:
-        double = client.channel("fake").bind("double")
+        channel = client.channel("fake", lane="shm")
+        double = channel.bind("double")
         double(torch.ones(3))
+        taken = submissions_taken(channel)
         future = double.submit(torch.ones(3))
-        wait_until(lambda: bool(future._call.submitted_ns))
+        wait_until(lambda: submissions_taken(channel) > taken)
         process.terminate()
         with contextlib.suppress(shmbroker.WorkerDraining):  # where the signal was faster than the frame
             assert future.result().tolist() == [2, 2, 2]

@@ -33,14 +33,19 @@ class Wire:
     """A socket that carries anything, to whoever answers control requests."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> None:
-        self._context, self._endpoint = context, endpoint
+        self._context = context
+        self.endpoint = endpoint
         self._socket = self._connect()
 
     def _connect(self) -> zmq.Socket[bytes]:
         socket = self._context.socket(zmq.DEALER)
         socket.setsockopt(zmq.LINGER, 0)
-        socket.connect(self._endpoint)
+        socket.connect(self.endpoint)
         return socket
+
+    def send(self, message: bytes) -> None:
+        """Send something, and wait for no answer."""
+        self._socket.send(message)
 
     def say(self, *parts: bytes) -> list[m.AnyMessage]:
         """Send something; returns the answers to it. A question by the rules is sent behind it: what came before its answer is all there is."""
@@ -219,7 +224,7 @@ def test_a_message_over_the_limit_is_refused_and_a_far_longer_one_ends_its_conne
     (answer,) = wire.say(m.encode(m.FindService("x" * m.MAX_MESSAGE_BYTES)))
     assert isinstance(answer, m.Refused)
     assert "at most 1048576" in answer.text
-    wire._socket.send(bytes(16 << 20))
+    wire.send(bytes(16 << 20))
     wire.renew()
     assert len(wire.say(m.encode(m.CloseChannel(0)))) == 1
 
@@ -481,7 +486,7 @@ def test_a_worker_that_is_flooded_with_requests_still_stops_when_told(to_broker:
 def test_a_broker_that_is_flooded_with_requests_still_notices_a_death(
     broker: shmbroker.LocalBroker, to_broker: Wire, context: zmq.Context[zmq.Socket[bytes]]
 ) -> None:
-    with worker_process("mortal") as process, flooded(context, to_broker._endpoint):
+    with worker_process("mortal") as process, flooded(context, to_broker.endpoint):
         process.kill()
         process.wait()
 

@@ -114,6 +114,7 @@ def test_a_full_queue_has_nothing_to_claim_until_a_frame_is_taken(segment: Segme
 
 
 def test_the_word_taken_counts_the_frames_taken(segment: Segment, depth: int) -> None:
+    """L3: it is written by the consumer alone."""
     writer, reader = _ends(segment)
     for number in range(3 * depth):
         assert segment.words[_taken_word(segment)] == number
@@ -212,7 +213,11 @@ def test_each_slot_of_a_fresh_queue_remembers_no_template(segment: Segment, dept
     writer, _ = _ends(segment)
     _send(writer, 1)
     writer, _ = _ends(segment)
-    assert [slot.template for slot in writer._slots] == [None] * depth
+    for _ in range(depth):
+        slot = writer.claim()
+        assert slot is not None
+        assert slot.template is None
+        writer.commit()
 
 
 def test_a_taken_frame_is_a_copy_that_a_later_frame_in_its_slot_does_not_change(segment: Segment, depth: int) -> None:
@@ -244,7 +249,9 @@ def test_the_frame_is_copied_before_its_slot_is_given_back(segment: Segment) -> 
             return b"copied"
 
     _send(writer, 1)
-    reader._slots[0].bytes = Watched()  # type: ignore[assignment]
+    slot = reader.peek()
+    assert slot is not None
+    slot.bytes = Watched()  # type: ignore[assignment]
     assert reader.take() == b"copied"
     assert seen == [0]
     assert segment.words[taken] == 1

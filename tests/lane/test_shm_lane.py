@@ -162,7 +162,28 @@ def test_a_completion_that_cannot_be_one_is_passed_over(segment: Segment) -> Non
     assert client.take() is None
 
 
+def test_what_a_peer_writes_over_a_frame_that_was_taken_changes_nothing_of_it(segment: Segment) -> None:
+    """F1: what is checked, and then run, is a private copy; so is what comes back."""
+    client, worker = ShmClientLane(segment, 0, RecordingBell()), ShmWorkerLane(segment, 0, RecordingBell())
+    area = slice(GEOMETRY.channel_offset(0) + GEOMETRY.submissions_offset, GEOMETRY.channel_offset(1))
+    assert submit(client, 7)
+    taken = worker.take()
+    assert taken is not None
+    before = bytes(taken[-1])
+    segment.map[area] = b"\xff" * (area.stop - area.start)
+    assert taken[-1] == before
+    assert id_of(taken) == 7
+    clear_channel(segment, 0)
+    client, worker = ShmClientLane(segment, 0, RecordingBell()), ShmWorkerLane(segment, 0, RecordingBell())
+    for call_id, text in ((1, b""), (2, b"text")):
+        assert worker.complete(completion(call_id, text))
+    first, second = client.take(), client.take()
+    segment.map[area] = b"\xff" * (area.stop - area.start)
+    assert (first, second) == (completion(1), completion(2, b"text"))
+
+
 def test_a_cleared_channel_is_as_new_and_its_neighbour_untouched(segment: Segment) -> None:
+    """L3: the client clears the area before it opens the channel."""
     other = ShmClientLane(segment, 0, RecordingBell())
     submit(other, 1)
     before = segment.map[: GEOMETRY.channel_offset(1)]

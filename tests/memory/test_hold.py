@@ -8,25 +8,20 @@ import fcntl
 import gc
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 
 import pytest
 
-import shmbroker
-from shmbroker.broker.peers import SWEEP_SECONDS
 from shmbroker.errors import SegmentError
 from shmbroker.memory import hold as hold_module
 from shmbroker.memory import names
 from shmbroker.memory.hold import Hold, is_held, unlink_if_unheld, unlink_own
-from shmbroker.memory.reaper import objects, reap
+from shmbroker.memory.reaper import reap
 from shmbroker.memory.segment import Segment, make_segment, unlink_segment
 from tests.conftest import END_SECONDS
 from tests.memory.conftest import SMALL
-from tests.processes import run, running, wait_until, worker_process
 from tests.shared_memory import is_mapped, open_files, path_of
 
 HOLDER = """
@@ -281,44 +276,7 @@ def test_attaching_under_a_foreign_exclusive_lock_is_told_and_nothing_is_kept_op
     Segment.attach(name, hold=True).close()
 
 
-# --- processes that cannot lock (H4) ---------------------------------------------------------------------------------------------------
-
-LOCKLESS = """
-import errno, fcntl, os, sys, time
-
-def flock(fd, operation):
-    if sys.argv[1] == "refused":
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-
-fcntl.flock = flock
-import torch, shmbroker
-client = shmbroker.connect(arena="4M")
-double = client.channel("test", doorbell="poll").bind("double")
-print("ready", flush=True)
-while True:
-    x = client.empty((8,), torch.float32).fill_(2.0)
-    assert double(x).sum() == 32.0
-    time.sleep(0.05)
-"""
-
-
-@pytest.mark.parametrize("locking", ["refused", "seen by nobody else"])
-def test_the_broker_holds_for_a_process_that_cannot_lock_while_it_lives_and_not_longer(locking: str) -> None:
-    """H4: as in a TEE runtime without ``flock``, and in one that keeps its locks to itself."""
-    with shmbroker.local_broker() as broker, worker_process(), running(sys.executable, "-c", LOCKLESS, locking) as client:
-        assert client.stdout is not None
-        assert client.stdout.readline() == b"ready\n"
-
-        def segments() -> list[names.ObjectName]:
-            return [one for one in objects(broker.instance) if one.kind == names.SEGMENT]
-
-        assert run(sys.executable, "-m", "shmbroker", "gc", "--instance", broker.instance).returncode == 0
-        time.sleep(2.5 * SWEEP_SECONDS)
-        assert [is_held(one.path) for one in segments()] == [True]
-        assert client.poll() is None
-        os.kill(client.pid, signal.SIGKILL)
-        client.wait()
-        wait_until(lambda: not segments())
+# --- where nothing can be locked (H4): what the broker does about it is in tests/broker ---------------------------------------------------------------------------------------------------
 
 
 def _refusing(code: int) -> Callable[[int, int], None]:
