@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import multiprocessing
 import os
@@ -48,6 +49,15 @@ def _nothing_is_left_in_shared_memory() -> Iterator[None]:
 def instance() -> str:
     """The name of an instance that nobody else uses."""
     return f"{INSTANCE_PREFIX}{next(_numbers)}"
+
+
+@pytest.fixture
+def without_gc() -> Iterator[None]:
+    """What dies, dies with its last reference: the collector runs only when a test, or what it tests, calls it."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -91,3 +92,14 @@ def freeze(pid: int) -> None:
         return all(state == "T" for state in states)
 
     wait_until(stopped)
+
+
+def check_is_small_and_light(pid: int) -> str:
+    """A broker has at most 40 MiB resident and has loaded neither torch nor NumPy; returns what it has mapped, a line for each."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    resident = int(re.search(r"VmRSS:\s+(\d+) kB", status)[1])  # type: ignore[index]
+    assert resident < 40 * 1024
+    maps = Path(f"/proc/{pid}/maps").read_text()
+    assert "torch" not in maps
+    assert "numpy" not in maps
+    return maps

@@ -39,10 +39,10 @@ def _slots(segment: Segment, offset: int, depth: int, slot_bytes: int) -> list[S
     return [Slot(memory[at : at + slot_bytes]) for at in starts]
 
 
-class QueueWriter:
-    """The producer's end. Not thread-safe."""
+class _QueueEnd:
+    """What both ends have: where the slots lie, and how many frames have gone by, counted here."""
 
-    __slots__ = ("_known_taken", "_mask", "_position", "_slots", "_taken_word", "_words")
+    __slots__ = ("_mask", "_position", "_slots", "_taken_word", "_words")
 
     def __init__(self, segment: Segment, offset: int, depth: int, slot_bytes: int, taken_offset: int) -> None:
         self._slots = _slots(segment, offset, depth, slot_bytes)
@@ -50,6 +50,15 @@ class QueueWriter:
         self._taken_word = word_at(segment, taken_offset)
         self._mask = depth - 1
         self._position = 0
+
+
+class QueueWriter(_QueueEnd):
+    """The producer's end. Not thread-safe."""
+
+    __slots__ = ("_known_taken",)
+
+    def __init__(self, segment: Segment, offset: int, depth: int, slot_bytes: int, taken_offset: int) -> None:
+        super().__init__(segment, offset, depth, slot_bytes, taken_offset)
         self._known_taken = 0
 
     def claim(self) -> Slot | None:
@@ -68,17 +77,10 @@ class QueueWriter:
         self._position = position + 1
 
 
-class QueueReader:
+class QueueReader(_QueueEnd):
     """The consumer's end. Not thread-safe."""
 
-    __slots__ = ("_mask", "_position", "_slots", "_taken_word", "_words")
-
-    def __init__(self, segment: Segment, offset: int, depth: int, slot_bytes: int, taken_offset: int) -> None:
-        self._slots = _slots(segment, offset, depth, slot_bytes)
-        self._words = segment.words
-        self._taken_word = word_at(segment, taken_offset)
-        self._mask = depth - 1
-        self._position = 0
+    __slots__ = ()
 
     def ready(self) -> bool:
         """Whether a frame is published and not yet taken."""

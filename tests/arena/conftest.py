@@ -35,15 +35,6 @@ def arena(segment: Segment) -> Arena:
 
 
 @pytest.fixture
-def without_gc() -> Iterator[None]:
-    """The collector runs only when a test or the arena calls it."""
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
-
-
-@pytest.fixture
 def eager_gc() -> Iterator[None]:
     """The collector runs after every few allocations, so also in the middle of placing."""
     before = gc.get_threshold()

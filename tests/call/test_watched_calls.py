@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
-from collections.abc import Iterator
 
 import pytest
 
@@ -16,15 +15,6 @@ from tests.threads import STUCK_SECONDS
 
 BACKGROUND = "shmbroker-completions"
 """The name of the thread that waits for what is watched."""
-
-
-@pytest.fixture
-def without_gc() -> Iterator[None]:
-    """What dies, dies with its last reference."""
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
 
 
 def _background() -> set[threading.Thread]:

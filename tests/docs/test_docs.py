@@ -14,7 +14,7 @@ import shmbroker
 from shmbroker.arena.spec import CODE_OF, NAME_OF
 from shmbroker.memory import layout
 from shmbroker.memory.cheader import declaration
-from tests.processes import run, running, wait_until
+from tests.processes import check_is_small_and_light, run, running, wait_until
 
 ROOT = Path(__file__).parents[2]
 _spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
@@ -97,12 +97,7 @@ def test_public_names_have_docstrings() -> None:
 def test_the_broker_is_small_and_loads_neither_torch_nor_numpy() -> None:
     with shmbroker.local_broker() as broker:
         wait_until(lambda: Path(f"/proc/{broker.pid}/status").exists())
-        status = Path(f"/proc/{broker.pid}/status").read_text()
-        resident = int(re.search(r"VmRSS:\s+(\d+) kB", status)[1])  # type: ignore[index]
-        assert resident < 40 * 1024
-        loaded = Path(f"/proc/{broker.pid}/maps").read_text()
-        assert "torch" not in loaded
-        assert "numpy" not in loaded
+        check_is_small_and_light(broker.pid)
 
 
 @pytest.mark.parametrize("page", generate.PAGES)

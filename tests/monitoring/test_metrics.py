@@ -20,7 +20,7 @@ from shmbroker.memory import layout, names
 from shmbroker.monitoring.figures import read_figures
 from shmbroker.monitoring.metrics import MOST_OF_A_CLIENT
 from tests.monitoring.conftest import Metered, MeteredBroker
-from tests.processes import freeze, run, running, wait_until, worker_process
+from tests.processes import check_is_small_and_light, freeze, run, running, wait_until, worker_process
 
 DASHBOARD = Path(shmbroker.__file__).parent / "monitoring" / "dashboard.json"
 
@@ -192,12 +192,7 @@ def test_resident_memory_stays_below_40_mib_under_scrapes(metered: Metered, call
         for _ in range(10):
             segment.map[start:end] = b"\x41" * (end - start)
             assert metered.get("/metrics")[0] == 200
-    status = Path(f"/proc/{metered.process.pid}/status").read_text()
-    resident = int(re.search(r"VmRSS:\s+(\d+) kB", status)[1])  # type: ignore[index]
-    assert resident < 40 * 1024
-    maps = Path(f"/proc/{metered.process.pid}/maps").read_text()
-    assert "torch" not in maps
-    assert "numpy" not in maps
+    maps = check_is_small_and_light(metered.process.pid)
     assert "/dev/shm/shmbroker" not in maps, "nothing of a client's is mapped"
 
 
