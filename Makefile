@@ -1,6 +1,7 @@
 # make run: everything from nothing, ending in the demo.  make test: everything that must hold.  make bench: how fast it is here.
 # make test-gpu: on a machine with an NVIDIA GPU.
-# make model-check: the queues' protocol, by SPIN.
+# make model-check: the queues' protocol, by SPIN.  make sanitize: the tests of lane and arena on compiled parts built with GCC's sanitizers, some
+# minutes; too long for make test.
 PYTHON ?= python3
 VENV := .venv
 DURATION ?= 600
@@ -8,7 +9,7 @@ SEED ?= 1
 MINUTES ?= 10
 BIN := $(VENV)/bin
 
-.PHONY: run test test-gpu lint types unit bench kill-matrix chaos soak model-check clean
+.PHONY: run test test-gpu lint types unit bench kill-matrix chaos soak model-check sanitize clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/ready
@@ -53,6 +54,9 @@ soak: $(VENV)/ready
 
 model-check:
 	docs/protocol/check.sh
+
+sanitize: $(VENV)/ready
+	$(BIN)/python -m tests.sanitize
 
 clean:
 	rm -rf $(VENV) *.egg-info build dist shmbroker/*/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
