@@ -9,8 +9,7 @@ from typing import Any
 import click
 
 from shmbroker import console
-from shmbroker.settings.kinds import DOORBELL_WORDS, LANE_WORDS, listed
-from shmbroker.settings.schema import OWN_DEFAULTS, default_for
+from shmbroker.settings import DOORBELL_WORDS, LANE_WORDS, OWN_DEFAULTS, default_for, listed
 from shmbroker.version import __version__
 from tee_worker.run_options import LONGEST_CONTEXT, GenerateOptions, PrefillOptions, RunOptions, ServeOptions, default_of
 
@@ -161,8 +160,7 @@ def plan(model: str | None, shape: str | None, tokens: int, dtype: str, as_json:
     """Tell calls, bytes each way and the largest block of every split, without running anything."""
     import msgspec
 
-    from shmbroker.models.checkpoint import model_dtype
-    from shmbroker.models.source import model_source
+    from shmbroker.models import model_dtype, model_source
     from tee_worker.planning import plan as planning
     from tee_worker.planning.splits import Splits
 

@@ -12,8 +12,8 @@ import torch
 from shmbroker.client import Report
 from shmbroker.control.status import ask
 from shmbroker.errors import BadInput
-from shmbroker.models.checkpoint import Checkpoint, model_dtype
-from shmbroker.settings.sizes import mib
+from shmbroker.models import Checkpoint, model_dtype
+from shmbroker.settings import mib
 from tee_worker.analytic import Analytic, compare
 from tee_worker.private_memory import private_bytes
 from tee_worker.run_options import GenerateOptions

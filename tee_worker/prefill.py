@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from shmbroker.errors import BadInput
-from shmbroker.models.checkpoint import model_dtype
-from shmbroker.models.source import model_source
+from shmbroker.models import model_dtype, model_source
 from tee_worker.analytic import compare
 from tee_worker.own_peers import own_peers
 from tee_worker.prefill_outcome import Outcome

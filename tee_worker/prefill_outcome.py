@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from shmbroker.client import Report
-from shmbroker.settings.sizes import MIB
+from shmbroker.settings import MIB
 from tee_worker.analytic import Analytic
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import msgspec
 
-from shmbroker.settings.schema import DEFAULTS, default_for
+from shmbroker.settings import DEFAULTS, default_for
 
 LONGEST_CONTEXT = 4096
 """Tokens that ``serve`` makes room for unless more are asked for: at split ``op`` the arena grows with their square."""

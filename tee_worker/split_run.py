@@ -11,8 +11,7 @@ import torch
 
 from shmbroker.client import Channel, Client, FailoverChannel, connect
 from shmbroker.errors import BadInput
-from shmbroker.models.checkpoint import model_dtype
-from shmbroker.models.source import ModelSource
+from shmbroker.models import ModelSource, model_dtype
 from tee_worker.offloading.offload import offload
 from tee_worker.planning.arena_size import arena_bytes
 from tee_worker.planning.own_part import own_part

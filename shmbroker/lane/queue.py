@@ -62,7 +62,10 @@ class QueueWriter(_QueueEnd):
         self._known_taken = 0
 
     def claim(self) -> Slot | None:
-        """The next slot, to be filled and then committed; None while the queue is full (Q1)."""
+        """The next slot, to be filled; None while the queue is full (Q1).
+
+        A slot that was given is followed by one :meth:`commit`, or by none: then nothing is published, and the next claim gives the same slot.
+        """
         position = self._position
         if position - self._known_taken > self._mask:
             self._known_taken = min(self._words[self._taken_word], position)
@@ -71,7 +74,7 @@ class QueueWriter(_QueueEnd):
         return self._slots[position & self._mask]
 
     def commit(self) -> None:
-        """Publish the slot that was claimed last (Q2)."""
+        """Publish the slot that was claimed last (Q2). Once for each :meth:`claim` that gave one, after all of the frame is written."""
         position = self._position
         self._slots[position & self._mask].words[SEQUENCE_WORD] = position + 1
         self._position = position + 1
@@ -97,12 +100,15 @@ class QueueReader(_QueueEnd):
         return frame
 
     def peek(self) -> Slot | None:
-        """The slot of the next frame, to be copied from and then advanced over; None when there is none."""
+        """The slot of the next frame, to be copied from; None when there is none.
+
+        A slot that was given is followed by one :meth:`advance`; until then it stays the producer's to leave alone, and peeking gives it again.
+        """
         position = self._position
         slot = self._slots[position & self._mask]
         return slot if slot.words[SEQUENCE_WORD] == position + 1 else None
 
     def advance(self) -> None:
-        """Say that the frame has been copied: its slot may be filled again."""
+        """Say that the frame has been copied: its slot may be filled again (Q3). Once for each :meth:`peek` that gave one."""
         self._position = position = self._position + 1
         self._words[self._taken_word] = position

@@ -1,10 +1,22 @@
-"""Hugging Face checkpoints as both workers need them: loading, shapes of their ops, random weights.
+"""Hugging Face checkpoints as both workers need them: loading, shapes of their ops, random weights. Programs import what they need of it from here.
 
 None of it imports transformers before a model is made.
 """
 
-from shmbroker.models.checkpoint import model_dtype
-from shmbroker.models.parts import decoder_layers, halves_of, is_linear, weight_and_bias
+from shmbroker.models.checkpoint import Checkpoint, model_dtype
+from shmbroker.models.parts import LayerHalves, decoder_layers, features, halves_of, is_linear, tee_part, weight_and_bias
 from shmbroker.models.source import ModelSource, model_source
 
-__all__ = ["ModelSource", "decoder_layers", "halves_of", "is_linear", "model_dtype", "model_source", "weight_and_bias"]
+__all__ = [
+    "Checkpoint",
+    "LayerHalves",
+    "ModelSource",
+    "decoder_layers",
+    "features",
+    "halves_of",
+    "is_linear",
+    "model_dtype",
+    "model_source",
+    "tee_part",
+    "weight_and_bias",
+]

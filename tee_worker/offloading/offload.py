@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from shmbroker.arena.spec import NAME_OF
+from shmbroker.arena import NAME_OF
 from shmbroker.client import Bindable
 from shmbroker.errors import BadInput
 from shmbroker.models import ops
-from shmbroker.settings.schema import DEFAULTS
+from shmbroker.settings import DEFAULTS
 from tee_worker.offloading.attention import install_split_attention
 from tee_worker.offloading.baton import Baton
 from tee_worker.offloading.passing_channel import PassingChannel

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from shmbroker.errors import ArenaTooSmall
-from shmbroker.settings.sizes import MIB, parse_bytes
+from shmbroker.settings import MIB, parse_bytes
 from tee_worker.planning.traffic import Traffic
 
 ARENA_FLOOR = 64 * MIB

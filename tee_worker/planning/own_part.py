@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from shmbroker.models.parts import decoder_layers, halves_of, tee_part
-from shmbroker.models.source import ModelSource
+from shmbroker.models import ModelSource, decoder_layers, halves_of, tee_part
 from tee_worker.planning.splits import Split, Splits
 
 if TYPE_CHECKING:

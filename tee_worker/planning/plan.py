@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import msgspec
 import torch
 
-from shmbroker.models.source import ModelSource
-from shmbroker.settings.sizes import mib
+from shmbroker.models import ModelSource
+from shmbroker.settings import mib
 from tee_worker.planning.own_part import own_part
 from tee_worker.planning.places import places
 from tee_worker.planning.splits import Split, Splits

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from shmbroker.errors import BadInput
-from shmbroker.models.parts import LayerHalves, decoder_layers, features, halves_of, is_linear
+from shmbroker.models import LayerHalves, decoder_layers, features, halves_of, is_linear
 from tee_worker.planning.splits import Split, Splits
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from shmbroker.arena.spec import TensorSpec
+from shmbroker.arena import TensorSpec
 from shmbroker.models import ops
 from tee_worker.planning.pass_parts import parts_of
 from tee_worker.planning.splits import Split, Splits

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from shmbroker.control.status import ask
 from shmbroker.errors import BadInput
-from shmbroker.models.checkpoint import Checkpoint
+from shmbroker.models import Checkpoint
 from tee_worker.run_options import LONGEST_CONTEXT, ServeOptions
 from tee_worker.split_run import check, failover_channel, split_run
 
