@@ -272,7 +272,6 @@ class Bound(Message, frozen=True):
     """Answer to Bind. Without an ``out_spec`` of its own, the client asks for the outputs' shapes."""
 
     op_id: Annotated[int, msgspec.Meta(ge=0, le=(1 << 32) - 1)]
-    has_out_spec: bool
 
 
 class SpecInfo(msgspec.Struct, frozen=True):

@@ -1,4 +1,4 @@
-"""The layout of a segment: the published ABI (``docs/memory-layout.md``), version 2.
+"""The layout of a segment: the published ABI (``docs/memory-layout.md``), version 3.
 
 A segment is one POSIX shared-memory object, little-endian throughout::
 
@@ -32,7 +32,7 @@ import enum
 from ctypes import c_char, c_int64, c_uint8, c_uint16, c_uint32, c_uint64
 
 MAGIC = b"SHMBROKR"
-LAYOUT_VERSION = 2
+LAYOUT_VERSION = 3
 BYTE_ORDER_MARK = 0x01020304
 
 ALIGNMENT = 256
@@ -245,15 +245,13 @@ class ChannelHeader(ctypes.LittleEndianStructure):
 
     ::
 
-        0    client_open         epoch of the open channel, 0 when the area is free   (client writes)
         128  completions_taken   completions that the client has taken                (client writes)
         256  submissions_taken   frames that the worker has taken                     (worker writes)
         384  worker_sleeping     1 while the worker is about to block on its doorbell (worker writes)
     """
 
     _fields_ = (
-        ("client_open", c_uint64),
-        ("reserved0", c_uint8 * 120),
+        ("reserved0", c_uint8 * 128),
         ("completions_taken", c_uint64),
         ("reserved1", c_uint8 * 120),
         ("submissions_taken", c_uint64),

@@ -1,4 +1,4 @@
-/* Layout of a shmbroker segment, version 2. Generated; see docs/memory-layout.md. Little-endian. */
+/* Layout of a shmbroker segment, version 3. Generated; see docs/memory-layout.md. Little-endian. */
 #ifndef SHMBROKER_H
 #define SHMBROKER_H
 
@@ -6,7 +6,7 @@
 #include <stdint.h>
 
 #define SHMBROKER_MAGIC "SHMBROKR"
-#define SHMBROKER_LAYOUT_VERSION 2
+#define SHMBROKER_LAYOUT_VERSION 3
 #define SHMBROKER_BYTE_ORDER_MARK 16909060
 #define SHMBROKER_ALIGNMENT 256
 #define SHMBROKER_MAX_DIMS 8
@@ -128,8 +128,7 @@ struct shmbroker_channel_statistics {
 _Static_assert(sizeof(struct shmbroker_channel_statistics) == 1024, "size of ChannelStatistics");
 
 struct shmbroker_channel_header {
-    uint64_t client_open;                                   /* 0 */
-    uint8_t reserved0[120];                                 /* 8 */
+    uint8_t reserved0[128];                                 /* 0 */
     uint64_t completions_taken;                             /* 128 */
     uint8_t reserved1[120];                                 /* 136 */
     uint64_t submissions_taken;                             /* 256 */

@@ -54,6 +54,8 @@ class ArenaFigures:
     """Bytes from the start of the segment."""
     blocks: tuple[Block, ...]
     """In order of address; where there are many, the oldest and the largest."""
+    idle_seconds: float
+    """Since its client last told of a change."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,8 @@ class ChannelFigures:
     copied_bytes: int
     outstanding: int
     buckets: tuple[int, ...]
+    idle_seconds: float
+    """Since either side last told of a change."""
     run_calls: int
     failed_calls: int
     compute_ns: int
@@ -117,7 +121,7 @@ def read_figures(name: str, most_channels: int = 1024) -> SegmentFigures:
         geometry=geometry,
         arena=_arena(page.arena, geometry, now_ns),
         open_channels=len(opened),
-        channels=tuple(_channel(index, channels[index]) for index in opened[:most_channels]),
+        channels=tuple(_channel(index, channels[index], now_ns) for index in opened[:most_channels]),
     )
 
 
@@ -167,10 +171,16 @@ def _arena(told: layout.ArenaStatistics, geometry: Geometry, now_ns: int) -> Are
         copied_bytes=told.copied_bytes,
         cursor=min(max(told.cursor, geometry.arena_offset), geometry.total_bytes),
         blocks=tuple(blocks),
+        idle_seconds=_seconds_since(told.published_ns, now_ns),
     )
 
 
-def _channel(index: int, told: layout.ChannelStatistics) -> ChannelFigures:
+def _seconds_since(published_ns: int, now_ns: int) -> float:
+    """Whatever was written there: never less than 0."""
+    return max(0, now_ns - published_ns) / 1e9
+
+
+def _channel(index: int, told: layout.ChannelStatistics, now_ns: int) -> ChannelFigures:
     return ChannelFigures(
         index=index,
         opened_ns=told.opened_ns,
@@ -186,6 +196,7 @@ def _channel(index: int, told: layout.ChannelStatistics) -> ChannelFigures:
         copied_bytes=told.copied_bytes,
         outstanding=min(told.outstanding, 1 << 32),
         buckets=tuple(told.buckets),
+        idle_seconds=_seconds_since(max(told.published_ns, told.worker_published_ns), now_ns),
         run_calls=told.run_calls,
         failed_calls=told.failed_calls,
         compute_ns=told.compute_ns,

@@ -67,6 +67,8 @@ class ClientLine(msgspec.Struct, frozen=True):
     held_blocks: int = 0
     high_water_bytes: int = 0
     waits: int = 0
+    idle_seconds: float = 0.0
+    """Since it last told of a change of its arena."""
     ring: tuple[str, str] = ("", "")
     oldest: tuple[BlockLine, ...] = ()
 
@@ -84,6 +86,8 @@ class ChannelLine(msgspec.Struct, frozen=True):
     calls: int
     errors: int
     outstanding: int
+    idle_seconds: float
+    """Since either side last told of a change: of a call, most often."""
     sent_bytes: int
     received_bytes: int
     calls_per_second: float
@@ -187,6 +191,7 @@ def _client_line(client: ObservedClient, cpu_percent: float | None) -> ClientLin
         held_blocks=arena.held_blocks,
         high_water_bytes=arena.high_water_bytes,
         waits=arena.waits,
+        idle_seconds=round(arena.idle_seconds, 3),
         ring=draw_ring(arena, figures.geometry.arena_offset, RING_WIDTH),
         oldest=tuple(BlockLine(block.offset, block.nbytes, round(block.age_seconds, 3)) for block in oldest),
     )
@@ -212,6 +217,7 @@ def _channel_line(
         calls=one.calls,
         errors=one.errors,
         outstanding=one.outstanding,
+        idle_seconds=round(one.idle_seconds, 3),
         sent_bytes=one.sent_bytes,
         received_bytes=one.received_bytes,
         calls_per_second=rate(one.calls, earlier.calls),

@@ -69,11 +69,6 @@ class BoundOp:
         self.name = definition.name
         self._takes_out = "out" in inspect.signature(function).parameters
 
-    @property
-    def has_out_spec(self) -> bool:
-        """Whether the worker itself knows the outputs' shapes without trying."""
-        return self._definition.out_spec is not None
-
     def outputs(self, inputs: Sequence[TensorSpec], arguments: Static) -> Outputs:
         """Specs of the outputs for such inputs: from the out_spec, else from a run on torch's ``meta`` device, which computes nothing.
 

@@ -315,7 +315,6 @@ def test_words_of_nonsense_end_no_call_in_an_undocumented_way(op: RemoteOp, by_h
         # The word of taken submissions ahead of what was sent: the worker loses frames of its own, if any.
         header.submissions_taken = (1 << 64) - int(random.integers(1, 1 << 32))
         header.worker_sleeping = int(random.integers(1 << 63))
-        header.client_open = int(random.integers(1 << 63))
         by_hand.raw.segment_header.client_sleeping = int(random.integers(1 << 63))
         answered(op, by_hand, call_id)
     header.submissions_taken = 0

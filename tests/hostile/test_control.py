@@ -137,7 +137,7 @@ MESSAGES: list[m.Message] = [
     m.PeerGone(ME),
     m.ChannelOpened(1, "shm", "sem", "b", "e", b"t", ("o",)),
     m.Done(),
-    m.Bound(1, True),
+    m.Bound(1),
     m.OutSpecs((m.SpecInfo((1,), "float32"),), True),
     m.Refused("ValueError", "text"),
 ]

@@ -271,7 +271,6 @@ def test_words_of_nonsense_harm_only_who_wrote_them(hostile: HostileClient, hone
             header.completions_taken = (1 << 64) - 1 - (value >> 32)
             header.worker_sleeping = value
             segment_header.client_sleeping = value
-            header.client_open = value
 
     judge = Judge(hostile)
     with repeating(spoil):

@@ -123,8 +123,7 @@ GOLDEN_FIELDS: dict[Structure, list[tuple[str, int, int]]] = {
         ("reserved1", 816, 208),
     ],
     ChannelHeader: [
-        ("client_open", 0, 8),
-        ("reserved0", 8, 120),
+        ("reserved0", 0, 128),
         ("completions_taken", 128, 8),
         ("reserved1", 136, 120),
         ("submissions_taken", 256, 8),
@@ -172,7 +171,7 @@ GOLDEN_FIELDS: dict[Structure, list[tuple[str, int, int]]] = {
 }
 
 GOLDEN_CONSTANTS = {
-    "LAYOUT_VERSION": 2,
+    "LAYOUT_VERSION": 3,
     "BYTE_ORDER_MARK": 0x01020304,
     "ALIGNMENT": 256,
     "MAX_DIMS": 8,
@@ -293,7 +292,7 @@ def test_a_frame_has_a_generation_of_32_bits_for_each_of_its_tensors() -> None:
 
 def test_no_two_words_that_change_share_a_line_pair() -> None:
     """L3: each has one writer, and no writer disturbs another's line."""
-    words = [layout.offset_of(ChannelHeader, name) for name in ("client_open", "completions_taken", "submissions_taken", "worker_sleeping")]
+    words = [layout.offset_of(ChannelHeader, name) for name in ("completions_taken", "submissions_taken", "worker_sleeping")]
     assert len({offset // LINE_PAIR for offset in words}) == len(words)
     assert ctypes.sizeof(ChannelHeader) % LINE_PAIR == 0
     published_end = layout.offset_of(SegmentHeader, "made_at_ns") + 8

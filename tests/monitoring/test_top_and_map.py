@@ -56,6 +56,22 @@ def test_top_tells_rates_and_times_of_a_client_under_load(metered: Metered, call
     assert caller.poll() is None
 
 
+def test_idle_seconds_count_from_the_last_change(metered: Metered) -> None:
+    with shmbroker.connect(arena="1M", name="idler") as client:
+        double = client.channel("test").bind("double", out_spec=lambda x: x)
+        double(client.empty((4,)).fill_(1.0))
+
+        def idle() -> tuple[float, float]:
+            figures = read_figures(client.segment.name)
+            return figures.arena.idle_seconds, figures.channels[0].idle_seconds
+
+        wait_until(lambda: read_figures(client.segment.name).channels[0].calls == 1)
+        before = time.monotonic()
+        wait_until(lambda: min(idle()) > 0.5)
+        double(client.empty((4,)).fill_(1.0))
+        wait_until(lambda: max(idle()) < time.monotonic() - before)
+
+
 def test_top_once_is_plain_text_where_there_is_no_terminal(metered: Metered, caller: subprocess.Popen[bytes]) -> None:
     done = run(*COMMAND, "top", "--once", "--interval", "0.2")
     assert done.returncode == 0, done.stderr
