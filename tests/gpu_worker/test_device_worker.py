@@ -22,8 +22,8 @@ from tee_worker import Split, offload
 from tee_worker.planning.own_part import own_part
 from tests.gpu_worker.fake_cuda import FakeCuda
 from tests.processes import PROGRAMS, START_SECONDS, ready_program, running, submissions_taken, wait_until
-from tests.tee_worker.conftest import save_random, tiny_llama
 from tests.tee_worker.test_offload import PROMPT, generate
+from tests.tiny_models import save_random, tiny_llama
 
 
 @pytest.fixture(scope="module")

@@ -24,10 +24,10 @@ import shmbroker
 from shmbroker.client.channel import Channel
 from shmbroker.control import messages as m
 from shmbroker.control.liveness import this_process
-from shmbroker.control.sockets import Requester
 from shmbroker.memory import layout, names
 from shmbroker.memory.hold import Hold, unlink_own
 from shmbroker.memory.layout import ChannelHeader, CompletionFrame, SubmissionFrame
+from tests.hostile.wire import Wire
 
 Bytes = npt.NDArray[np.uint8]
 Words = npt.NDArray[np.uint64]
@@ -223,8 +223,10 @@ class HostileWorker:
         runtime = self.broker.environment["SHMBROKER_RUNTIME_DIR"]
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.endpoint = f"ipc://{runtime}/{self.broker.instance}.worker.{self.id}.sock"
-        self._broker = Requester(self._context, f"ipc://{runtime}/{self.broker.instance}.sock")
-        self.bell = self._broker.ask(m.MakeBell(self.id, this_process()), m.Made).name
+        self._broker = Wire(self._context, f"ipc://{runtime}/{self.broker.instance}.sock")
+        made = self._broker.ask(m.MakeBell(self.id, this_process()))
+        assert isinstance(made, m.Made)
+        self.bell = made.name
         self._hold = Hold.on(names.bell_path(self.bell))
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.bind(self.endpoint)
@@ -232,12 +234,11 @@ class HostileWorker:
         self._thread = threading.Thread(target=self._serve)
         self._thread.start()
         hello = m.Hello("worker", self.id, this_process(), "hostile-worker", "0", (self.service,), self.endpoint)
-        self._broker.ask(hello, m.Welcome)
+        assert isinstance(self._broker.ask(hello), m.Welcome)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._broker._socket.send(m.encode(m.Goodbye(self.id)))
-        self._broker.ask(m.FindService(self.service), m.Found)  # answered after the other was read
+        assert self._broker.say(m.encode(m.Goodbye(self.id))) == []
         self._broker.close()
         self._ended.set()
         self._thread.join()

@@ -20,57 +20,11 @@ from shmbroker.control.liveness import process_of, this_process
 from shmbroker.memory import names
 from tests.hostile.conftest import HonestClient
 from tests.hostile.peer import Footprint, repeating
+from tests.hostile.wire import Wire
 from tests.processes import wait_until, worker_process
 
-ANSWER_MS = 20_000
 GROWTH_BYTES = 8 << 20
 """What a broker or a worker may hold more after some thousand messages: answers on their way, and what malloc keeps."""
-
-MARK = 0xABCDEF
-
-
-class Wire:
-    """A socket that carries anything, to whoever answers control requests."""
-
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> None:
-        self._context = context
-        self.endpoint = endpoint
-        self._socket = self._connect()
-
-    def _connect(self) -> zmq.Socket[bytes]:
-        socket = self._context.socket(zmq.DEALER)
-        socket.setsockopt(zmq.LINGER, 0)
-        socket.connect(self.endpoint)
-        return socket
-
-    def send(self, message: bytes) -> None:
-        """Send something, and wait for no answer."""
-        self._socket.send(message)
-
-    def say(self, *parts: bytes) -> list[m.AnyMessage]:
-        """Send something; returns the answers to it. A question by the rules is sent behind it: what came before its answer is all there is."""
-        self._socket.send_multipart(parts)
-        self._socket.send(m.encode(m.Welcome("", "", ""), MARK))
-        answers: list[m.AnyMessage] = []
-        while True:
-            assert self._socket.poll(ANSWER_MS), "no answer"
-            envelope = m.open_envelope(self._socket.recv())
-            if envelope.request == MARK:
-                return answers
-            answers.append(m.read_body(envelope))
-
-    def ask(self, message: m.Message) -> m.AnyMessage:
-        """The one answer to a message."""
-        (answer,) = self.say(m.encode(message, 1))
-        return answer
-
-    def renew(self) -> None:
-        """Another connection: to the peer, somebody else."""
-        self.close()
-        self._socket = self._connect()
-
-    def close(self) -> None:
-        self._socket.close()
 
 
 @pytest.fixture(scope="module")

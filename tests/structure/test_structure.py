@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -184,3 +185,68 @@ def test_the_top_of_the_package_holds_five_files() -> None:
         "version.py",
         "console.py",
     }
+
+
+OTHER_TESTS = {
+    "structure", "docs", "benchmarks", "programs",
+    "gpu_worker", "gpu_hardware", "tee_worker",
+    "faults", "hostile", "sanitize",
+}  # fmt: skip
+"""Folders of tests that are of no one room of ``shmbroker``: of the house, of the other packages, of all rooms at work together."""
+
+
+def folders(parent: Path) -> set[str]:
+    return {path.parent.name for path in parent.glob("*/__init__.py")} | {path.name for path in parent.glob("programs")}
+
+
+def test_every_room_has_a_folder_of_tests_of_its_name_and_every_folder_a_room() -> None:
+    rooms = folders(ROOT / "shmbroker")
+    assert not rooms & OTHER_TESTS
+    assert folders(ROOT / "tests") == rooms | OTHER_TESTS
+    for room in rooms:
+        assert list((ROOT / "tests" / room).glob("test_*.py")), room
+
+
+PRIVATE_BUT_NOT_OURS = {
+    "_exit",  # os
+    "_fields", "_asdict", "_replace",  # of named tuples
+    "_fields_", "_length_", "_type_",  # of ctypes
+    "_attn_implementation",  # of a configuration of transformers
+}  # fmt: skip
+
+
+def private_names(source: str) -> list[str]:
+    """The private names of other objects and modules that ``source`` uses: not those of ``self``, nor the compiled modules."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")):
+            found.append(node.attr)
+        elif isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("__"):
+            found += [alias.name for alias in node.names if f"{node.module}.{alias.name}" not in COMPILED_MODULES]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "setattr":
+            found += [word.value for word in node.args if isinstance(word, ast.Constant) and isinstance(word.value, str)]
+    return [name for name in found if re.match(r"_(?!_)", name) and name not in PRIVATE_BUT_NOT_OURS]
+
+
+COMPILED_MODULES = {"shmbroker.lane._ends", "shmbroker.arena._leases"}
+
+
+@pytest.mark.parametrize("folder", ["tests", "benchmarks"])
+def test_tests_and_benchmarks_use_public_names_alone(folder: str) -> None:
+    found = {
+        str(path.relative_to(ROOT)): names for path in sorted((ROOT / folder).rglob("*.py")) if (names := private_names(path.read_text()))
+    }
+    assert not found
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "channel._lane.close()",
+        "from shmbroker.memory.cheader import _c_name",
+        'monkeypatch.setattr(module, "_lock", None)',
+        "a = self.b._c",
+    ],
+)
+def test_a_private_name_is_seen(line: str) -> None:
+    assert private_names(line)

@@ -17,7 +17,7 @@ from shmbroker.systemd.units import install, texts
 from tee_worker.cli import cli as tee_worker_cli
 from tests.processes import START_SECONDS, wait_until
 from tests.systemd.machine import ROOT, Machine, machine
-from tests.tee_worker.conftest import SIZES, save_random, tiny_llama
+from tests.tiny_models import SIZES, save_random, tiny_llama
 
 BROKER, GPU = "shmbroker.service", "gpu-worker@tiny.service"
 ONCE, LONG, SERVED = "tee-worker@once.service", "tee-worker@long.service", "tee-worker@served.service"

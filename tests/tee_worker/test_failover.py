@@ -20,8 +20,9 @@ import shmbroker
 from shmbroker.client.failover import FailoverChannel
 from tee_worker import Split, offload
 from tests.processes import run, wait_until
-from tests.tee_worker.conftest import gpu_worker, save_random, tiny_llama
+from tests.tee_worker.conftest import gpu_worker
 from tests.tee_worker.test_offload import NEW_TOKENS, PROMPT, generate
+from tests.tiny_models import save_random, tiny_llama
 
 
 def after_tokens(count: int, action: Callable[[], None]) -> object:

@@ -19,7 +19,7 @@ from shmbroker.models.checkpoint import Checkpoint
 from tee_worker import Split, offload
 from tee_worker.planning.own_part import own_part
 from tee_worker.planning.traffic import generation_traffic
-from tests.tee_worker.conftest import SIZES
+from tests.tiny_models import SIZES
 
 PROMPT = torch.tensor([[5, 17, 3, 88, 41, 2, 60]])
 NEW_TOKENS = 8

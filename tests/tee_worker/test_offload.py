@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 from pathlib import Path
 
 import pytest
@@ -12,14 +9,13 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import shmbroker
-from gpu_worker.device import CpuDevice
-from gpu_worker.weights import Weights
 from shmbroker.models.checkpoint import Checkpoint
 from tee_worker import Split, offload
 from tee_worker.planning.own_part import own_part
 from tee_worker.planning.structure import structure_of
 from tee_worker.planning.traffic import generation_traffic
-from tests.tee_worker.conftest import gpu_worker, save_random, tiny_llama
+from tests.tee_worker.conftest import gpu_worker
+from tests.tiny_models import save_random, tiny_llama
 
 PROMPT = torch.tensor([[5, 17, 3, 88, 41, 2, 60]])
 NEW_TOKENS = 12
@@ -190,40 +186,3 @@ def test_the_prototypes_prefill_is_98_calls_3328_mib_out_and_3656_5_mib_back() -
     last_logits = 128256 * 4
     assert traffic.received_bytes - last_logits == 3656 * mib
     assert last_logits / mib == pytest.approx(0.49, abs=0.01), "the half MiB of 3656.5"
-
-
-def broken(folder: Path, tmp_path: Path, **changes: object) -> Path:
-    """A copy of a checkpoint with another configuration."""
-    shutil.copytree(folder, tmp_path / "broken")
-    config = json.loads((tmp_path / "broken" / "config.json").read_text())
-    (tmp_path / "broken" / "config.json").write_text(json.dumps({**config, **changes}))
-    return tmp_path / "broken"
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"num_hidden_layers": 4},
-        {"intermediate_size": 96},
-        {"model_type": "gpt2"},
-        {"model_type": "bert"},
-        {"model_type": "none such"},
-        {"hidden_size": "x"},
-    ],
-    ids=["deeper", "wider", "gpt2", "bert", "unknown", "no number"],
-)
-def test_weights_that_do_not_fit_their_config_are_refused_in_one_line_and_never_made_up(
-    tiny: Path, tmp_path: Path, changes: dict[str, object]
-) -> None:
-    with pytest.raises(shmbroker.BadInput) as caught:
-        Weights.load(Checkpoint.at(broken(tiny, tmp_path, **changes)), torch.float32, CpuDevice())
-    assert len(str(caught.value).splitlines()) == 1
-
-
-@pytest.mark.parametrize("size", [0, 100, 5000])
-def test_a_truncated_weights_file_is_refused_in_one_line(tiny: Path, tmp_path: Path, size: int) -> None:
-    folder = broken(tiny, tmp_path)
-    os.truncate(folder / "model.safetensors", size)
-    with pytest.raises(shmbroker.BadInput, match="cannot be read") as caught:
-        Weights.load(Checkpoint.at(folder), torch.float32, CpuDevice())
-    assert len(str(caught.value).splitlines()) == 1

@@ -24,8 +24,9 @@ import shmbroker
 from shmbroker.memory.reaper import objects
 from shmbroker.trace import reader
 from tests.processes import run, running, wait_until
-from tests.tee_worker.conftest import gpu_worker, save_random, tiny_llama
+from tests.tee_worker.conftest import gpu_worker
 from tests.tee_worker.test_failover import workers_of
+from tests.tiny_models import save_random, tiny_llama
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }};{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
 MESSAGES = [{"role": "user", "content": "Why is the sky blue?"}]
