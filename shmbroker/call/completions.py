@@ -206,7 +206,7 @@ class CompletionLoop:
                 release_waiter(wake)
                 return
 
-    def _drain(self) -> None:
+    def _drain_all(self) -> None:
         for source in self._sources:
             source.drain()
 
@@ -216,8 +216,8 @@ class CompletionLoop:
     def _set_sources(self, sources: list[Source]) -> None:
         self._sources = sources
         self._receivers = tuple([receiver for source in sources for receiver in source.receivers])
-        # With one source, as most clients have, its own look is all that is needed.
-        self._ready = sources[0].has_frames if len(sources) == 1 else self._any_ready
+        # With one source, as most clients have, its own look is all that is needed, and its own draining.
+        self._ready, self._drain = (sources[0].has_frames, sources[0].drain) if len(sources) == 1 else (self._any_ready, self._drain_all)
 
     def _check_peers(self) -> None:
         for source in self._sources:
