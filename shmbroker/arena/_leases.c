@@ -159,20 +159,19 @@ static void capsule_died(PyObject *capsule)
  *
  * The leases of one arena: tensor(), pop(), wait().
  *
- *   Before   It was made: its __init__ returned. `mapping` is a writable buffer, `from_dlpack` makes a tensor of a DLPack capsule, once. tensor: the
- *            block at `offset` is the caller's to lend, and what Room.form tells of fits into it.
+ *   Before   It was made: its __init__ returned. `mapping` is a writable buffer, `from_dlpack` makes a tensor of a DLPack capsule, once. tensor:
+ *            the block at `offset` is the caller's to lend, and what Room.form tells of fits into it.
  *   Who      Any thread that holds the interpreter lock. tensor() and pop() are serialised by the arena's lock; wait() is not, may be in several
  *            threads at once, and lets go of the interpreter lock. Tensors may die in any thread, with the interpreter lock or without it.
- *   After    The mapping stays exported, and so mapped, until this object and the last tensor over it are gone, whichever goes last. Every block that
- *            was lent comes out of pop() once, after its last tensor has died (A1), the longest dead first; those that are still lent when this
- *            object goes are let go of as they die.
- *            tensor: values as they were. pop: None where nothing has died. wait: returns when a lease has died since the last pop(), or when the time is
- *            over, or now and then before; who waits looks again.
+ *   After    The mapping stays exported, and so mapped, until this object and the last tensor over it are gone. Every block that
+ *            was lent comes out of pop() once, after its last tensor has died (A1), the longest dead first; those still lent when this object
+ *            goes are let go of as they die. pop: None where nothing has died. wait: returns when a lease has died since the last pop(), when
+ *            the time is over, and now and then before; who waits looks again.
  *   Failure  RuntimeError from a method of an object that was never made, or whose making failed, and from a second making; a making that fails
  *            leaves the object as it was, and may be tried again. tensor: ValueError for an offset that is no place in the mapping, TypeError for
  *            what is no offset or no room; then nothing was lent. Where from_dlpack raises, the block was lent, and comes out of pop() again.
- *            wait: ValueError for a negative time and for none (NaN), OverflowError for one beyond all clocks, TypeError for what is no time.
- *            No signal handler runs before it ends: who wants one to waits for a short while, again and again.
+ *            wait: ValueError for a negative time and for none (NaN), OverflowError for one beyond all clocks, TypeError for what is no
+ *            time. No signal handler runs before it ends: who wants one to waits for short whiles.
  */
 
 typedef struct {
@@ -324,12 +323,9 @@ static PyObject *leases_wait(Leases *self, PyObject *argument)
     double seconds = PyFloat_AsDouble(argument);
     if (seconds == -1.0 && PyErr_Occurred())
         return NULL;
-    if (seconds > LONGEST_WAIT_SECONDS || seconds < -LONGEST_WAIT_SECONDS) {
-        PyErr_SetString(PyExc_OverflowError, "so many seconds are beyond all clocks");
-        return NULL;
-    }
-    if (!(seconds >= 0)) {
-        PyErr_SetString(PyExc_ValueError, "seconds to wait are a number that is not negative");
+    if (!(seconds >= 0 && seconds <= LONGEST_WAIT_SECONDS)) {
+        bool beyond = seconds > LONGEST_WAIT_SECONDS || seconds < -LONGEST_WAIT_SECONDS;
+        PyErr_SetString(beyond ? PyExc_OverflowError : PyExc_ValueError, "seconds to wait are a number from 0 to what a clock can tell");
         return NULL;
     }
     Home *home = self->home;

@@ -195,7 +195,7 @@ class Broker:
         self._peers.join(sender, hello)
         if hello.segment:
             self._owners[hello.peer] = hello.process  # after a restart the broker learns it only so
-        return m.Welcome(self.instance, self._epoch, __version__)
+        return m.Welcome(self._epoch)
 
     def _on_heartbeat(self, sender: bytes, beat: m.AnyMessage) -> m.Message:
         assert isinstance(beat, m.Heartbeat)

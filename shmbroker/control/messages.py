@@ -99,9 +99,7 @@ class Hello(Message, frozen=True):
 class Welcome(Message, frozen=True):
     """Answer to Hello. ``epoch`` is another for another broker process."""
 
-    broker: str
     epoch: str
-    version: str
 
 
 class Heartbeat(Message, frozen=True):
@@ -271,7 +269,8 @@ class Bind(Message, frozen=True):
 class Bound(Message, frozen=True):
     """Answer to Bind. Without an ``out_spec`` of its own, the client asks for the outputs' shapes."""
 
-    op_id: Annotated[int, msgspec.Meta(ge=0, le=(1 << 32) - 1)]
+    op_id: Annotated[int, msgspec.Meta(ge=1, le=(1 << 32) - 1)]
+    """Not 0, which calls about kept tensors have."""
 
 
 class SpecInfo(msgspec.Struct, frozen=True):

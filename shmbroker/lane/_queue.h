@@ -3,8 +3,9 @@
  * The rules Q1..Q3 are told in queue.py, the fence D1 and the word D4 in doorbell.py; the layout is shmbroker.h.
  *
  * Contract of all functions here
- *   Before   The interpreter lock is held, but for is_ready. The part was made: its owner's methods ask is_made first. claim and commit are
- *            called in pairs, with nothing between them that could run Python code; so are is_ready and advance.
+ *   Before   The interpreter lock is held, but for is_ready. The part was made: its owner's methods ask is_made first. A slot that claim gave is
+ *            followed by one commit, with nothing between them that could run Python code, or by none: then nothing is published, and the
+ *            next claim gives the same slot. advance follows an is_ready that said so, once, likewise.
  *   Who      One thread at a time for each end.
  *   After    All memory that is touched lies in the mapping, whatever the other side has written into it: positions are counted here and not
  *            read back, and the one word of the other side that is read is clamped.

@@ -9,7 +9,7 @@ import stat
 import time
 
 from shmbroker.errors import SegmentError, SharedMemoryFull
-from shmbroker.memory import layout
+from shmbroker.memory import layout, names
 from shmbroker.memory.geometry import Geometry
 from shmbroker.memory.hold import Hold
 from shmbroker.memory.stores import VARIABLE, SegmentStore, store
@@ -176,7 +176,7 @@ def _reserve(fd: int, nbytes: int, where: SegmentStore) -> None:
 def read_header(name: str, fd: int) -> tuple[Geometry, str]:
     """Geometry and owner of the segment that ``fd`` is open on, every size checked. Nothing stays mapped: its client may cut the file short.
 
-    Raises :class:`SegmentError` when it is still being made, of another layout, or spoilt.
+    Raises :class:`SegmentError` when it is still being made, of another layout, spoilt, or of another instance than its name says.
     """
     found = os.fstat(fd)
     true_bytes = found.st_size
@@ -228,4 +228,10 @@ def read_header(name: str, fd: int) -> tuple[Geometry, str]:
     fits = geometry.total_bytes == true_bytes or (fixed and (geometry.total_bytes < true_bytes or not stat.S_ISREG(found.st_mode)))
     if told != expected or not fits:
         raise SegmentError(f"segment {name} has a spoilt header: sizes {told}, expected {expected} in {true_bytes} bytes")
+    named = names.parse(name.lstrip("/"))
+    if named is not None and header.instance != named.instance.encode():
+        raise SegmentError(
+            f"segment {name} was made for instance {header.instance.decode('ascii', 'replace')!r}: two brokers share a file for segments; give each "
+            f"another ${VARIABLE}"
+        )
     return geometry, header.owner.decode("ascii", "replace")

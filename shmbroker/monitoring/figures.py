@@ -91,6 +91,10 @@ class SegmentFigures:
 
     name: str
     owner: str
+    owner_pid: int
+    maker_pid: int
+    age_seconds: float
+    """Since it was made, by the wall clock."""
     geometry: Geometry
     arena: ArenaFigures
     open_channels: int
@@ -118,6 +122,9 @@ def read_figures(name: str, most_channels: int = 1024) -> SegmentFigures:
     return SegmentFigures(
         name=name,
         owner=owner,
+        owner_pid=page.owner_pid,
+        maker_pid=page.maker_pid,
+        age_seconds=_seconds_since(page.made_at_ns, time.time_ns()),
         geometry=geometry,
         arena=_arena(page.arena, geometry, now_ns),
         open_channels=len(opened),
@@ -175,9 +182,9 @@ def _arena(told: layout.ArenaStatistics, geometry: Geometry, now_ns: int) -> Are
     )
 
 
-def _seconds_since(published_ns: int, now_ns: int) -> float:
+def _seconds_since(then_ns: int, now_ns: int) -> float:
     """Whatever was written there: never less than 0."""
-    return max(0, now_ns - published_ns) / 1e9
+    return max(0, now_ns - then_ns) / 1e9
 
 
 def _channel(index: int, told: layout.ChannelStatistics, now_ns: int) -> ChannelFigures:

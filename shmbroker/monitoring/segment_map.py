@@ -38,7 +38,11 @@ def segment_of(seen: Observation, target: str) -> str:
 def as_text(figures: SegmentFigures) -> str:
     """For a terminal."""
     geometry, arena = figures.geometry, figures.arena
-    lines = [f"{figures.name}: {mib(geometry.total_bytes)}, client {figures.owner}", ""]
+    lines = [
+        f"{figures.name}: {mib(geometry.total_bytes)}, client {figures.owner}",
+        f"made {figures.age_seconds:.0f} s ago for process {figures.owner_pid} by process {figures.maker_pid}, the broker",
+        "",
+    ]
     for offset, nbytes, what in _parts(figures):
         lines.append(f"{offset:>14}  {nbytes:>14}  {what}")
     lines += ["", *draw_ring(arena, geometry.arena_offset, TEXT_WIDTH), ""]

@@ -152,7 +152,10 @@ def test_status_lists_workers_services_segments_and_channels(broker: shmbroker.L
         someone = status["clients"][0]  # type: ignore[index]
         assert someone["name"] == "someone"
         assert someone["segment_bytes"] > 1 << 20
+        assert 0 <= someone["silent_seconds"] <= someone["age_seconds"]
         assert someone["stats"]["arena"]["held_bytes"] >= held.nbytes
+        assert someone["stats"]["arena"]["total_bytes"] == 1 << 20
+        assert [c["socket_bytes"] > 0 for c in someone["stats"]["channels"]] == [False, True]
         assert [(c["lane"], c["doorbell"], c["control"]) for c in someone["stats"]["channels"]] == [
             ("shm", "poll", "ipc"),
             ("zmq", "socket", "ipc"),

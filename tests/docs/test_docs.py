@@ -12,6 +12,8 @@ import pytest
 
 import shmbroker
 from shmbroker.arena.spec import CODE_OF, NAME_OF
+from shmbroker.control import messages
+from shmbroker.lane.frame_layout import KEPT_OP
 from shmbroker.memory import layout
 from shmbroker.memory.cheader import declaration
 from tests.processes import check_is_small_and_light, run, running, wait_until
@@ -64,6 +66,16 @@ def test_the_layout_document_lists_every_dtype_and_status_code() -> None:
         assert f"| {NAME_OF[dtype]} | {int(code)} |" in text
     for status in layout.Status:
         assert re.search(rf"\| {status.name}[^|]* \| {status.value} \|", text)
+
+
+def test_the_layout_document_tells_the_op_id_of_calls_about_kept_tensors() -> None:
+    text = (ROOT / "docs" / "memory-layout.md").read_text()
+    assert f"\nA frame with op id {KEPT_OP} is about kept tensors themselves." in text
+    assert f"| `uint32_t op_id` | as given by bind, which counts from {KEPT_OP + 1}; {KEPT_OP}: about kept tensors, see below |" in text
+    assert f"\nA tensor with space {layout.Space.KEPT.value} lies in the worker's own memory" in text
+    with pytest.raises(ValueError, match="op_id"):
+        messages.read_body(messages.open_envelope(messages.encode(messages.Bound(KEPT_OP))))
+    assert messages.read_body(messages.open_envelope(messages.encode(messages.Bound(KEPT_OP + 1)))) == messages.Bound(KEPT_OP + 1)
 
 
 @pytest.mark.parametrize("program", ["shmbroker", "gpu_worker", "tee_worker"])

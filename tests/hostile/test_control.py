@@ -84,7 +84,7 @@ MESSAGES: list[m.Message] = [
     m.OpenDeviceArena(1, b"\0" * 64, 4096),
     m.Bind(1, "double", {"a": [1, "x", None, {"b": 2.5}]}),
     m.AskOutSpec(1, 1, (m.SpecInfo((1, 2), "float32"),), {"a": 1}),
-    m.Welcome("b", "e", "v"),
+    m.Welcome("e"),
     m.HeartbeatSeen("e", True),
     m.Made("/shmbroker.x"),
     m.Found((m.WorkerInfo(ME, "w", PROCESS, "ipc://x", "cpu"),), ("a",)),

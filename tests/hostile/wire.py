@@ -34,7 +34,7 @@ class Wire:
     def say(self, *parts: bytes) -> list[m.AnyMessage]:
         """Send something; returns the answers to it. A question by the rules is sent behind it: what came before its answer is all there is."""
         self._socket.send_multipart(parts)
-        self._socket.send(m.encode(m.Welcome("", "", ""), MARK))
+        self._socket.send(m.encode(m.Welcome(""), MARK))
         answers: list[m.AnyMessage] = []
         while True:
             assert self._socket.poll(ANSWER_MS), "no answer"

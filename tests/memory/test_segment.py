@@ -266,6 +266,16 @@ def test_a_spoilt_size_is_refused_and_nothing_is_kept_open(made: str, field: str
     Segment.attach(made, hold=True).close()
 
 
+def test_a_segment_of_another_instance_is_refused(made: str, instance: str) -> None:
+    """As in one file that two brokers make their segments in."""
+    with Path(path_of(made)).open("r+b") as file:
+        file.seek(SegmentHeader.instance.offset)
+        file.write(b"other\0")
+    for hold in (True, False):
+        with pytest.raises(SegmentError, match=f"segment {made} was made for instance 'other.*': two brokers share a file"):
+            Segment.attach(made, hold=hold)
+
+
 @pytest.mark.parametrize("nbytes", [layout.PAGE, SMALL.total_bytes - layout.PAGE, SMALL.total_bytes - 1, SMALL.total_bytes + layout.PAGE])
 def test_sizes_that_are_not_those_of_the_file_are_refused(made: str, nbytes: int) -> None:
     os.truncate(path_of(made), nbytes)

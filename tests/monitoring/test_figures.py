@@ -106,3 +106,14 @@ def test_a_writer_that_never_ends_is_not_waited_for(segment: Segment, monkeypatc
 def test_a_segment_that_is_gone_or_never_was_is_told(segment: Segment) -> None:
     with pytest.raises(SegmentError, match="cannot be opened"):
         read_figures(f"{segment.name}x")
+
+
+def test_a_header_tells_who_made_it_for_whom_and_when(segment: Segment) -> None:
+    figures = read_figures(segment.name)
+    assert (figures.owner, figures.owner_pid, figures.maker_pid) == ("test", os.getpid(), os.getpid())
+    assert 0 <= figures.age_seconds < 3600
+    made_at = layout.offset_of(layout.SegmentHeader, "made_at_ns") // 8
+    segment.words[made_at] = (1 << 64) - 1  # whoever has the segment may write there
+    assert read_figures(segment.name).age_seconds == 0
+    segment.words[made_at] = 0
+    assert read_figures(segment.name).age_seconds > 3600

@@ -121,6 +121,9 @@ def test_map_draws_text_and_svg(metered: Metered, caller: subprocess.Popen[bytes
     for target in ("caller", client["id"], str(client["pid"]), client["segment"], client["segment"].lstrip("/")):
         done = run(*COMMAND, "map", target)
         assert done.returncode == 0, done.stderr
+        assert re.search(
+            rf"^made \d+ s ago for process {caller.pid} by process {metered.process.pid}, the broker$", done.stdout, re.MULTILINE
+        )
         assert re.search(r"channel \d+: 'test' on worker [0-9a-f]{16}, shm/sem, \d+ calls", done.stdout)
         assert re.search(r"^ +\d+ +1048576  held for", done.stdout, re.MULTILINE)
     file = tmp_path / "map.svg"

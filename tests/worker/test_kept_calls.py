@@ -7,13 +7,15 @@ import torch
 
 from shmbroker.arena.spec import TensorSpec, contiguous_strides
 from shmbroker.errors import BadFrame
+from shmbroker.lane.frame_layout import KEPT_OP
 from shmbroker.lane.submission_reader import Descriptor, Form, Submission
-from shmbroker.memory.layout import Space
+from shmbroker.memory import layout
+from shmbroker.memory.layout import Space, Status
 from shmbroker.worker.kept_calls import about_kept, input_of, with_kept
 from shmbroker.worker.kept_tensors import KeptTensors
 from shmbroker.worker.mapped_segment import MappedSegment
 from shmbroker.worker.ops import OpDefinition
-from tests.worker.conftest import GEOMETRY, BareClient, double
+from tests.worker.conftest import GEOMETRY, BareClient, Serving, double
 
 LIMIT = 64
 DOUBLE = OpDefinition("double", double, lambda x: x).bind({}, {})
@@ -101,3 +103,57 @@ def test_more_than_may_be_kept_is_refused_before_anything_is_run(kept: KeptTenso
         with_kept(kept, mapped, call([place(GEOMETRY.arena_offset, 17)], [kept_at(1, 17)]), DOUBLE, {}, single=True)
     with pytest.raises(BadFrame, match="kept tensor 1 is on this channel already"):
         with_kept(kept, mapped, call([HERE], [kept_at(1), kept_at(1)]), DOUBLE, {}, single=True)
+
+
+# --- op id 0, as frames --------------------------------------------------------------------------------------------------------------------
+
+
+def frame_of(inputs: list[Descriptor], outputs: list[Descriptor]) -> bytes:
+    """Written by the published structures alone."""
+    frame = layout.SubmissionFrame()
+    frame.call_id, frame.op_id = 9, KEPT_OP
+    frame.input_count, frame.output_count = len(inputs), len(outputs)
+    for tensor, told in zip(frame.tensors, [*inputs, *outputs], strict=False):
+        spec = told.form.spec
+        tensor.offset, tensor.nbytes, tensor.dtype, tensor.ndim, tensor.space = (
+            told.offset,
+            spec.nbytes,
+            1,
+            len(spec.shape),
+            told.form.space,
+        )
+        tensor.shape[: len(spec.shape)], tensor.strides[: len(spec.shape)] = spec.shape, told.form.strides
+    return bytes(frame)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "status", "left"),
+    [
+        ([kept_at(1)], [HERE], Status.OK, {1, 2}),
+        ([kept_at(2), kept_at(1)], [HERE, place(GEOMETRY.arena_offset + 256)], Status.OK, {1, 2}),
+        ([kept_at(1)], [], Status.OK, {2}),
+        ([kept_at(1), kept_at(2), kept_at(1)], [], Status.OK, set()),
+        ([kept_at(99), kept_at(2)], [], Status.OK, {1}),
+        ([kept_at(1, 0)], [], Status.OK, {2}),
+        ([], [], Status.OK, {1, 2}),
+        ([kept_at(1), HERE], [], Status.BAD_FRAME, {1, 2}),
+        ([kept_at(1)], [kept_at(3)], Status.BAD_FRAME, {1, 2}),
+        ([kept_at(1)], [HERE, HERE], Status.BAD_FRAME, {1, 2}),
+        ([kept_at(99)], [HERE], Status.BAD_FRAME, {1, 2}),
+        ([kept_at(1, 3)], [place(GEOMETRY.arena_offset, 3)], Status.BAD_FRAME, {1, 2}),
+    ],
+)
+def test_a_frame_with_op_id_0_does_what_the_document_says(
+    serving: Serving, client: BareClient, inputs: list[Descriptor], outputs: list[Descriptor], status: Status, left: set[int]
+) -> None:
+    channel, _ = serving.open_shm(client)
+    channel.kept.add({1: torch.full((4,), 1.0), 2: torch.full((4,), 2.0)})
+    assert channel.run_frame(frame_of(inputs, outputs), True)[1] == Status.DRAINING
+    completion = channel.run_frame(frame_of(inputs, outputs), False)
+    assert isinstance(completion, tuple)
+    assert completion[:2] == (9, status), completion
+    there = [number for number in (1, 2) if channel.run_frame(frame_of([kept_at(number)], [HERE]), False)[1] == Status.OK]
+    assert set(there) == left
+    if status == Status.OK and outputs:
+        channel.run_frame(frame_of(inputs, outputs), False)
+        assert [float(channel.mapped.view(to)[0]) for to in outputs] == [float(told.offset) for told in inputs]
