@@ -11,6 +11,7 @@ from shmbroker.lane.frame_layout import (
     COMPUTE_WORD,
     QUEUED_WORD,
     STATUS_HALF,
+    STATUS_WORD,
     TEXT_WORD,
 )
 from shmbroker.lane.frames import Slot
@@ -41,6 +42,7 @@ def write_completion(slot: Slot, completion: CompletionFields) -> int:
     call_id, status, queued_ns, compute_ns, body = completion
     words = slot.words
     words[CALL_ID_WORD] = call_id
+    words[STATUS_WORD] = 0  # with what is reserved behind the status
     slot.halves[STATUS_HALF] = status
     words[QUEUED_WORD] = queued_ns
     words[COMPUTE_WORD] = compute_ns

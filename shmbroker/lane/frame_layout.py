@@ -35,6 +35,7 @@ CALL_ID_WORD = 1
 DEADLINE_WORD = layout.offset_of(layout.SubmissionFrame, "deadline_ns") // 8
 SUBMITTED_WORD = layout.offset_of(layout.SubmissionFrame, "submitted_ns") // 8
 FIRST_GENERATION_HALF = layout.offset_of(layout.SubmissionFrame, "generations") // 4
+STATUS_WORD = layout.offset_of(layout.CompletionFrame, "status") // 8
 STATUS_HALF = layout.offset_of(layout.CompletionFrame, "status") // 4
 TEXT_WORD = layout.offset_of(layout.CompletionFrame, "text_bytes") // 8
 QUEUED_WORD = layout.offset_of(layout.CompletionFrame, "queued_ns") // 8
