@@ -263,7 +263,7 @@ class HostileWorker:
             self.openings.append(request)
             return m.ChannelOpened(1, "shm", request.doorbell, self.bell, "", b"", ("anything",))
         if isinstance(request, m.Bind):
-            return m.Bound(1, True)
+            return m.Bound(1)
         if isinstance(request, m.AskOutSpec):
             return m.OutSpecs(request.inputs[:1], True)
         return m.Done()

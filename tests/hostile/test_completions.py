@@ -252,7 +252,7 @@ def test_random_completions_end_no_call_in_an_undocumented_way(op: RemoteOp, by_
             ended["error"] += 1
         else:
             ended["result"] += 1
-            assert (result.data_ptr() - channel.arena.address, result.tolist()) == (offset, [float(call_id)] * 4)
+            assert (result.data_ptr() - channel.memory.arena.address, result.tolist()) == (offset, [float(call_id)] * 4)
     assert min(ended.values()) > 10
 
 
