@@ -37,21 +37,19 @@ def process_of(pid: int) -> ProcessId:
 
 
 class Watch:
-    """Watches one process. ``fd`` becomes readable when it ends; -1 when the process cannot be watched from here."""
+    """Watches one process, for any thread that asks. ``fd`` becomes readable when it ends; -1 when the process cannot be watched from here."""
 
-    __slots__ = ("_dead", "_poll", "fd")
+    __slots__ = ("_dead", "fd")
 
     def __init__(self, process: ProcessId) -> None:
         self.fd = -1
         self._dead = False
-        self._poll = select.poll()
         if process.namespace != _namespace():
             return  # its pid means nothing here: left to the broker's heartbeats
         try:
             self.fd = os.pidfd_open(process.pid)
             if _start_time(process.pid) != process.start_time:
                 raise ProcessLookupError
-            self._poll.register(self.fd, select.POLLIN)
         except (ProcessLookupError, FileNotFoundError):
             self._dead = True
         except OSError:
@@ -59,8 +57,12 @@ class Watch:
 
     def alive(self) -> bool:
         """False once the process has ended; True while it lives or cannot be watched."""
-        if not self._dead and self.fd >= 0 and self._poll.poll(0):
-            self._dead = True
+        fd = self.fd
+        if not self._dead and fd >= 0:
+            poll = select.poll()  # one for each look: an object of this kind refuses a second thread
+            poll.register(fd, select.POLLIN)
+            if any(events & select.POLLIN for _, events in poll.poll(0)):
+                self._dead = True
         return not self._dead
 
     def close(self) -> None:
