@@ -78,10 +78,11 @@ def test_no_default_stands_a_second_time() -> None:
     """With other defaults in the settings, all commands have those."""
     words = f"""
 import json
+from shmbroker import settings
 from shmbroker.settings import schema
 other = dict(split="linear", dtype="bfloat16", threads=3, service="other", lane="zmq", doorbell="poll", failover=1.5, timeout=2.5, spin=7.0)
-schema.DEFAULTS = schema.Settings(**other)
-schema.OWN_DEFAULTS = {{f"tee-worker {{name}}": {{"arena": "enough"}} for name in {list(COMMANDS)}}}
+settings.DEFAULTS = schema.DEFAULTS = schema.Settings(**other)
+settings.OWN_DEFAULTS = schema.OWN_DEFAULTS = {{f"tee-worker {{name}}": {{"arena": "enough"}} for name in {list(COMMANDS)}}}
 from tee_worker.analytic import compare
 from tee_worker.cli import cli
 from tee_worker.prefill import prefill
