@@ -6,6 +6,7 @@ import contextlib
 import mmap
 import queue
 import weakref
+from collections import deque
 
 import numpy as np
 import torch
@@ -36,6 +37,8 @@ class WeakLeases:
         self._living: dict[int, _Lease] = {}
         """By offset of their block: a weak reference that is dead itself tells nothing."""
         self._dead: queue.SimpleQueue[_Lease] = queue.SimpleQueue()
+        self._met: deque[_Lease] = deque()
+        """Taken from the dead by who waited for one: older than all that are still there."""
         # SimpleQueue.put is reentrant and is called straight by the weak reference: that is A2.
         self._bury = self._dead.put
 
@@ -47,10 +50,10 @@ class WeakLeases:
 
     def pop(self) -> Extent | None:
         """A block whose last tensor has died, the longest dead first, or None."""
-        if self._dead.empty():
+        if not self._met and self._dead.empty():
             return None
         try:
-            lease = self._dead.get_nowait()
+            lease = self._met.popleft() if self._met else self._dead.get_nowait()
         except queue.Empty:
             return None
         if self._living.get(lease.block.offset) is lease:
@@ -59,8 +62,9 @@ class WeakLeases:
 
     def wait(self, seconds: float) -> None:
         """Wait until a lease dies, for so many seconds at most."""
-        with contextlib.suppress(queue.Empty):
-            self._dead.put(self._dead.get(timeout=seconds))
+        if not self._met:
+            with contextlib.suppress(queue.Empty):
+                self._met.append(self._dead.get(timeout=seconds))
 
 
 class PythonLeases(WeakLeases):

@@ -80,10 +80,14 @@ class QueuePair:
             self._last_call_id = call.call_id = call_id = self._last_call_id + 1
             call.submitted_ns = now = clock_ns()
             outstanding[call_id] = call  # before the frame is seen: the answer may be there in the same moment
-            if lane.submit(template, call_id, call.deadline_ns, now, offsets, generations):
-                return True
-            del outstanding[call_id]
-            return False
+            try:
+                written = lane.submit(template, call_id, call.deadline_ns, now, offsets, generations)
+            except Exception:  # an interrupt may come after the frame is seen: such a call stays outstanding
+                outstanding.pop(call_id, None)
+                raise
+            if not written:
+                del outstanding[call_id]
+            return written
         finally:
             lock.release()
 

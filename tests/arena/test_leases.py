@@ -17,8 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shmbroker.arena.arena import Arena, Room
+from shmbroker.arena.leases import leases_over
 from shmbroker.arena.python_leases import PythonLeases
 from shmbroker.arena.ring import RingAllocator
+from shmbroker.arena.room import room_for
 from shmbroker.arena.spec import CODE_OF, NUMPY_OF
 from shmbroker.errors import ArenaFull
 from shmbroker.memory import names
@@ -257,3 +259,15 @@ def test_threads_that_place_and_drop_amid_collections_never_share_a_block_and_ne
         thread.join()
     gc.collect()
     assert blocks_in(arena) == 0
+
+
+def test_blocks_come_back_the_longest_dead_first_also_when_somebody_waited_for_one(segment: Segment) -> None:
+    leases = leases_over(segment.map)
+    ring = RingAllocator(GEOMETRY.arena_offset, GEOMETRY.arena_bytes)
+    room = room_for((UNIT // 4,), torch.float32)
+    blocks = [ring.place(UNIT) for _ in range(3)]
+    tensors = [leases.tensor(room, block.offset, block) for block in blocks if block is not None]
+    while tensors:
+        del tensors[0]
+        leases.wait(STUCK_SECONDS)
+    assert [leases.pop() for _ in range(4)] == [*blocks, None]

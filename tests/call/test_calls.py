@@ -209,3 +209,28 @@ def test_a_tensor_that_torch_shows_with_another_sign_is_handed_over_as_shown(cha
     negated = torch.view_as_complex(client.empty((3, 2)).fill_(1.0)).conj().imag
     assert negated.is_neg()
     assert channel.bind("double")(negated).tolist() == [-2.0] * 3
+
+
+class _RefusingLane:
+    """A lane whose next frame cannot be written."""
+
+    def __init__(self, lane: object) -> None:
+        self._lane = lane
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._lane, name)
+
+    def submit(self, *_: object) -> bool:
+        raise OverflowError("does not fit")
+
+
+def test_a_call_whose_frame_cannot_be_written_is_not_outstanding(channel: Channel, monkeypatch: pytest.MonkeyPatch) -> None:
+    double = channel.bind("double")
+    x = channel.memory.empty((4,)).fill_(1.0)
+    with monkeypatch.context() as refused:
+        refused.setattr(channel.pair, "lane", _RefusingLane(channel.pair.lane))
+        for _ in range(3):
+            with pytest.raises(OverflowError):
+                double(x)
+    assert channel.pair.outstanding == 0
+    assert double(x).tolist() == [2.0] * 4
