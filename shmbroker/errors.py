@@ -5,6 +5,8 @@ Each message says what happened, with the figures, and what to do next.
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 
 class ShmBrokerError(Exception):
     """Base of all errors below: catch this to catch whatever shmbroker itself has to complain of."""
@@ -100,6 +102,21 @@ class CallTimeout(CallError, TimeoutError):
 
 class WorkerDraining(CallError):
     """The worker is shutting down and takes no new calls."""
+
+
+_Error = TypeVar("_Error", bound=BaseException)
+
+
+def anew(error: _Error) -> _Error:
+    """Another error of the same kind and words, to be raised in place of one that is kept.
+
+    An error that is raised keeps, through its traceback, all that its callers had in hand: raised a second time, that of both.
+    """
+    another = type(error).__new__(type(error), *error.args)
+    another.args = error.args
+    another.__dict__.update(error.__dict__)
+    another.__cause__ = error.__cause__
+    return another
 
 
 def text_of(error: BaseException) -> str:

@@ -5,6 +5,8 @@ A2  Releasing never takes a lock: it may happen at any moment, in any thread, in
 A3  A tensor that lies in a block is found again by its address, also through views of views, and is never copied (empty tensors have no
     address: they are placed anew, which costs nothing to copy).
 A4  When no block is free, placing waits for a release until its deadline, then names the oldest holders.
+A5  A block that a call names (it has the block's ``hold``) is not released before the call lets go, whatever becomes of its tensors: one that
+    is moved to other memory (``share_memory_()``, a multiprocessing queue) dies for its block while it lives on.
 
 How the death of a tensor is noticed is told in :mod:`shmbroker.arena.leases`.
 """
@@ -18,6 +20,7 @@ import heapq
 import threading
 import time
 from collections.abc import Iterator
+from sys import getrefcount
 from typing import NamedTuple
 
 import torch
@@ -37,6 +40,9 @@ RECHECK_SECONDS = 0.1
 
 OLDEST_SHOWN = 3
 
+Placed = tuple[torch.Tensor, Extent]
+"""A tensor in a fresh block, and the block."""
+
 IDLE_BLOCKS = 32
 """Dead blocks kept for the next ones of their sizes, before all go back to the ring: a layer's worth of tensors, twice."""
 
@@ -49,11 +55,16 @@ _REENTERED = (
 _CLOSED = "the client is closed: its arena places no more tensors"
 
 
+_nobodys = Extent(0, 0)
+_UNHELD = getrefcount(_nobodys.hold)
+"""What is counted for a block's ``hold`` that no call has."""
+
+
 class Location(NamedTuple):
-    """Where a tensor lies: offset of its first element in the segment, and the generation of the block around it."""
+    """Where a tensor lies: offset of its first element in the segment, and the block around it."""
 
     offset: int
-    generation: int
+    block: Extent
 
 
 class Picture(NamedTuple):
@@ -102,6 +113,8 @@ class Arena:
         self._idle: dict[int, list[Extent]] = {}
         """Blocks that have died and were not given back to the ring yet, by their size: the next of that size is placed in one step."""
         self._idle_count = 0
+        self._named: list[Extent] = []
+        """Blocks whose last tensor has died while a call names them."""
         self.waits = 0
         """How often a block had to be waited for."""
         self.full = 0
@@ -118,14 +131,14 @@ class Arena:
         """
         return self.place(room_for(shape, dtype), timeout)[0]
 
-    def place(self, room: Room, timeout: float = DEFAULT_PLACE_SECONDS, *, counted: bool = False) -> tuple[torch.Tensor, int, int]:
-        """A tensor in a fresh block, the block's offset in the segment, and its generation. Raises as :meth:`empty`.
+    def place(self, room: Room, timeout: float = DEFAULT_PLACE_SECONDS, *, counted: bool = False) -> Placed:
+        """A tensor in a fresh block, and the block. Raises as :meth:`empty`.
 
         ``counted``: the caller has waited before, and has counted that.
         """
         return self.place_now(room) or self._place_later(room, timeout, counted)
 
-    def place_now(self, room: Room) -> tuple[torch.Tensor, int, int] | None:
+    def place_now(self, room: Room) -> Placed | None:
         """:meth:`place` where there is room at this moment, else None."""
         with self._lock:
             if self._busy:
@@ -150,9 +163,9 @@ class Arena:
                 self._busy = False
         if room.as_bytes:
             tensor = tensor.view(room.dtype)
-        return tensor, offset, block.generation
+        return tensor, block
 
-    def _place_later(self, room: Room, timeout: float, counted: bool) -> tuple[torch.Tensor, int, int]:
+    def _place_later(self, room: Room, timeout: float, counted: bool) -> Placed:
         self.check_size(room)
         if not counted:
             self.count_wait()
@@ -211,7 +224,7 @@ class Arena:
         block = self.blocks.get(offset - int(tensor.storage_offset()) * tensor.element_size())
         if block is None:
             block = self._around(offset)
-        return None if block is None else Location(offset, block.generation)
+        return None if block is None else Location(offset, block)
 
     def _around(self, offset: int) -> Extent | None:
         with self._alone():
@@ -241,6 +254,8 @@ class Arena:
         idle = self._idle
         while (block := leases.pop()) is not None:
             self._lay_by(block)
+        if self._named:
+            self._lay_by_named()
         fitting = idle.get(nbytes)
         if fitting:
             self._idle_count -= 1
@@ -252,7 +267,10 @@ class Arena:
         return None
 
     def _lay_by(self, block: Extent) -> None:
-        """Keep a block that has died for the next of its size."""
+        """Keep a block that has died for the next of its size, unless a call names it still."""
+        if getrefcount(block.hold) != _UNHELD:
+            self._named.append(block)
+            return
         same = self._idle.get(block.nbytes)
         if same is None:
             self._idle[block.nbytes] = [block]
@@ -260,10 +278,17 @@ class Arena:
             same.append(block)
         self._idle_count += 1
 
+    def _lay_by_named(self) -> None:
+        """Look again for those that no call names any more."""
+        named, self._named = self._named, []
+        for block in named:
+            self._lay_by(block)
+
     def _settle(self, leases: Leases) -> None:
-        """Give the ring back all that has died."""
+        """Give the ring back all that has died, and that no call names."""
         while (block := leases.pop()) is not None:
-            self._release(block)
+            self._lay_by(block)
+        self._lay_by_named()
         for blocks in self._idle.values():
             for block in blocks:
                 self._release(block)

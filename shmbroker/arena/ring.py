@@ -24,12 +24,14 @@ _clock = time.monotonic
 class Extent:
     """A run of bytes, free or held; a held one is a block. Linked to its neighbours in order of address."""
 
-    __slots__ = ("after", "before", "generation", "held", "nbytes", "offset", "placed_at")
+    __slots__ = ("after", "before", "generation", "held", "hold", "nbytes", "offset", "placed_at")
 
     def __init__(self, offset: int, nbytes: int) -> None:
         self.offset = offset
         self.nbytes = nbytes
         self.held = False
+        self.hold = object()
+        """Calls that name the block keep a reference to this: as long as any does, the block is theirs (A5)."""
         self.generation = 0
         self.placed_at = 0.0
         self.before: Extent | None = None

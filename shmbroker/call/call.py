@@ -9,10 +9,11 @@ from collections.abc import Sequence
 import torch
 
 from shmbroker.call.completions import Settling, release_waiter
+from shmbroker.call.plain_tensors import refuse_gradient
 from shmbroker.call.plan import Plan
 from shmbroker.call.state import DONE, EXPIRED, OUTSTANDING, CallState
 from shmbroker.call.statistics import OpStatistics
-from shmbroker.errors import BadFrame, CallError, CallTimeout, RemoteOpError, ShmBrokerError, WorkerDraining
+from shmbroker.errors import BadFrame, BadInput, CallError, CallTimeout, RemoteOpError, ShmBrokerError, WorkerDraining, anew
 from shmbroker.lane.completion_frames import Completion, CompletionFields
 from shmbroker.memory.layout import Status
 
@@ -23,7 +24,7 @@ clock_ns = time.monotonic_ns
 
 
 class Call:
-    """One call from submission to completion. It holds inputs and outputs, so their blocks cannot be placed anew meanwhile."""
+    """One call from submission to completion. It has the holds of the blocks that its frame names, so none is placed anew meanwhile (A5)."""
 
     __slots__ = (
         "begun_ns",
@@ -33,6 +34,7 @@ class Call:
         "deadline_ns",
         "error",
         "future",
+        "holds",
         "inputs",
         "outputs",
         "plan",
@@ -55,13 +57,15 @@ class Call:
         outputs: Sequence[torch.Tensor],
         begun_ns: int,
         deadline_ns: int,
+        holds: Sequence[object],
     ) -> None:
-        """Times in nanoseconds of CLOCK_MONOTONIC; ``deadline_ns`` 0 for none."""
+        """Times in nanoseconds of CLOCK_MONOTONIC; ``deadline_ns`` 0 for none. ``holds``: of the blocks that the frame names."""
         self.plan = plan
         self.inputs = inputs
         self.outputs = outputs
         self.begun_ns = begun_ns
         self.deadline_ns = deadline_ns
+        self.holds = holds
         self.call_id = 0
         self.state: CallState = OUTSTANDING
         self.copied_bytes = 0
@@ -98,7 +102,7 @@ class Call:
             statistics.copied_bytes += self.copied_bytes
             statistics.copy_ns += self.copy_ns
             statistics.build_ns -= self.copy_ns
-        self.inputs = ()  # the worker is done with them: nobody need hold their blocks for this call
+        self.inputs = self.holds = ()  # the worker is done with them: nobody need hold their blocks for this call
         self.state = DONE
         if self.wake is not None or self.future is not None:
             self._tell()
@@ -117,7 +121,7 @@ class Call:
         if self.state is not EXPIRED:
             self.error = error
             self.plan.statistics.errors += 1
-        self.inputs = ()
+        self.inputs = self.holds = ()
         self.state = DONE
         self._tell()
 
@@ -131,7 +135,7 @@ class Call:
     def result(self) -> Result:
         """The outputs of a call that is done, or its error raised."""
         if self.error is not None:
-            raise self.error
+            raise anew(self.error)
         return self.outputs[0] if self.plan.single else tuple(self.outputs)
 
     def timeout_error(self) -> CallTimeout:
@@ -158,3 +162,38 @@ class Call:
                 f"op {name!r}, call {self.call_id}: worker {peer!r} is shutting down and did not run it; call another worker"
             )
         return CallError(f"op {name!r}, call {self.call_id}: worker {peer!r} answered with unknown status {completion.status}")
+
+
+class ReplayedCall(Call):
+    """Another call of a captured one: the same tensors, blocks and frame. ``places``: of the outputs, as :func:`places_of` told them at the capture."""
+
+    __slots__ = ("places",)
+
+    def __init__(self, like: Call, begun_ns: int, deadline_ns: int, places: list[int]) -> None:
+        super().__init__(like.plan, like.inputs, like.outputs, begun_ns, deadline_ns, like.holds)
+        self.places = places
+
+    def result(self) -> Result:
+        """As :meth:`Call.result`. Raises :class:`BadInput` when an output does not lie any more where the worker has written it."""
+        if self.error is None and places_of(self.outputs) != self.places:
+            check_places(f"op {self.statistics.name!r}: captured output", self.outputs, self.places)
+        return super().result()
+
+
+def places_of(tensors: Sequence[torch.Tensor]) -> list[int]:
+    """Addresses of captured tensors; another value for one that requires grad."""
+    return [-1 if tensor.requires_grad else tensor.data_ptr() for tensor in tensors]
+
+
+def check_places(what: str, tensors: Sequence[torch.Tensor], places: list[int]) -> None:
+    """Raise :class:`BadInput` when one of ``tensors`` does not lie where it lay when it was captured, or would want a gradient.
+
+    ``places``: the addresses of then. ``what`` names the tensors.
+    """
+    for index, (tensor, place) in enumerate(zip(tensors, places, strict=True)):
+        if tensor.data_ptr() != place:
+            raise BadInput(
+                f"{what} {index} does not lie where it lay when it was captured (share_memory_(), a multiprocessing queue or set_() gives a tensor "
+                "other memory): capture anew, and hand clone() of a tensor to others"
+            )
+        refuse_gradient(f"{what} {index}", tensor)

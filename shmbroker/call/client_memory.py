@@ -9,6 +9,7 @@ import torch
 from shmbroker.arena.arena import Arena
 from shmbroker.arena.cuda_runtime import Cuda, CudaRuntime
 from shmbroker.arena.device_arena import DeviceArena
+from shmbroker.call.plain_tensors import refuse_gradient, refuse_wrapped
 from shmbroker.errors import BadInput, ChannelError
 from shmbroker.memory import layout
 from shmbroker.memory.segment import Segment
@@ -58,7 +59,10 @@ class ClientMemory:
     def copy_in(self, tensor: Any) -> torch.Tensor:
         """As :meth:`Client.copy_in`."""
         self._check_open()
-        return self.arena.copy_in(as_tensor(tensor), self.place_timeout)
+        outside = as_tensor(tensor)
+        refuse_gradient("copy_in: the tensor", outside)
+        refuse_wrapped("copy_in: the tensor", outside)
+        return self.arena.copy_in(outside, self.place_timeout)
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """As :meth:`Client.holds`."""

@@ -107,7 +107,7 @@ class KeptBooks:
             spaces = [layout.Space.KEPT] * len(numbers)
             plan = Plan(pair, self._statistics, KEPT_OP, nothing, Outputs((), False), b"", spaces)
             try:
-                sent = pair.try_submit(Call(plan, (), (), clock_ns(), 0), plan.template, numbers, [1] * len(numbers))
+                sent = pair.try_submit(Call(plan, (), (), clock_ns(), 0, ()), plan.template, numbers, [1] * len(numbers))
             except ShmBrokerError:
                 return  # the worker is lost, and what it kept with it
             if not sent:

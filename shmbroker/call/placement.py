@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from shmbroker.arena.arena import Location
+from shmbroker.arena.arena import Location, Placed
 from shmbroker.arena.room import Room
 from shmbroker.call.client_memory import ClientMemory
 from shmbroker.call.kept import KeptBooks
@@ -36,8 +36,8 @@ class Placement:
         self._device_opened: bool | None = None
         """Whether the worker has opened the client's device arena; None until it was asked."""
 
-    def place(self, room: Room, timeout: float | None) -> tuple[torch.Tensor, int, int]:
-        """A fresh block as a tensor, its offset and generation. While the arena is full, completions are taken, since they may free blocks."""
+    def place(self, room: Room, timeout: float | None) -> Placed:
+        """A tensor in a fresh block, and the block. While the arena is full, completions are taken, since they may free blocks."""
         arena = self.arena
         limit = self._limit(timeout)
         arena.check_size(room)
@@ -55,7 +55,9 @@ class Placement:
                 arena.count_wait()
             self._pair.completions.wait_any(left)
 
-    def place_elsewhere(self, plan: Plan, timeout: float | None, outputs: list[Any], offsets: list[int], generations: list[int]) -> None:
+    def place_elsewhere(
+        self, plan: Plan, timeout: float | None, outputs: list[Any], offsets: list[int], generations: list[int], holds: list[object]
+    ) -> None:
         """Room for the outputs of a call that has them kept on the worker, or in the client's device arena."""
         if plan.output_space == layout.Space.KEPT:
             for spec in plan.specs:
@@ -68,10 +70,11 @@ class Placement:
         assert arena is not None
         limit = self._limit(timeout)
         for room in plan.rooms:
-            output, offset, generation = arena.place(room, limit)
+            output, block = arena.place(room, limit)
             outputs.append(output)
-            offsets.append(offset)
-            generations.append(generation)
+            offsets.append(block.offset)
+            generations.append(block.generation)
+            holds.append(block.hold)
 
     def find_on_device(self, tensor: torch.Tensor) -> Location | None:
         """Where ``tensor`` lies in the client's device arena, once the worker has opened it; else None, and the tensor is copied."""

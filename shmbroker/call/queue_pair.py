@@ -18,7 +18,7 @@ from shmbroker.call.completions import CompletionLoop, Waitable
 from shmbroker.call.statistics import no_calls
 from shmbroker.control import messages as m
 from shmbroker.control.liveness import Watch
-from shmbroker.errors import CallTimeout, ShmBrokerError, WorkerLost
+from shmbroker.errors import CallTimeout, ShmBrokerError, WorkerLost, anew
 from shmbroker.lane.doorbell import RECHECK_SECONDS
 from shmbroker.lane.frames import FrameTemplate
 from shmbroker.lane.shm_lane import ShmClientLane
@@ -50,6 +50,7 @@ class QueuePair:
         self._last_call_id = 0
         self._unknown_completions = 0
         self._lost: ShmBrokerError | None = None
+        """Why no call is taken any more: in these words, by an error of its own for each."""
         self._due: Sized = ()
         self._do_due: Callable[[], None] = _nothing
         completions.add(self)
@@ -72,7 +73,7 @@ class QueuePair:
         lock.acquire()
         try:
             if self._lost is not None:
-                raise self._lost
+                raise anew(self._lost)
             outstanding = self._outstanding
             lane = self.lane
             if len(outstanding) >= lane.depth:
@@ -182,12 +183,12 @@ class QueuePair:
         """Why no call will be answered any more; None while the worker lives."""
         if self._lost is None and not self._watch.alive():
             self.completions.alone(self.check_peer)
-        return self._lost
+        return self._lost and anew(self._lost)
 
     def check_open(self) -> None:
         """Raise what :meth:`loss` has found before. Nothing is looked at."""
         if self._lost is not None:
-            raise self._lost
+            raise anew(self._lost)
 
     def peer_text(self) -> str:
         """The worker, for messages."""

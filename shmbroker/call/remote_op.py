@@ -11,11 +11,12 @@ import torch
 
 from shmbroker.arena.room import room_for
 from shmbroker.arena.spec import TensorSpec, spec_of
-from shmbroker.call.call import Call, Result, clock_ns
+from shmbroker.call.call import Call, ReplayedCall, Result, check_places, clock_ns, places_of
 from shmbroker.call.client_memory import as_tensor
 from shmbroker.call.future import CallFuture
 from shmbroker.call.kept import Kept
 from shmbroker.call.placement import Placement
+from shmbroker.call.plain_tensors import levels, refuse_gradient, refuse_tangents, refuse_wrapped
 from shmbroker.call.plan import Plan
 from shmbroker.call.queue_pair import QueuePair
 from shmbroker.call.state import DONE
@@ -128,12 +129,18 @@ class RemoteOp:
     def _prepare(
         self, inputs: tuple[Any, ...], timeout: float | None, arguments: dict[str, Any], output_space: int = Space.SEGMENT
     ) -> tuple[Call, list[int], list[int]]:
-        """Place whatever has no place yet. The hot path: its steps and their cost are in docs/performance.md."""
+        """Place whatever has no place yet. The hot path: its steps and their cost are in docs/performance.md.
+
+        From the moment that a block is found, its hold is the call's: whatever becomes of the tensor, the block stays the call's.
+        """
         begun_ns = clock_ns()
+        if levels._current_level >= 0:
+            refuse_tangents(f"op {self.name!r}: input", inputs)
         arena = self._arena
         blocks, address = arena.blocks, arena.address
         offsets: list[int] = []
         generations: list[int] = []
+        holds: list[object] = []
         copied: list[int] = []
         spaces: list[int] = []
         placed: list[torch.Tensor] | tuple[torch.Tensor, ...] = inputs
@@ -143,12 +150,13 @@ class RemoteOp:
             except (AttributeError, RuntimeError):
                 offset = -1  # no tensor, or one without a place in memory
             block = blocks.get(offset)
-            if block is not None and not tensor.is_neg():
+            if block is not None and not tensor.requires_grad and not tensor.is_neg():
+                holds.append(block.hold)
                 generations.append(block.generation)
             else:
                 if isinstance(placed, tuple):
                     placed = list(inputs)
-                placed[index], offset, generation, space = self._bring_in(tensor, timeout, copied)
+                placed[index], offset, generation, space = self._bring_in(index, tensor, timeout, copied, holds)
                 generations.append(generation)
                 if space:
                     spaces = spaces or [Space.SEGMENT] * len(inputs)
@@ -162,41 +170,47 @@ class RemoteOp:
         self._pair.nudge()
         outputs: list[Any] = []
         if plan.output_space:
-            self._placement.place_elsewhere(plan, timeout, outputs, offsets, generations)
+            self._placement.place_elsewhere(plan, timeout, outputs, offsets, generations, holds)
         for room in plan.rooms if not plan.output_space else ():
-            output, offset, generation = arena.place_now(room) or self._placement.place(room, timeout)
+            output, block = arena.place_now(room) or self._placement.place(room, timeout)
             outputs.append(output)
-            offsets.append(offset)
-            generations.append(generation)
-        call = Call(plan, placed, outputs, begun_ns, self._deadline(begun_ns, timeout))
+            offsets.append(block.offset)
+            generations.append(block.generation)
+            holds.append(block.hold)
+        call = Call(plan, placed, outputs, begun_ns, self._deadline(begun_ns, timeout), holds)
         if copied:
             call.copied_bytes, call.copy_ns = sum(copied[::2]), sum(copied[1::2])
         if plan.before is not None:
             plan.before()
         return call, offsets, generations
 
-    def _bring_in(self, tensor: Any, timeout: float | None, copied: list[int]) -> tuple[Any, int, int, int]:
-        """A tensor that does not begin where a block does, as it goes into the frame, with offset, generation and space.
+    def _bring_in(
+        self, index: int, tensor: Any, timeout: float | None, copied: list[int], holds: list[object]
+    ) -> tuple[Any, int, int, int]:
+        """Input ``index``, which does not simply begin where a block does, as it goes into the frame, with offset, generation and space.
 
-        A view inside a block goes as it is, and so does what lies in another space; any other as a copy, noted in ``copied``.
+        A view inside a block goes as it is, and so does what lies in another space; any other as a copy, noted in ``copied``. The hold of its
+        block is added to ``holds``.
         """
         if isinstance(tensor, Kept):
             return tensor, tensor.number_in(self._placement.kept), 1, Space.KEPT
         if not isinstance(tensor, torch.Tensor):
             tensor = as_tensor(tensor)
-        location = self._arena.find(tensor)
+        what = f"op {self.name!r}: input {index}"
+        refuse_gradient(what, tensor)
+        location, space = self._arena.find(tensor), Space.SEGMENT
+        if location is None:
+            location, space = self._placement.find_on_device(tensor), Space.DEVICE
         if location is not None:
-            return tensor, location.offset, location.generation, Space.SEGMENT
-        location = self._placement.find_on_device(tensor)
-        if location is not None:
-            return tensor, location.offset, location.generation, Space.DEVICE
-        if tensor.is_meta or tensor.layout is not torch.strided:
-            raise BadInput(f"op {self.name!r}: a {tensor.layout} tensor on {tensor.device} has no bytes to hand over")
+            holds.append(location.block.hold)
+            return tensor, location.offset, location.block.generation, space
+        refuse_wrapped(what, tensor)
         begun_ns = clock_ns()
-        inside, offset, generation = self._placement.place(room_for(tensor.shape, tensor.dtype), timeout)
+        inside, block = self._placement.place(room_for(tensor.shape, tensor.dtype), timeout)
+        holds.append(block.hold)
         inside.copy_(tensor.detach() if tensor.requires_grad else tensor)
         copied += (tensor.nbytes, clock_ns() - begun_ns)
-        return inside, offset, generation, Space.SEGMENT
+        return inside, block.offset, block.generation, Space.SEGMENT
 
     def _plan(self, inputs: Sequence[torch.Tensor], arguments: dict[str, Any], spaces: Sequence[int] = (), output_space: int = 0) -> Plan:
         packed = b""
@@ -232,11 +246,11 @@ class RemoteOp:
             self._plans[key] = plan
         return plan
 
-    def resubmit(self, like: Call, offsets: list[int], generations: list[int], timeout: Timeout) -> Call:
-        """For :class:`CapturedCall`: another call with the same tensors, plan and places."""
+    def resubmit(self, like: Call, offsets: list[int], generations: list[int], places: list[int], timeout: Timeout) -> Call:
+        """For :class:`CapturedCall`: another call with the same tensors, plan and places; ``places``: addresses of the outputs."""
         seconds = self._default_timeout if timeout is _UNSET else timeout
         begun_ns = clock_ns()
-        call = Call(like.plan, like.inputs, like.outputs, begun_ns, self._deadline(begun_ns, seconds))
+        call = ReplayedCall(like, begun_ns, self._deadline(begun_ns, seconds), places)
         if like.plan.before is not None:
             like.plan.before()
         self._pair.submit(call, like.plan.template, offsets, generations)
@@ -278,10 +292,12 @@ def _signature(tensors: Sequence[torch.Tensor]) -> object:
 class CapturedCall:
     """Made by :meth:`RemoteOp.capture`: blocks placed, frame packed. Write into ``inputs`` in place, then :meth:`replay`.
 
-    ``inputs`` and ``outputs`` are tuples of tensors in the arena; every replay reads and overwrites the same ones.
+    ``inputs`` and ``outputs`` are tuples of tensors in the arena; every replay reads and overwrites the same ones. Their blocks are the capture's until
+    it dies. Once one of the tensors lies elsewhere (``share_memory_()``, a multiprocessing queue and ``set_()`` give a tensor other memory), replaying
+    raises :class:`BadInput`.
     """
 
-    __slots__ = ("_call", "_generations", "_offsets", "_op", "inputs", "outputs")
+    __slots__ = ("_call", "_generations", "_handed", "_offsets", "_op", "_places", "_written", "inputs", "outputs")
 
     def __init__(self, op: RemoteOp, call: Call, offsets: list[int], generations: list[int]) -> None:
         self._op = op
@@ -290,11 +306,20 @@ class CapturedCall:
         self._generations = generations
         self.inputs = tuple(call.inputs)
         self.outputs = tuple(call.outputs)
+        self._handed = tuple(one for one in self.inputs if isinstance(one, torch.Tensor))
+        """Inputs that are no kept tensors."""
+        self._places = places_of(self._handed)
+        self._written = places_of(self.outputs)
 
     def replay(self, *, timeout: Timeout = _UNSET) -> Any:
         """Call again and wait: the output tensor, or a tuple of them. Raises as :meth:`RemoteOp.__call__`."""
-        return self._op.wait(self._op.resubmit(self._call, self._offsets, self._generations, timeout))
+        return self._op.wait(self._again(timeout))
 
     def submit(self, *, timeout: Timeout = _UNSET) -> CallFuture:
         """Call again without waiting. The same blocks are used by every replay: wait for one before the next."""
-        return self._op.future_of(self._op.resubmit(self._call, self._offsets, self._generations, timeout))
+        return self._op.future_of(self._again(timeout))
+
+    def _again(self, timeout: Timeout) -> Call:
+        if places_of(self._handed) != self._places:
+            check_places(f"op {self._op.name!r}: captured input", self._handed, self._places)
+        return self._op.resubmit(self._call, self._offsets, self._generations, self._written, timeout)

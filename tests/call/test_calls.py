@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import shmbroker
-from shmbroker import TensorSpec
+from shmbroker import BadInput, TensorSpec
 from shmbroker.arena.spec import DTYPE_NAMED
 from shmbroker.client.channel import Channel
 
@@ -184,8 +185,54 @@ def test_what_no_frame_can_carry_is_told_before_anything_is_sent(channel: Channe
     assert channel.outstanding == 0
 
 
-def test_a_tensor_that_requires_grad_can_be_handed_over(channel: Channel) -> None:
-    assert channel.bind("double")(torch.ones(2, requires_grad=True)).tolist() == [2.0, 2.0]
+def test_a_tensor_that_requires_grad_can_be_handed_over_where_no_gradient_is_recorded(channel: Channel) -> None:
+    double = channel.bind("double")
+    with torch.no_grad():
+        assert double(torch.ones(2, requires_grad=True)).tolist() == [2.0, 2.0]
+    with torch.inference_mode():
+        assert double(torch.ones(2, requires_grad=True)).tolist() == [2.0, 2.0]
+    assert double(torch.ones(2, requires_grad=True).detach()).tolist() == [2.0, 2.0]
+
+
+INPUTS_OF_A_GRADIENT: dict[str, Callable[[Channel], torch.Tensor]] = {
+    "outside": lambda channel: torch.ones(2, requires_grad=True),
+    "computed": lambda channel: torch.ones(2, requires_grad=True) * 3,
+    "in the arena": lambda channel: channel.memory.empty((2,)).fill_(1).requires_grad_(),
+    "a view in the arena": lambda channel: channel.memory.empty((4,)).fill_(1).requires_grad_()[2:],
+    "written to the arena": lambda channel: channel.memory.empty((2,)).copy_(torch.ones(2, requires_grad=True)),
+    "a parameter": lambda channel: torch.nn.Parameter(torch.ones(2)),
+}
+
+
+@pytest.mark.parametrize("made", INPUTS_OF_A_GRADIENT.values(), ids=INPUTS_OF_A_GRADIENT.keys())
+def test_an_input_whose_gradient_would_be_lost_is_refused_with_the_way_out(
+    channel: Channel, made: Callable[[Channel], torch.Tensor]
+) -> None:
+    add = channel.bind("double")
+    x = made(channel)
+    for call in (add, add.submit, add.keep, add.capture):
+        with pytest.raises(BadInput, match=r"op 'double': input 0 requires grad, .* torch\.no_grad\(\), .* detach\(\)"):
+            call(x)
+    assert channel.pair.outstanding == 0
+
+
+def test_a_captured_input_that_comes_to_want_a_gradient_is_refused(channel: Channel) -> None:
+    x = channel.memory.empty((2,)).fill_(1.0)
+    step = channel.bind("double").capture(x)
+    x.requires_grad_()
+    with pytest.raises(BadInput, match="captured input 0 requires grad"):
+        step.replay()
+    with torch.no_grad():
+        assert step.replay().tolist() == [2.0, 2.0]
+
+
+def test_a_copy_whose_gradient_would_be_lost_is_refused(client: shmbroker.Client) -> None:
+    weight = torch.ones(3, requires_grad=True)
+    with pytest.raises(BadInput, match=r"copy_in: the tensor requires grad, .* torch\.no_grad\(\)"):
+        client.copy_in(weight)
+    with torch.no_grad():
+        assert not client.copy_in(weight).requires_grad
+    assert client.arena.occupancy().blocks == 0
 
 
 def test_an_arena_full_of_held_tensors_says_so(channel: Channel, client: shmbroker.Client) -> None:

@@ -161,7 +161,7 @@ def test_hostile_frames_about_kept_tensors_are_refused_and_the_worker_lives(
     )
     for index, number in enumerate(numbers):
         offsets[index] = kept.number if number is None else number
-    call = Call(plan, (), (), clock_ns(), 0)
+    call = Call(plan, (), (), clock_ns(), 0, ())
     channel.pair.submit(call, plan.template, offsets, generations)
     with pytest.raises(shmbroker.BadFrame, match=complaint):
         double.wait(call)
