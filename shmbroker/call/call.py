@@ -13,6 +13,7 @@ from shmbroker.call.plain_tensors import refuse_gradient
 from shmbroker.call.plan import Plan
 from shmbroker.call.state import DONE, EXPIRED, OUTSTANDING, CallState
 from shmbroker.call.statistics import OpStatistics
+from shmbroker.call.write_back import Back, copy_back
 from shmbroker.errors import BadFrame, BadInput, CallError, CallTimeout, RemoteOpError, ShmBrokerError, WorkerDraining, anew
 from shmbroker.lane.completion_frames import Completion, CompletionFields
 from shmbroker.memory.layout import Status
@@ -27,6 +28,7 @@ class Call:
     """One call from submission to completion. It has the holds of the blocks that its frame names, so none is placed anew meanwhile (A5)."""
 
     __slots__ = (
+        "back",
         "begun_ns",
         "call_id",
         "copied_bytes",
@@ -43,6 +45,8 @@ class Call:
         "wake",
     )
 
+    back: Back
+    """Set where inputs were copied, as are ``copied_bytes`` and ``copy_ns``."""
     call_id: int
     copy_ns: int
     submitted_ns: int
@@ -102,10 +106,18 @@ class Call:
             statistics.copied_bytes += self.copied_bytes
             statistics.copy_ns += self.copy_ns
             statistics.build_ns -= self.copy_ns
+            if self.back and self.error is None:
+                self._copy_back()
         self.inputs = self.holds = ()  # the worker is done with them: nobody need hold their blocks for this call
         self.state = DONE
         if self.wake is not None or self.future is not None:
             self._tell()
+
+    def _copy_back(self) -> None:
+        try:
+            copy_back(self.back)
+        except RuntimeError as error:  # a caller's tensor that was changed in the meantime
+            self.error = BadInput(f"op {self.statistics.name!r} was run, and what it wrote cannot be copied back to its inputs: {error}")
 
     def expire(self) -> None:
         """The deadline has passed. The call stays outstanding, and so holds its blocks, until the worker answers it or dies."""

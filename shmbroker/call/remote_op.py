@@ -21,6 +21,7 @@ from shmbroker.call.plan import Plan
 from shmbroker.call.queue_pair import QueuePair
 from shmbroker.call.state import DONE
 from shmbroker.call.statistics import OpStatistics
+from shmbroker.call.write_back import back_to
 from shmbroker.errors import BadInput
 from shmbroker.lane.outputs import Outputs
 from shmbroker.memory.layout import Space
@@ -48,11 +49,24 @@ class RemoteOp:
     """Made by :meth:`Channel.bind`. Takes torch tensors (or NumPy arrays) of any carried dtype, up to 8 dimensions, strided or not.
 
     A tensor that lies in the client's arena is not copied; any other is copied once. Outputs lie in the arena and are never copied; their
-    blocks are free again when the last view of them dies. Keyword arguments other than ``timeout`` go to the op, in the frame (128 bytes of
+    blocks are free again when the last view of them dies. What an op that works in place writes into an input is there when the call is done, wherever
+    the tensor lies; a captured one's stays in its ``inputs``. Keyword arguments other than ``timeout`` go to the op, in the frame (128 bytes of
     msgpack at most). Thread-safe.
     """
 
-    __slots__ = ("_arena", "_default_timeout", "_outputs", "_pair", "_placement", "_plans", "_statistics", "_timeout", "name", "op_id")
+    __slots__ = (
+        "_arena",
+        "_default_timeout",
+        "_outputs",
+        "_pair",
+        "_placement",
+        "_plans",
+        "_statistics",
+        "_timeout",
+        "in_place",
+        "name",
+        "op_id",
+    )
 
     def __init__(
         self,
@@ -63,8 +77,9 @@ class RemoteOp:
         op_id: int,
         outputs: OutputsOf,
         statistics: OpStatistics,
+        in_place: bool = False,
     ) -> None:
-        """``default_timeout``: seconds that a call may take which gives none of its own; None for no limit."""
+        """``default_timeout``: seconds that a call may take which gives none of its own; None for no limit. ``in_place``: the op writes into inputs."""
         self.name = name
         self._pair = pair
         self._placement = placement
@@ -74,6 +89,8 @@ class RemoteOp:
         """Its number on the channel."""
         self._outputs = outputs
         self._statistics = statistics
+        self.in_place = in_place
+        """Whether the op writes into its inputs."""
         self._plans: dict[object, Plan] = {}
         self._timeout: tuple[float | None, int] = None, 0
         """The last one with its nanoseconds: it is the same object in call after call."""
@@ -180,6 +197,7 @@ class RemoteOp:
         call = Call(plan, placed, outputs, begun_ns, self._deadline(begun_ns, timeout), holds)
         if copied:
             call.copied_bytes, call.copy_ns = sum(copied[::2]), sum(copied[1::2])
+            call.back = back_to(self.name, inputs, placed) if self.in_place else ()
         if plan.before is not None:
             plan.before()
         return call, offsets, generations

@@ -106,11 +106,11 @@ class Channel:
                 before + getattr(statistics, field) for before, field in zip(self._counted_before, _COUNTED, strict=True)
             )
         outputs = self._local_outputs(out_spec, static) if out_spec is not None else self._ask_outputs(bound.op_id)
-        return self._remote_op(op, bound.op_id, outputs, statistics)
+        return self._remote_op(op, bound.op_id, outputs, statistics, bound.in_place)
 
-    def _remote_op(self, name: str, op_id: int, outputs: OutputsOf, statistics: OpStatistics) -> RemoteOp:
+    def _remote_op(self, name: str, op_id: int, outputs: OutputsOf, statistics: OpStatistics, in_place: bool = False) -> RemoteOp:
         self._statistics.append(statistics)
-        return RemoteOp(self.pair, self._placement, self._timeout, name, op_id, outputs, statistics)
+        return RemoteOp(self.pair, self._placement, self._timeout, name, op_id, outputs, statistics, in_place)
 
     @staticmethod
     def _local_outputs(out_spec: OutSpec, static: dict[str, Any]) -> OutputsOf:

@@ -24,7 +24,7 @@ from shmbroker.call.remote_op import CapturedCall, RemoteOp
 from shmbroker.call.report import Report
 from shmbroker.call.statistics import OpStatistics
 from shmbroker.client.channel import Channel
-from shmbroker.errors import ChannelError, NoSuchService, ShmBrokerError, WorkerDraining, WorkerLost
+from shmbroker.errors import BadInput, ChannelError, NoSuchService, ShmBrokerError, WorkerDraining, WorkerLost
 from shmbroker.lane.outputs import OutSpec
 
 log = logging.getLogger(__name__)
@@ -88,7 +88,13 @@ class FailoverChannel:
         self._statistics.append(statistics)
 
         def bind(channel: Channel) -> RemoteOp:
-            return channel.bind_counted(op, statistics, out_spec=out_spec, **static)
+            bound = channel.bind_counted(op, statistics, out_spec=out_spec, **static)
+            if bound.in_place:
+                raise BadInput(
+                    f"op {op!r} works in place: sent again to another worker, it would read what the first one has half written; bind it on a "
+                    "client.channel()"
+                )
+            return bound
 
         return FailoverOp(self, op, bind)
 

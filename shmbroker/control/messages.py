@@ -17,7 +17,7 @@ import msgspec
 
 from shmbroker.errors import ProtocolMismatch
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 
 MAX_MESSAGE_BYTES = 1 << 20
 """No control message comes near this; a longer one is refused before it is read."""
@@ -271,6 +271,8 @@ class Bound(Message, frozen=True):
 
     op_id: Annotated[int, msgspec.Meta(ge=1, le=(1 << 32) - 1)]
     """Not 0, which calls about kept tensors have."""
+    in_place: bool
+    """Whether the op writes into its inputs."""
 
 
 class SpecInfo(msgspec.Struct, frozen=True):

@@ -27,12 +27,15 @@ from shmbroker.worker.kept_calls import about_kept, with_kept
 from shmbroker.worker.kept_tensors import DEFAULT_KEPT_BYTES, KeptTensors
 from shmbroker.worker.mapped_segment import MappedSegment
 from shmbroker.worker.ops import BoundOp, Static
-from shmbroker.worker.prepared_call import PreparedCall
+from shmbroker.worker.prepared_call import ContractBroken, PreparedCall
 
 log = logging.getLogger(__name__)
 
 _KNOWN_CALLS = 1024
 """Frames remembered with their tensors; beyond that the record starts over."""
+
+TRIED_BYTES = 64 << 20
+"""An op's first call of a kind runs on copies of its inputs, unless they are larger: an op that writes into one, or keeps one, then does no harm."""
 
 _arguments_decoder = msgspec.msgpack.Decoder(dict[str, object])
 _WORKER_STATISTICS = offset_of(ChannelStatistics, "worker_revision")
@@ -108,6 +111,7 @@ class WorkerChannel:
         try:
             if prepared is None:
                 prepared = self._open(frame)
+                prepared.watch()
                 begun_ns = _clock_ns()
             # fault: before op running
             launched = prepared.run()
@@ -119,13 +123,21 @@ class WorkerChannel:
             return self._failed(call_id, key, queued_ns, begun_ns, error)
         compute_ns = _clock_ns() - begun_ns
         counters.compute_ns += compute_ns
-        if [tensor._version for tensor in prepared.inputs] != prepared.versions:
-            self._prepared.pop(key, None)
-        elif not known and prepared.repeatable:
-            self._keep(key, prepared)
-        if launched is not None and self.mapped.memory.asynchronous and hasattr(launched, "wait"):
-            return self._in_flight(cast(Launched, launched), call_id, key, queued_ns, begun_ns)
-        return call_id, 0, queued_ns, compute_ns, b""
+        in_flight = None
+        if launched is not None:
+            if self.mapped.memory.asynchronous and hasattr(launched, "wait"):
+                in_flight = self._in_flight(cast(Launched, launched), call_id, key, queued_ns, begun_ns)
+            launched = None  # an op may return an input
+        try:
+            if in_flight is None and prepared.changed():
+                self._prepared.pop(key, None)
+                prepared.check()
+            elif not known:
+                prepared.check_copies()
+                self._keep(key, prepared)
+        except ContractBroken as error:
+            return self._failed(call_id, key, queued_ns, begun_ns, error)
+        return in_flight or (call_id, 0, queued_ns, compute_ns, b"")
 
     def _failed(self, call_id: int, key: bytes, queued_ns: int, begun_ns: int, error: BaseException) -> CompletionFields:
         self.counters.errors += 1
@@ -166,6 +178,10 @@ class WorkerChannel:
             return with_kept(self.kept, self.mapped, call, op, arguments, single=single)
         view = self.mapped.view
         inputs, outputs = [view(place) for place in call.inputs], [view(place) for place in call.outputs]
+        kind = tuple([(place.form.dtype, len(place.form.spec.shape)) for place in call.inputs])
+        if not op.is_proven(kind) and sum([tensor.nbytes for tensor in inputs]) <= TRIED_BYTES and not self.mapped.memory.asynchronous:
+            copies = [tensor.clone() for tensor in inputs]
+            return PreparedCall(op, copies, outputs, arguments, single=single, repeatable=False, originals=inputs, tried_as=kind)
         return PreparedCall(op, inputs, outputs, arguments, single=single, repeatable=not call.metadata)
 
     def publish(self) -> None:
@@ -186,6 +202,11 @@ class WorkerChannel:
         self.watch.close()
 
     def _keep(self, key: bytes, prepared: PreparedCall) -> None:
+        """For the next frame that is the same; or remember that its kind is sound, where it was tried out."""
+        if prepared.tried_as is not None:
+            prepared.op.prove(prepared.tried_as)
+        if not prepared.repeatable:
+            return
         if len(self._prepared) >= _KNOWN_CALLS:
             self._prepared.clear()
         self._prepared[key] = prepared

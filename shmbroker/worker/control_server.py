@@ -157,7 +157,7 @@ class ControlServer:
             op: BoundOp = definition.bind(request.static, channel.state)
         except TypeError as error:  # wrong names of static arguments, most often
             raise BadInput(f"op {request.op!r} cannot be bound with {sorted(request.static)}: {error}") from None
-        return m.Bound(channel.bind(op))
+        return m.Bound(channel.bind(op), op.in_place)
 
     def _ask_out_spec(self, request: m.AskOutSpec) -> m.OutSpecs:
         op = self._channels.find(request.channel).ops.get(request.op_id)

@@ -12,7 +12,7 @@ from shmbroker.worker.device_memory import DeviceMemory, HostMemory, nothing
 
 
 class MappedSegment:
-    """A client's segment as a worker maps it: one flat tensor for each dtype, of which every tensor of a frame is a view.
+    """A client's segment as a worker maps it.
 
     ``memory``: of the device that is told of the segment for as long as it is mapped. Made, and given its device arena, by the control thread;
     :meth:`view` and :meth:`close` are called by one thread at a time, under the lock that is held while an op runs. No frame names the device arena
@@ -24,7 +24,6 @@ class MappedSegment:
         self.memory: DeviceMemory = memory or HostMemory()
         geometry = segment.geometry
         self.reader = SubmissionReader(geometry.arena_offset, geometry.total_bytes)
-        self._flat: dict[torch.dtype, torch.Tensor] = {}
         self.users = 0
         """Open channels on it, counted by the control thread."""
         self._device: torch.Tensor | None = None
@@ -44,22 +43,24 @@ class MappedSegment:
             raise BadInput("this client has another device arena open here: a client has one")
 
     def view(self, descriptor: Descriptor) -> torch.Tensor:
-        """The tensor that a checked descriptor names, in place."""
+        """The tensor that a checked descriptor names, in place.
+
+        It has a storage and a version counter of its own: what is done with one such tensor is not taken for having been done with others.
+        """
         form = descriptor.form
         dtype = form.spec.dtype
         if form.space == Space.DEVICE:
             assert self._device is not None
             begin = self._device[descriptor.offset : descriptor.offset + max(form.extent_bytes, dtype.itemsize)].view(dtype)
             return begin.as_strided(form.spec.shape, form.strides).data
-        flat = self._flat.get(dtype)
-        if flat is None:
-            flat = self._flat[dtype] = torch.frombuffer(self.segment.map, dtype=dtype)
-        # .data: a version counter of its own, so that a write through one view is not taken for a change of all others.
-        return torch.as_strided(flat, form.spec.shape, form.strides, descriptor.offset // dtype.itemsize).data
+        with torch.inference_mode(False):  # made in inference mode, it would not tell that it was written
+            if not form.extent_bytes:
+                return torch.empty(form.spec.shape, dtype=dtype).as_strided(form.spec.shape, form.strides).data
+            flat = torch.frombuffer(self.segment.map, dtype=dtype, count=form.extent_bytes // dtype.itemsize, offset=descriptor.offset)
+            return flat.as_strided(form.spec.shape, form.strides).data
 
     def close(self) -> None:
         """Unmap, once no tensor of it lives. Not while a device still copies."""
-        self._flat.clear()
         self._device = None
         self._close_device()
         self._unmap()

@@ -28,14 +28,21 @@ class OpDefinition:
     ``function``: with a parameter ``out`` it writes its results there (one tensor, or a tuple of them); without, what it returns is copied
     into the client's block. ``per_bind``: it is called once for each bind, with the static arguments, and returns the function to run; with
     a parameter ``channel_state`` it is also given a dict of the channel's own, which ends with the channel.
+
+    Inputs are read, and end with the call. ``copies_inputs``: each call is given copies, to keep or to write into. ``in_place``: what it writes into its
+    inputs is for its callers, whose tensors then have it.
     """
 
     name: str
     function: Callable[..., Any]
     out_spec: OutSpec | None = None
     per_bind: bool = False
+    copies_inputs: bool = False
+    in_place: bool = False
 
     def __post_init__(self) -> None:
+        if self.copies_inputs and self.in_place:
+            raise BadInput(f"op {self.name!r} cannot have copies of its inputs and write into them in place: choose one")
         if self.out_spec is None and (self.per_bind or "out" in inspect.signature(self.function).parameters):
             raise BadInput(
                 f"op {self.name!r} writes into out or is made at bind: it needs an out_spec, a function from the inputs' specs to the "
@@ -58,7 +65,7 @@ class BoundOp:
     Run by one thread at a time; :meth:`outputs` is called by that one and by the control thread, which share a dict that each changes in single steps.
     """
 
-    __slots__ = ("_definition", "_function", "_known", "_kwargs", "_static", "_takes_out", "name")
+    __slots__ = ("_definition", "_function", "_known", "_kwargs", "_proven", "_static", "_takes_out", "in_place", "name")
 
     def __init__(self, definition: OpDefinition, function: Callable[..., Any], kwargs: Static, static: Static) -> None:
         self._definition = definition
@@ -67,7 +74,10 @@ class BoundOp:
         self._static = static
         self._known: dict[object, Outputs] = {}
         self.name = definition.name
+        self.in_place = definition.in_place
         self._takes_out = "out" in inspect.signature(function).parameters
+        self._proven: set[object] = set()
+        """Kinds of calls in which the op was seen to leave its inputs alone."""
 
     def outputs(self, inputs: Sequence[TensorSpec], arguments: Static) -> Outputs:
         """Specs of the outputs for such inputs: from the out_spec, else from a run on torch's ``meta`` device, which computes nothing.
@@ -112,10 +122,24 @@ class BoundOp:
         if not self._takes_out:
             return functools.partial(self._run_and_copy, inputs, outputs, arguments)
         out = outputs[0] if single else tuple(outputs)
-        return functools.partial(self._function, *inputs, out=out, **self._kwargs, **arguments)
+        function = self._with_copies if self._definition.copies_inputs else self._function
+        return functools.partial(function, *inputs, out=out, **self._kwargs, **arguments)
+
+    def is_proven(self, kind: object) -> bool:
+        """Whether a call of this ``kind`` has left its inputs alone, or may do with them what it likes."""
+        return self.in_place or self._definition.copies_inputs or kind in self._proven
+
+    def prove(self, kind: object) -> None:
+        """A call of this ``kind`` was tried out on copies, and has left them alone."""
+        if len(self._proven) < _KNOWN_OUTPUTS:
+            self._proven.add(kind)
+
+    def _with_copies(self, *inputs: torch.Tensor, **options: Any) -> object:
+        return self._function(*[tensor.clone() for tensor in inputs], **options)
 
     def _run_and_copy(self, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor], arguments: Static) -> None:
-        results = self._tensors(self._function(*inputs, **self._kwargs, **arguments))
+        function = self._with_copies if self._definition.copies_inputs else self._function
+        results = self._tensors(function(*inputs, **self._kwargs, **arguments))
         if len(results) != len(outputs):
             raise BadInput(f"op {self.name!r} returned {len(results)} tensors where {len(outputs)} were foretold")
         for room, value in zip(outputs, results, strict=True):

@@ -114,31 +114,40 @@ class Worker:
     @overload
     def op(self, function: Function, /) -> Function: ...
     @overload
-    def op(self, name: str | None = None, /, *, out_spec: OutSpec | None = None) -> Callable[[Function], Function]: ...
-    def op(self, name: Any = None, /, *, out_spec: OutSpec | None = None) -> Any:
+    def op(
+        self, name: str | None = None, /, *, out_spec: OutSpec | None = None, copies_inputs: bool = False, in_place: bool = False
+    ) -> Callable[[Function], Function]: ...
+    def op(self, name: Any = None, /, *, out_spec: OutSpec | None = None, copies_inputs: bool = False, in_place: bool = False) -> Any:
         """Register a function as an op, by its own name or ``name``.
 
         The function takes the call's tensors, the arguments fixed at bind and those of the call. With a parameter ``out`` it writes its
         results there (one tensor, or a tuple) and needs ``out_spec``, which maps the inputs' :class:`TensorSpec` and the static arguments to
         the outputs' specs. Without ``out`` what it returns is copied to the client's block; shapes are then found by trying it out once on torch's
         ``meta`` device, which has shapes and no values. It must not change the shape of ``out`` in place.
+
+        Inputs are their caller's: to be read, and only until the function returns. One that writes into an input, or keeps one or a view of it, fails
+        with an error that says so. ``copies_inputs``: each call is given copies, to keep or to write into. ``in_place``: what is written into inputs is
+        for the caller, whose tensors have it when the call is done, wherever they lie.
         """
         if callable(name):
             self._register(OpDefinition(name.__name__, name))
             return name
-        return self._decorator(name, out_spec, per_bind=False)
+        return self._decorator(name, out_spec, per_bind=False, copies_inputs=copies_inputs, in_place=in_place)
 
-    def bound_op(self, name: str | None = None, *, out_spec: OutSpec) -> Callable[[Function], Function]:
+    def bound_op(
+        self, name: str | None = None, *, out_spec: OutSpec, copies_inputs: bool = False, in_place: bool = False
+    ) -> Callable[[Function], Function]:
         """Register a function that is called once for each bind, with the static arguments, and returns the function to run.
 
         For ops that look something up by their static arguments (weights, say) and must not do so in every call. A parameter ``channel_state`` is
-        a dict that all ops of one channel share, for what they keep from call to call; it ends with the channel.
+        a dict that all ops of one channel share, for what they keep from call to call; it ends with the channel. ``copies_inputs`` and ``in_place``
+        are as in :meth:`op`.
         """
-        return self._decorator(name, out_spec, per_bind=True)
+        return self._decorator(name, out_spec, per_bind=True, copies_inputs=copies_inputs, in_place=in_place)
 
-    def _decorator(self, name: str | None, out_spec: OutSpec | None, *, per_bind: bool) -> Callable[[Function], Function]:
+    def _decorator(self, name: str | None, out_spec: OutSpec | None, **how: bool) -> Callable[[Function], Function]:
         def register(function: Function) -> Function:
-            self._register(OpDefinition(name or function.__name__, function, out_spec, per_bind))
+            self._register(OpDefinition(name or function.__name__, function, out_spec, **how))
             return function
 
         return register

@@ -62,7 +62,7 @@ def test_a_capture_keeps_its_blocks_and_tells_of_an_input_that_was_moved(channel
     move(step.inputs[0])
     others = crowd(channel, a, -7.0)
     for replay in (step.replay, step.submit):
-        with pytest.raises(BadInput, match="captured input 0 does not lie where it lay .* capture anew"):
+        with pytest.raises(BadInput, match=r"captured input 0 does not lie where it lay .* capture anew"):
             replay()
     assert untouched(others, -7.0)
 

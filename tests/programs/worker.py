@@ -79,7 +79,108 @@ def fail(x: torch.Tensor, *, out: torch.Tensor) -> None:
     raise ValueError("no such luck")
 
 
-@worker.op(out_spec=lambda x: TensorSpec((2,), torch.int64))
+def same(x: TensorSpec) -> TensorSpec:
+    return x
+
+
+KEPT_INPUTS: list[object] = []
+
+
+@worker.op(out_spec=same)
+def write(x: torch.Tensor) -> torch.Tensor:
+    return x.relu_()
+
+
+@worker.op(out_spec=same)
+def write_into_a_view(x: torch.Tensor) -> torch.Tensor:
+    x[1:].zero_()
+    return x
+
+
+@worker.op(out_spec=same)
+def write_by_numpy(x: torch.Tensor) -> torch.Tensor:
+    torch.from_numpy(x.numpy()).zero_()
+    return x
+
+
+@worker.op(out_spec=same)
+def write_later(x: torch.Tensor, *, now: bool = False) -> torch.Tensor:
+    """Only when it is told to, so that what it does on its first call tells nothing."""
+    return x.zero_() if now else x
+
+
+@worker.op(out_spec=same, in_place=True)
+def relu_(x: torch.Tensor) -> torch.Tensor:
+    return x.relu_()
+
+
+@worker.op(out_spec=lambda x, y: TensorSpec((1,), torch.float32), in_place=True)
+def swap(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    both = x.clone()
+    x.copy_(y)
+    y.copy_(both)
+    return torch.ones(1)
+
+
+@worker.op(out_spec=same, in_place=True)
+def zero_and_fail(x: torch.Tensor) -> torch.Tensor:
+    x.zero_()
+    raise ValueError("half way")
+
+
+@worker.op(out_spec=same, copies_inputs=True)
+def relu_of_its_copy(x: torch.Tensor) -> torch.Tensor:
+    return x.relu_()
+
+
+@worker.op(out_spec=same)
+def remember(x: torch.Tensor, *, how: str = "itself") -> torch.Tensor:
+    keep = {
+        "itself": lambda: x,
+        "view": lambda: x[1:],
+        "detached": lambda: x.detach(),
+        "numpy": lambda: x.numpy(),
+        "storage": lambda: x.untyped_storage(),
+        "capsule": lambda: torch.utils.dlpack.to_dlpack(x),
+        "memoryview": lambda: memoryview(x.numpy()),
+        "in a tuple": lambda: (x, x),
+        "closure": lambda: lambda: x,
+        "nothing": lambda: None,
+    }
+    KEPT_INPUTS.append(keep[how]())
+    return x
+
+
+@worker.op(out_spec=same, copies_inputs=True)
+def remember_copy(x: torch.Tensor) -> torch.Tensor:
+    KEPT_INPUTS.append(x)
+    return x
+
+
+@worker.op(out_spec=lambda x: TensorSpec((3,), torch.float32))
+def recall(x: torch.Tensor) -> torch.Tensor:
+    return torch.tensor([one[0].item() for one in KEPT_INPUTS[-3:]])  # type: ignore[index]
+
+
+@worker.op(out_spec=same)
+def in_a_cycle(x: torch.Tensor) -> torch.Tensor:
+    """Leaves its input in a reference cycle, as an exception that is caught and named does."""
+    try:
+        raise ValueError
+    except ValueError as error:
+        kept = error
+    assert kept is not None
+    return x * 2
+
+
+@worker.op(out_spec=same)
+def give_back(x: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+    """An op may return its input as well."""
+    out.copy_(x)
+    return x
+
+
+@worker.op(out_spec=lambda x: TensorSpec((2,), torch.int64), in_place=True)
 def turn_in_place(x: torch.Tensor, *, out: torch.Tensor) -> None:
     x.t_()
     out.copy_(torch.tensor(x.shape))
