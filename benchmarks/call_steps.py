@@ -122,20 +122,22 @@ def steps_of_a_call() -> Iterator[Steps]:
         x = arena.empty(SHAPE, torch.float32)
         carrier = _Carrier()
         plan = Plan(carrier, OpStatistics("echo"), op_id, [x], Outputs((TensorSpec(x.shape, x.dtype),), True), b"")
-        y, offset, generation = arena.place(plan.rooms[0])
+        y, block = arena.place(plan.rooms[0])
         location = arena.find(x)
         assert location is not None
-        offsets, generations = [location.offset, offset], [location.generation, generation]
+        offsets, generations = [location.offset, block.offset], [location.generation, block.generation]
+        holds = [location.block.hold, block.hold]
         loop = carrier.completions
         source = _AlwaysThere(client)
         loop.add(source)
-        last = Call(plan, (x,), [y], 1, 0)
+        last = Call(plan, (x,), [y], 1, 0, holds)
 
         def prepare() -> None:
-            arena.blocks.get(x.data_ptr() - arena.address)
-            x.is_neg()
+            found = arena.blocks.get(x.data_ptr() - arena.address)
+            _ = x.requires_grad or x.is_neg()
+            holds = [found.hold]  # type: ignore[union-attr]
             hash((x.shape, x.dtype, x.stride()))
-            Call(plan, (x,), [y], clock_ns(), 0)
+            Call(plan, (x,), [y], clock_ns(), 0, holds)
 
         def submit_and_take() -> Any:
             client.submit(plan.template, 1, 0, 1, offsets, generations)
@@ -149,7 +151,7 @@ def steps_of_a_call() -> Iterator[Steps]:
             client.take()
 
         def and_finish() -> None:
-            call = Call(plan, (x,), [y], 1, 0)
+            call = Call(plan, (x,), [y], 1, 0, holds)
             call.submitted_ns = 1
             call.finish(COMPLETION, clock_ns())
 
@@ -168,7 +170,7 @@ def steps_of_a_call() -> Iterator[Steps]:
             submit_and_take=submit_and_take,
             and_run=and_run,
             and_complete=and_complete,
-            make=lambda: Call(plan, (x,), [y], 1, 0),
+            make=lambda: Call(plan, (x,), [y], 1, 0, holds),
             and_finish=and_finish,
             leave_completion=leave_completion,
             wait=wait,

@@ -61,9 +61,10 @@ _UNHELD = getrefcount(_nobodys.hold)
 
 
 class Location(NamedTuple):
-    """Where a tensor lies: offset of its first element in the segment, and the block around it."""
+    """Where a tensor lies: offset of its first element in the segment, and the block around it with its generation."""
 
     offset: int
+    generation: int
     block: Extent
 
 
@@ -224,7 +225,7 @@ class Arena:
         block = self.blocks.get(offset - int(tensor.storage_offset()) * tensor.element_size())
         if block is None:
             block = self._around(offset)
-        return None if block is None else Location(offset, block)
+        return None if block is None else Location(offset, block.generation, block)
 
     def _around(self, offset: int) -> Extent | None:
         with self._alone():

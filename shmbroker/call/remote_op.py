@@ -221,7 +221,7 @@ class RemoteOp:
             location, space = self._placement.find_on_device(tensor), Space.DEVICE
         if location is not None:
             holds.append(location.block.hold)
-            return tensor, location.offset, location.block.generation, space
+            return tensor, location.offset, location.generation, space
         refuse_wrapped(what, tensor)
         begun_ns = clock_ns()
         inside, block = self._placement.place(room_for(tensor.shape, tensor.dtype), timeout)

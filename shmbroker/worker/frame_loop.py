@@ -8,6 +8,8 @@ import queue
 import threading
 from collections.abc import Callable
 
+import torch
+
 from shmbroker.lane.completion_frames import CompletionFields
 from shmbroker.lane.doorbell import PollingBell
 from shmbroker.lane.python_ends import Receiver
@@ -41,6 +43,8 @@ class FrameLoop:
     - the *zmq thread* is in :meth:`serve_zmq`, started here with the first channel of that lane. It alone uses ``socket``;
     - the *control thread* opens and closes channels: it calls :meth:`add_shm`, :meth:`add_zmq` and :meth:`remove`;
     - the thread of :class:`DeviceCompletions`, where the device is ``asynchronous``, writes the completions of the shm lane in the frame thread's place.
+
+    Ops run without recording gradients, which is a thread's own mode: what they return would keep their inputs, and the outputs of call after call.
 
     ``bell``: what the frame thread sleeps on, rung by clients and by :meth:`change`. ``spin``: seconds to look before sleeping.
     ``watchdog``: thread-safe; fed by both loops.
@@ -112,8 +116,9 @@ class FrameLoop:
         if self._asynchronous:
             self._completions = DeviceCompletions()
         try:
-            self._run_until_stopped()
-            self._refuse_what_has_come()
+            with torch.no_grad():
+                self._run_until_stopped()
+                self._refuse_what_has_come()
         finally:
             if self._completions is not None:
                 self._completions.stop()
@@ -198,6 +203,10 @@ class FrameLoop:
 
     def serve_zmq(self) -> None:
         """Run frames of the zmq lane until told to stop and those that had come are answered."""
+        with torch.no_grad():
+            self._run_messages_until_stopped()
+
+    def _run_messages_until_stopped(self) -> None:
         while True:
             stopping = self._stop.requested
             if self._watchdog is not None:

@@ -125,6 +125,8 @@ class Worker:
         the outputs' specs. Without ``out`` what it returns is copied to the client's block; shapes are then found by trying it out once on torch's
         ``meta`` device, which has shapes and no values. It must not change the shape of ``out`` in place.
 
+        Gradients are not recorded while it runs; an op that trains uses ``torch.enable_grad()``.
+
         Inputs are their caller's: to be read, and only until the function returns. One that writes into an input, or keeps one or a view of it, fails
         with an error that says so. ``copies_inputs``: each call is given copies, to keep or to write into. ``in_place``: what is written into inputs is
         for the caller, whose tensors have it when the call is done, wherever they lie.

@@ -25,8 +25,8 @@ class Cycle:
 
 
 def placed(arena: Arena, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, Location]:
-    tensor, offset, generation = arena.place(Room(shape, dtype))
-    return tensor, Location(offset, generation)
+    tensor, block = arena.place(Room(shape, dtype))
+    return tensor, Location(block.offset, block.generation, block)
 
 
 def blocks_in(arena: Arena) -> int:

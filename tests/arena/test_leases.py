@@ -151,7 +151,7 @@ def test_closing_a_segment_under_a_living_tensor_keeps_it_readable_until_it_dies
 def test_a_lease_is_known_by_where_its_block_begins_until_the_block_is_released(arena: Arena) -> None:
     """What begins where a living block does is found by that alone, without a search."""
     kept = [placed(arena, (5,), dtype) for dtype in CODE_OF]
-    assert {offset: block.generation for offset, block in arena.blocks.items()} == {place[0]: place[1] for _, place in kept}
+    assert {offset: block.generation for offset, block in arena.blocks.items()} == {place.offset: place.generation for _, place in kept}
     del kept[3:]
     arena.occupancy()
     assert set(arena.blocks) == {place.offset for _, place in kept}

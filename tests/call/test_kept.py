@@ -149,7 +149,7 @@ def test_hostile_frames_about_kept_tensors_are_refused_and_the_worker_lives(
     double = channel.bind("add")
     kept = double.keep(torch.ones(4))
     places = [client.arena.place(room_for(torch.Size((4,)), torch.float32)) for _ in ("input", "output")]
-    offsets, generations = [place[1] for place in places], [place[2] for place in places]
+    offsets, generations = [block.offset for _, block in places], [block.generation for _, block in places]
     spec = shmbroker.TensorSpec((4,), torch.float32)
     plan = Plan(channel.pair, OpStatistics("add"), double.op_id, [torch.ones(4)], Outputs((spec,), True), b"")
     plan.template = FrameTemplate(

@@ -162,6 +162,15 @@ def recall(x: torch.Tensor) -> torch.Tensor:
     return torch.tensor([one[0].item() for one in KEPT_INPUTS[-3:]])  # type: ignore[index]
 
 
+@worker.op(out_spec=lambda x: TensorSpec((2,), torch.bool))
+def records_gradients(x: torch.Tensor, *, out: torch.Tensor) -> None:
+    weight = torch.nn.Parameter(torch.ones(1))
+    out[0] = (x * weight).requires_grad
+    with torch.enable_grad():
+        (x * weight).sum().backward()
+    out[1] = weight.grad is not None
+
+
 @worker.op(out_spec=same)
 def in_a_cycle(x: torch.Tensor) -> torch.Tensor:
     """Leaves its input in a reference cycle, as an exception that is caught and named does."""

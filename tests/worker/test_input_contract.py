@@ -179,3 +179,7 @@ def test_copies_and_in_place_together_are_refused() -> None:
     worker = shmbroker.Worker("none")
     with pytest.raises(BadInput, match="choose one"):
         worker.op("both", copies_inputs=True, in_place=True)(lambda x: x)
+
+
+def test_gradients_are_not_recorded_while_an_op_runs_unless_it_says_so(channel: Channel) -> None:
+    assert channel.bind("records_gradients")(torch.ones(2)).tolist() == [False, True]
