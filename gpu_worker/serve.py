@@ -62,8 +62,7 @@ def serve(
         memory=target.memory,
     )
     register(worker, weights, target)
-    with torch.no_grad():  # not inference mode, whose tensors do not tell when they were changed
-        worker.serve()
+    worker.serve()
 
 
 def open_device(text: str) -> Device:
