@@ -271,7 +271,7 @@ class Bound(Message, frozen=True):
 
     op_id: Annotated[int, msgspec.Meta(ge=1, le=(1 << 32) - 1)]
     """Not 0, which calls about kept tensors have."""
-    in_place: bool
+    in_place: bool = False
     """Whether the op writes into its inputs."""
 
 

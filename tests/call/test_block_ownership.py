@@ -45,6 +45,7 @@ def untouched(others: list[torch.Tensor], value: float) -> bool:
 
 @moves
 def test_a_call_on_its_way_reads_what_it_was_given_though_the_tensor_is_moved(channel: Channel, move: Move) -> None:
+    """A5."""
     sleep = channel.bind("sleep", seconds=0.3)
     b = channel.memory.empty((1024,)).fill_(3.0)
     future = sleep.submit(b)
@@ -56,6 +57,7 @@ def test_a_call_on_its_way_reads_what_it_was_given_though_the_tensor_is_moved(ch
 
 @moves
 def test_a_capture_keeps_its_blocks_and_tells_of_an_input_that_was_moved(channel: Channel, move: Move) -> None:
+    """A5."""
     a = channel.memory.empty((1024,)).fill_(1.0)
     step = channel.bind("double").capture(a)
     assert step.replay()[0].item() == 2.0
