@@ -12,16 +12,16 @@ import time
 
 from shmbroker.lane.ends import COMPILED
 from shmbroker.memory.names import new_id
-from tests.faults.world import Process, World, wait_for, world
+from tests.faults.world import PATIENCE, Process, World, wait_for, world
 
-HANG_SECONDS = 1.0
+HANG_SECONDS = 1.0 * PATIENCE
 """K1: who waits for longer counts as hanging."""
 
-LEAK_SECONDS = 2.0
+LEAK_SECONDS = 2.0 * PATIENCE
 """K4, counted while a broker lives."""
 
-START_SECONDS = 30.0
-SETTLE_SECONDS = 15.0
+START_SECONDS = 30.0 * PATIENCE
+SETTLE_SECONDS = 15.0 * PATIENCE
 
 CAST = [
     ("broker", "", ""),
@@ -46,6 +46,11 @@ class Observer:
     @property
     def hangs(self) -> int:
         return len(self._hanging)
+
+    @property
+    def waits_for_reaping(self) -> bool:
+        """Something of the dead is still there, and is no leak yet."""
+        return bool(self._unheld_since.keys() - self.leaks)
 
     def look(self, broker: Process) -> None:
         for client in self._here.clients():
@@ -82,7 +87,9 @@ def run(seconds: float, seed: int) -> int:
             _watch_for(choose.random() * 0.5, observer, cast)
         before = {one.pid: one.board.get("calls") for one in here.clients()}
         went_on = ready and wait_for(lambda: all(one.board.get("calls") > before[one.pid] + 100 for one in here.clients()), SETTLE_SECONDS)
-        _watch_for(LEAK_SECONDS + 0.5, observer, cast)
+        _watch_for(0.0, observer, cast)
+        while observer.waits_for_reaping:
+            _watch_for(0.005, observer, cast)
         totals = {word: sum(one.board.get(word) for one in here.processes) for word in ("calls", "errors", "lost", "wrong", "unexpected")}
         texts = {one.board.text for one in here.processes if one.board.get("unexpected")}
         died_alone = [one for one in here.processes if one.ended() and one.status not in (9, None)]

@@ -24,7 +24,7 @@ if "shmbroker.lane" not in sys.modules:
     points.install()
 
 from shmbroker.memory.names import new_id
-from tests.faults.world import RESULT_HALF_WRITTEN, Process, World, wait_for, world
+from tests.faults.world import PATIENCE, RESULT_HALF_WRITTEN, Process, World, wait_for, world
 
 ROLES: dict[str, dict[str, int]] = {
     "broker": {
@@ -55,10 +55,10 @@ SHORT = [
 ]  # fmt: skip
 """Those that ``make test`` runs: one for each thing that can be half done."""
 
-REACH_SECONDS = 30.0
-TOLD_SECONDS = 1.0
-REAPED_SECONDS = 2.0
-RECOVER_SECONDS = 15.0
+REACH_SECONDS = 30.0 * PATIENCE
+TOLD_SECONDS = 1.0 * PATIENCE
+REAPED_SECONDS = 2.0 * PATIENCE
+RECOVER_SECONDS = 15.0 * PATIENCE
 CALLS_AFTERWARDS = 50
 
 
