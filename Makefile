@@ -1,4 +1,5 @@
 # make run: everything from nothing, ending in the demo.  make test: everything that must hold.  make bench: how fast it is here.
+# JOBS: how many test files run side by side (a test waits more than it computes).
 # make test-gpu: on a machine with an NVIDIA GPU.
 # make model-check: the queues' protocol, by SPIN.  make sanitize: the tests of lane and arena on compiled parts built with GCC's sanitizers, some
 # minutes; too long for make test.
@@ -7,6 +8,7 @@ VENV := .venv
 DURATION ?= 600
 SEED ?= 1
 MINUTES ?= 10
+JOBS ?= 2
 BIN := $(VENV)/bin
 
 .PHONY: run test test-gpu lint types unit bench kill-matrix chaos soak model-check sanitize clean
@@ -25,7 +27,7 @@ types: $(VENV)/ready
 	$(BIN)/mypy
 
 unit: $(VENV)/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test-gpu: $(VENV)/ready
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cuda]'

@@ -26,10 +26,10 @@ InChild = Callable[[Callable[[], None]], None]
 INSTANCE_PREFIX = f"t{os.getpid()}-"
 """Of every instance that this run uses: tells its objects in shared memory from those of another run on the same machine."""
 
-END_SECONDS = 10.0
+END_SECONDS = 60.0
 """How long a child that was told to end, or killed, may take to be gone."""
 
-CHILD_SECONDS = 60.0
+CHILD_SECONDS = 300.0
 """In which what is tried in a child must be done: many times what any of it takes."""
 
 _numbers = itertools.count()

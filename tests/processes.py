@@ -17,7 +17,7 @@ from shmbroker.client.local_broker import stop_process
 from shmbroker.memory import layout
 
 PROGRAMS = Path(__file__).parent / "programs"
-START_SECONDS = 60.0
+START_SECONDS = 300.0
 """How long a program of a test may take to start: torch alone takes seconds on a busy machine."""
 
 
@@ -69,7 +69,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = START_SECONDS) ->
         time.sleep(0.02)
 
 
-def run(*command: str, seconds: float = 120.0, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(*command: str, seconds: float = 600.0, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a program to its end."""
     return subprocess.run(
         command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=seconds, check=False, stdin=subprocess.DEVNULL

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-STUCK_SECONDS = 40.0
+STUCK_SECONDS = 120.0
 """Far beyond what any of this takes: who is not done by then is stuck."""
 
 Result = TypeVar("Result")

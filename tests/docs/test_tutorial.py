@@ -65,7 +65,7 @@ def test_the_tutorials_commands_do_what_it_says(
                 wait_until(lambda command=command, process=process: process.poll() is not None or ready(command))  # type: ignore[misc]
                 assert process.poll() is None, command
                 continue
-            done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+            done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], cwd=tmp_path, capture_output=True, text=True, timeout=900)
             assert done.returncode == 0, (command, done.stdout, done.stderr)
             outputs[command] = done.stdout
         found = "\n".join(outputs.values())
