@@ -9,22 +9,36 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 from shmbroker.client.channel import Channel
 from shmbroker.client.local_broker import stop_process
 from shmbroker.memory import layout
+from tests.zygote import Forked, forkable
 
 PROGRAMS = Path(__file__).parent / "programs"
 START_SECONDS = 300.0
 """How long a program of a test may take to start: torch alone takes seconds on a busy machine."""
 
 
+Process = subprocess.Popen[bytes]
+"""A program of a test; where that saves loading torch, a fork that is used alike."""
+
+
+def start_program(command: Sequence[str], environment: Mapping[str, str], *, stderr: bool) -> Process:
+    """Start a program with its output in a pipe, and what it writes to stderr too where that is asked for."""
+    whole = {**os.environ, **environment}
+    if forkable(command, environment):
+        return cast(Process, Forked(command, whole, stderr=stderr))
+    return subprocess.Popen(command, env=whole, stdout=subprocess.PIPE, stderr=subprocess.PIPE if stderr else None)
+
+
 @contextlib.contextmanager
-def running(*command: str, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+def running(*command: str, **environment: str) -> Iterator[Process]:
     """A process for the length of a block."""
-    process = subprocess.Popen(command, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = start_program(command, environment, stderr=True)
     try:
         yield process
     finally:
@@ -34,10 +48,10 @@ def running(*command: str, **environment: str) -> Iterator[subprocess.Popen[byte
 
 
 @contextlib.contextmanager
-def ready_program(name: str, *arguments: str, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+def ready_program(name: str, *arguments: str, **environment: str) -> Iterator[Process]:
     """A program of ``tests/programs`` that has said that it is ready."""
     command = [sys.executable, str(PROGRAMS / name), *arguments]
-    process = subprocess.Popen(command, env={**os.environ, **environment}, stdout=subprocess.PIPE)
+    process = start_program(command, environment, stderr=False)
     try:
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
@@ -71,6 +85,10 @@ def wait_until(condition: Callable[[], bool], seconds: float = START_SECONDS) ->
 
 def run(*command: str, seconds: float = 600.0, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a program to its end."""
+    if forkable(command, environment):
+        process = start_program(command, environment, stderr=True)
+        out, err = process.communicate(seconds)
+        return subprocess.CompletedProcess(command, process.returncode, out.decode(), err.decode())
     return subprocess.run(
         command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=seconds, check=False, stdin=subprocess.DEVNULL
     )

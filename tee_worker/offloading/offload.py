@@ -43,7 +43,9 @@ def offload(
     pipeline: int = 1,
     structure: Structure | None = None,
 ) -> Offloaded:
-    """Replace modules of ``model`` by calls on ``channel``; their weights, if it has any, are let go.
+    """Replace modules of ``model`` by calls on ``channel``; their weights, if it has any, are let go, and what stays is frozen.
+
+    No gradient comes back through a call, so no parameter requires one afterwards; who has one require it again is refused by the first call.
 
     ``split``: of all layers, or of each range of them (``"fused:0-3,layer:4-29"``). ``pipeline``: how many parts of a forward pass (micro-batches of
     several sequences, chunks of one long prompt) are on their way at once, so that both sides compute at the same time.
@@ -83,6 +85,7 @@ def offload(
     _replace(model, head.names[0], _linear(channel, ops.LM_HEAD, head.names[0], head.in_features, head.out_features[0]))
     if pipeline > 1:
         Pipeline(model, pipeline, baton, sessions).install()
+    model.requires_grad_(False)
     return Offloaded(model, structure, splits)
 
 

@@ -186,3 +186,16 @@ def test_the_prototypes_prefill_is_98_calls_3328_mib_out_and_3656_5_mib_back() -
     last_logits = 128256 * 4
     assert traffic.received_bytes - last_logits == 3656 * mib
     assert last_logits / mib == pytest.approx(0.49, abs=0.01), "the half MiB of 3656.5"
+
+
+def test_an_offloaded_model_is_frozen_and_training_it_is_refused(client: shmbroker.Client, tiny: Path, tiny_worker: str) -> None:
+    whole = AutoModelForCausalLM.from_pretrained(tiny)
+    parts = AutoModelForCausalLM.from_pretrained(tiny)
+    offload(parts, client.channel(tiny_worker), Split.FUSED)
+    assert not any(one.requires_grad for one in parts.parameters())
+    torch.testing.assert_close(parts(PROMPT).logits, whole(PROMPT).logits.detach(), atol=1e-5, rtol=1e-4)
+    next(parts.get_decoder().layers[0].input_layernorm.parameters()).requires_grad_()
+    with pytest.raises(shmbroker.BadInput, match=r"requires grad, .* torch\.no_grad\(\)"):
+        parts(PROMPT)
+    with torch.no_grad():
+        torch.testing.assert_close(parts(PROMPT).logits, whole(PROMPT).logits, atol=1e-5, rtol=1e-4)
