@@ -14,6 +14,7 @@ from shmbroker.call.state import DONE, EXPIRED, OUTSTANDING, CallState
 from shmbroker.call.statistics import OpStatistics
 from shmbroker.errors import BadFrame, CallError, CallTimeout, RemoteOpError, ShmBrokerError, WorkerDraining
 from shmbroker.lane.completion_frames import Completion, CompletionFields
+from shmbroker.lane.op_error import read_op_error
 from shmbroker.memory.layout import Status
 
 Result = torch.Tensor | tuple[torch.Tensor, ...]
@@ -147,8 +148,8 @@ class Call:
         name = self.statistics.name
         peer = self.plan.carrier.worker_name
         if completion.status == Status.OP_ERROR:
-            type_name, _, message = text.partition("\n")
-            return RemoteOpError(f"op {name!r} failed on worker {peer!r}: {type_name}: {message}", type_name)
+            type_name, message, traceback = read_op_error(text)
+            return RemoteOpError(f"op {name!r} failed on worker {peer!r}: {type_name}: {message}", type_name, traceback)
         if completion.status == Status.BAD_FRAME:
             return BadFrame(f"worker {peer!r} rejected the frame of op {name!r}: {text}")
         if completion.status == Status.EXPIRED:

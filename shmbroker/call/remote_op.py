@@ -27,8 +27,11 @@ from shmbroker.memory.layout import Space
 _KNOWN_PLANS = 1024
 """Combinations of input forms remembered; a decode that grows by a token a step starts over now and then."""
 
-OutputsOf = Callable[[Sequence[TensorSpec], dict[str, Any]], Outputs]
-"""The outputs for such inputs and per-call arguments."""
+ASKING_NS = 1_000_000
+"""Planning that took longer than this has asked the worker, and is taken off the call's timeout: nothing else of it takes as long."""
+
+OutputsOf = Callable[[Sequence[TensorSpec], dict[str, Any], float | None], Outputs]
+"""The outputs for such inputs and per-call arguments, told within so many seconds; None for no limit."""
 
 _arguments_encoder = msgspec.msgpack.Encoder()
 
@@ -157,8 +160,11 @@ class RemoteOp:
         plan = self._plans.get(_signature(placed)) if not (arguments or spaces or output_space) else None
         if plan is None:
             planning_ns = clock_ns()
-            plan = self._plan(placed, arguments, spaces, output_space)
-            begun_ns += clock_ns() - planning_ns  # done once for such inputs: no part of the call
+            plan = self._plan(placed, arguments, timeout, spaces, output_space)
+            planned_ns = clock_ns() - planning_ns
+            begun_ns += planned_ns  # done once for such inputs: no part of the call
+            if timeout is not None and planned_ns > ASKING_NS:
+                timeout = max(1e-9, timeout - planned_ns / 1e9)  # but of what its caller waits for
         self._pair.nudge()
         outputs: list[Any] = []
         if plan.output_space:
@@ -198,7 +204,9 @@ class RemoteOp:
         copied += (tensor.nbytes, clock_ns() - begun_ns)
         return inside, offset, generation, Space.SEGMENT
 
-    def _plan(self, inputs: Sequence[torch.Tensor], arguments: dict[str, Any], spaces: Sequence[int] = (), output_space: int = 0) -> Plan:
+    def _plan(
+        self, inputs: Sequence[torch.Tensor], arguments: dict[str, Any], timeout: float | None, spaces: Sequence[int], output_space: int
+    ) -> Plan:
         packed = b""
         if arguments:
             try:
@@ -221,7 +229,7 @@ class RemoteOp:
                 self._statistics,
                 self.op_id,
                 inputs,
-                self._outputs([spec_of(tensor) for tensor in inputs], arguments),
+                self._outputs([spec_of(tensor) for tensor in inputs], arguments, None if timeout is None else _nanoseconds(timeout) / 1e9),
                 packed,
                 spaces,
                 output_space,

@@ -44,7 +44,7 @@ from shmbroker.worker.draining import Stop, drained_by_signals
 from shmbroker.worker.frame_loop import FrameLoop
 from shmbroker.worker.kept_tensors import DEFAULT_KEPT_BYTES
 from shmbroker.worker.open_channels import OpenChannels
-from shmbroker.worker.ops import OpDefinition
+from shmbroker.worker.ops import OpDefinition, warm_up
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +102,8 @@ class Worker:
         self._trace_path = trace
         self._memory = memory
         self._kept_bytes = kept_bytes
+        self._tracebacks = settings.tracebacks
+        """Whether errors of ops carry their tracebacks to the clients."""
         self._ops: dict[str, OpDefinition] = {}
         """Only added to, by whoever registers; the control thread looks them up."""
         self._stop = Stop()
@@ -172,6 +174,8 @@ class Worker:
     @contextlib.contextmanager
     def _joined(self) -> Iterator[FrameLoop]:
         """Known to the broker and answering control requests; the caller runs the frames. All is given back in reverse order."""
+        if any(definition.out_spec is None for definition in self._ops.values()):
+            warm_up()  # before anybody can wait for it
         with contextlib.ExitStack() as stack:
             trace = None
             if self._trace_path is not None:
@@ -197,8 +201,10 @@ class Worker:
                 asynchronous=self._memory is not None and self._memory.asynchronous,
                 watchdog=self._watchdog,
             )
-            channels = OpenChannels(self.instance, frames, memory=self._memory, kept_bytes=self._kept_bytes, trace=trace)
-            offer = Offer(self.service, self.name, self.identity, self._ops, bell_name, socket.endpoint)
+            channels = OpenChannels(
+                self.instance, frames, memory=self._memory, kept_bytes=self._kept_bytes, trace=trace, tracebacks=self._tracebacks
+            )
+            offer = Offer(self.service, self.name, self.identity, self._ops, bell_name, socket.endpoint, self._tracebacks)
             server = ControlServer(offer, responder, channels, self._stop, parent=self._parent, watchdog=self._watchdog)
             control = threading.Thread(target=server.serve, name="shmbroker-control", daemon=True)
             hello = functools.partial(self._hello, responder.endpoint)
