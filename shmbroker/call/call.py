@@ -81,6 +81,8 @@ class Call:
         if status and self.state is not EXPIRED:  # that one is counted already
             self.error = self._error_of(Completion(*completion))
             statistics.errors += 1
+        elif self.future is not None:
+            self._check_answered_in_time(queued_ns + compute_ns)
         begun_ns = self.begun_ns
         now = clock_ns()
         rpc_ns = now - begun_ns
@@ -103,6 +105,17 @@ class Call:
         self.state = DONE
         if self.wake is not None or self.future is not None:
             self._tell()
+
+    def _check_answered_in_time(self, worker_ns: int) -> None:
+        """Of a call that was not waited for: an answer after the deadline is an error, whenever it is taken. ``worker_ns``: from submission to answer."""
+        answered_ns = self.submitted_ns + worker_ns
+        if self.deadline_ns and answered_ns > self.deadline_ns and self.state is OUTSTANDING:
+            self.statistics.errors += 1
+            self.error = CallTimeout(
+                f"op {self.statistics.name!r}, call {self.call_id}: answered {(answered_ns - self.begun_ns) / 1e9:.3f} s after it was made, by worker "
+                f"{self.plan.carrier.worker_name!r}, and its deadline was after {(self.deadline_ns - self.begun_ns) / 1e9:.3f} s; raise timeout= if "
+                "the op needs longer"
+            )
 
     def expire(self) -> None:
         """The deadline has passed. The call stays outstanding, and so holds its blocks, until the worker answers it or dies."""

@@ -81,7 +81,8 @@ class RemoteOp:
         """The last one with its nanoseconds: it is the same object in call after call."""
 
     def __repr__(self) -> str:
-        return f"<RemoteOp {self.name!r} on {self._pair.peer_text()}>"
+        counted = self._statistics
+        return f"<RemoteOp {self.name!r} on {self._pair.peer_text()}: {counted.calls} calls, {counted.errors} failed>"
 
     def __call__(self, *inputs: torch.Tensor, timeout: Timeout = _UNSET, **arguments: Any) -> Any:
         """Call and wait: the op's output tensor, or a tuple of them.
@@ -298,6 +299,10 @@ class CapturedCall:
         self._generations = generations
         self.inputs = tuple(call.inputs)
         self.outputs = tuple(call.outputs)
+
+    def __repr__(self) -> str:
+        inputs, outputs = (", ".join(str(spec_of(tensor)) for tensor in tensors) or "nothing" for tensors in (self.inputs, self.outputs))
+        return f"<CapturedCall of {self._op!r}: {inputs} to {outputs}>"
 
     def replay(self, *, timeout: Timeout = _UNSET) -> Any:
         """Call again and wait: the output tensor, or a tuple of them. Raises as :meth:`RemoteOp.__call__`."""

@@ -19,6 +19,7 @@ from shmbroker.call.queue_pair import QueuePair
 from shmbroker.call.remote_op import OutputsOf, RemoteOp
 from shmbroker.call.report import Report
 from shmbroker.call.statistics import OpStatistics, no_calls, published
+from shmbroker.client.closing import Closing
 from shmbroker.control import messages as m
 from shmbroker.control.endpoint import transport_of
 from shmbroker.control.sockets import Requester
@@ -33,6 +34,9 @@ Answer = TypeVar("Answer", bound=m.Message)
 
 ANSWER_SECONDS = 30.0
 """How long a worker that lives may take to answer where no call's deadline says so: it may load something at a bind, or try an op out meanwhile."""
+
+CLOSING_SECONDS = 1.0
+"""How long the worker may take to hear that a channel is closed; it finds out by itself when the client ends."""
 
 NO_LIMIT_SECONDS = 1e9
 """For a call without a deadline."""
@@ -78,8 +82,11 @@ class Channel:
         self._timeout = timeout
         self._requester = requester
         self._control_lock = threading.Lock()
-        self._on_close = on_close
         self._closed = False
+        self._told_lost = False
+        self._closing = Closing(f"the channel to {worker.name}")
+        for step in (lambda: on_close(self), pair.close, requester.close, self._tell_worker, self._stop):
+            self._closing.add(step)
         self._statistics: list[OpStatistics] = []
         self._counted_before = (0,) * len(_COUNTED)
         """By the channel that this one took over from, on the same counters."""
@@ -245,18 +252,23 @@ class Channel:
     # --- leaving ----------------------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Fail what is outstanding, and tell the worker. A second time does nothing."""
-        if self._closed:
-            return
+        """Fail what is outstanding, and tell the worker. A second time does nothing. From wherever :meth:`Client.close` may be called."""
         self._closed = True
-        alive = self.pair.loss() is None
+        self._closing.close()
+
+    def _stop(self) -> None:
+        self._told_lost = self.pair.loss() is not None  # which is then why, rather than that it was closed
         self.pair.stop("the channel was closed")
-        if alive:
-            try:
-                with self._control_lock:
-                    self._requester.ask(m.CloseChannel(self.opened.channel), m.Done, timeout=1.0)
-            except (ShmBrokerError, TimeoutError) as error:
-                log.debug("closing channel %d: %s", self.opened.channel, error)
-        self._requester.close()
-        self.pair.close()
-        self._on_close(self)
+
+    def _tell_worker(self) -> None:
+        if self._told_lost:
+            return
+        try:
+            with self._control_lock:
+                self._requester.ask(m.CloseChannel(self.opened.channel), m.Done, timeout=CLOSING_SECONDS)
+        except (ShmBrokerError, TimeoutError) as error:
+            log.debug("closing channel %d: %s", self.opened.channel, error)
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"lane {self.lane}, doorbell {self.doorbell}, {self.outstanding} calls outstanding"
+        return f"<Channel for {self.service!r} to {self.peer_text()}: {state}>"

@@ -100,7 +100,7 @@ class BoundOp:
         """Specs of the outputs for such inputs: from the out_spec, else from a run on torch's ``meta`` device, which computes nothing.
 
         An op without an out_spec is tried out once for such inputs, static arguments and arguments, whoever asks, and however often it is bound.
-        Raises :class:`OpFailed` with what the op, or its out_spec, raises.
+        Raises :class:`OpFailed` with what the op, or its out_spec, raises; :class:`BadInput` for arguments that it does not take.
         """
         if self._definition.out_spec is not None:
             try:
@@ -130,6 +130,10 @@ class BoundOp:
         return self._static_digest, tuple(inputs), repr(arguments)
 
     def _try_out(self, inputs: Sequence[TensorSpec], arguments: Static) -> Outputs:
+        try:
+            inspect.signature(self._function).bind(*inputs, **self._kwargs, **arguments)
+        except TypeError as error:
+            raise BadInput(f"op {self.name!r} cannot be called so: {error}") from None
         shells = [torch.empty(spec.shape, dtype=spec.dtype, device="meta") for spec in inputs]
         try:
             result = self._function(*shells, **self._kwargs, **arguments)

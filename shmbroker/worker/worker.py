@@ -111,6 +111,10 @@ class Worker:
         self._watchdog = notify.Watchdog.of_environment()
         """Fed while all threads that serve clients turn; None where nobody watches."""
 
+    def __repr__(self) -> str:
+        ops = ", ".join(self._ops) or "no ops yet"
+        return f"<Worker {self.name!r}: service {self.service!r} of instance {self.instance!r} on {self.device}: {ops}>"
+
     # --- ops ------------------------------------------------------------------------------------------------------------------------
 
     @overload
