@@ -5,6 +5,7 @@ Each message says what happened, with the figures, and what to do next.
 
 from __future__ import annotations
 
+import sys
 from typing import TypeVar
 
 
@@ -85,11 +86,25 @@ class CallError(ShmBrokerError):
 
 
 class RemoteOpError(CallError):
-    """The op raised on the worker. ``type_name`` is the worker's exception type, the message is its text."""
+    """The op raised on the worker: in a call, when it was bound, or when it was tried out for its shapes.
 
-    def __init__(self, message: str, type_name: str = "") -> None:
+    ``type_name`` is the worker's exception type, the message has its text. ``worker_traceback`` tells where it was raised, as text, innermost call
+    last; empty where the worker does not carry it (setting ``tracebacks``). Python shows it below the error.
+    """
+
+    def __init__(self, message: str, type_name: str = "", worker_traceback: str = "") -> None:
         super().__init__(message)
         self.type_name = type_name
+        self.worker_traceback = worker_traceback
+        if worker_traceback and sys.version_info >= (3, 11):
+            self.add_note(self._note())
+
+    def __str__(self) -> str:
+        message = super().__str__()
+        return message if sys.version_info >= (3, 11) or not self.worker_traceback else f"{message}\n{self._note()}"
+
+    def _note(self) -> str:
+        return f"On the worker (most recent call last):\n{self.worker_traceback.rstrip()}"
 
 
 class BadFrame(CallError):

@@ -30,7 +30,7 @@ from shmbroker.errors import BadInput, ProtocolMismatch, SharedMemoryFull, ShmBr
 from shmbroker.memory import names
 from shmbroker.memory.geometry import Geometry
 from shmbroker.memory.hold import Hold
-from shmbroker.memory.reaper import objects
+from shmbroker.memory.reaper import objects, unlink_all
 from shmbroker.memory.segment import make_segment
 from shmbroker.memory.stores import store
 from shmbroker.systemd import notify
@@ -165,11 +165,12 @@ class Broker:
         log.info("instance %s: stopped", self.instance)
 
     def _leave_nothing(self) -> None:
-        """Of a private broker whose starter is gone: wait a moment for its other children, which end too, and tidy up after all."""
+        """Of a private broker whose starter is gone: wait a moment for its other children, which end too, and tidy up after all, the living too."""
         until = time.monotonic() + FAREWELL_SECONDS
         while list(objects(self.instance)) and time.monotonic() < until:
             time.sleep(0.05)
             self._peers.reap("left by a process that died")
+        unlink_all(self.instance)
         with contextlib.suppress(OSError):
             self._lock.remove()
             self._socket_path.parent.rmdir()  # if nothing else is in it

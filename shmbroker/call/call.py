@@ -16,6 +16,7 @@ from shmbroker.call.statistics import OpStatistics
 from shmbroker.call.write_back import Back, copy_back
 from shmbroker.errors import BadFrame, BadInput, CallError, CallTimeout, RemoteOpError, ShmBrokerError, WorkerDraining, anew
 from shmbroker.lane.completion_frames import Completion, CompletionFields
+from shmbroker.lane.op_error import read_op_error
 from shmbroker.memory.layout import Status
 
 Result = torch.Tensor | tuple[torch.Tensor, ...]
@@ -88,6 +89,8 @@ class Call:
         if status and self.state is not EXPIRED:  # that one is counted already
             self.error = self._error_of(Completion(*completion))
             statistics.errors += 1
+        elif self.future is not None:
+            self._check_answered_in_time(queued_ns + compute_ns)
         begun_ns = self.begun_ns
         now = clock_ns()
         rpc_ns = now - begun_ns
@@ -118,6 +121,17 @@ class Call:
             copy_back(self.back)
         except RuntimeError as error:  # a caller's tensor that was changed in the meantime
             self.error = BadInput(f"op {self.statistics.name!r} was run, and what it wrote cannot be copied back to its inputs: {error}")
+
+    def _check_answered_in_time(self, worker_ns: int) -> None:
+        """Of a call that was not waited for: an answer after the deadline is an error, whenever it is taken. ``worker_ns``: from submission to answer."""
+        answered_ns = self.submitted_ns + worker_ns
+        if self.deadline_ns and answered_ns > self.deadline_ns and self.state is OUTSTANDING:
+            self.statistics.errors += 1
+            self.error = CallTimeout(
+                f"op {self.statistics.name!r}, call {self.call_id}: answered {(answered_ns - self.begun_ns) / 1e9:.3f} s after it was made, by worker "
+                f"{self.plan.carrier.worker_name!r}, and its deadline was after {(self.deadline_ns - self.begun_ns) / 1e9:.3f} s; raise timeout= if "
+                "the op needs longer"
+            )
 
     def expire(self) -> None:
         """The deadline has passed. The call stays outstanding, and so holds its blocks, until the worker answers it or dies."""
@@ -163,8 +177,8 @@ class Call:
         name = self.statistics.name
         peer = self.plan.carrier.worker_name
         if completion.status == Status.OP_ERROR:
-            type_name, _, message = text.partition("\n")
-            return RemoteOpError(f"op {name!r} failed on worker {peer!r}: {type_name}: {message}", type_name)
+            type_name, message, traceback = read_op_error(text)
+            return RemoteOpError(f"op {name!r} failed on worker {peer!r}: {type_name}: {message}", type_name, traceback)
         if completion.status == Status.BAD_FRAME:
             return BadFrame(f"worker {peer!r} rejected the frame of op {name!r}: {text}")
         if completion.status == Status.EXPIRED:

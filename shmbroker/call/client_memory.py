@@ -30,6 +30,11 @@ class ClientMemory:
         self._closed = ""
         """Why, in words for its user."""
 
+    @property
+    def refused(self) -> str:
+        """Why nothing can be placed any more, in words; empty while it can."""
+        return self._closed
+
     def empty(
         self, shape: int | tuple[int, ...] | list[int], dtype: torch.dtype = torch.float32, *, device: str | torch.device = "cpu"
     ) -> torch.Tensor:

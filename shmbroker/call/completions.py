@@ -4,7 +4,7 @@ C1  One thread at a time, the leader, takes completions and blocks on the doorbe
 C2  A leader whose own call is done hands the lead to one that still waits.
 C3  Nobody waits for longer than ``RECHECK_SECONDS`` at once, and after each such wait the peers' lives and the deadlines are looked at.
 C4  Whoever must read alone for a moment (to close, to count the dead) is made way for after at most one such wait.
-C5  A future's callbacks run when the lead is given up, so they may make calls and wait for them.
+C5  A future's callbacks run when the lead is given up, so they may make calls and wait for them, and close the client.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from threading import get_ident
 from typing import Protocol
 
 from shmbroker.call.state import DONE, CallState
@@ -53,6 +54,22 @@ class Source(Protocol):
 
     def check_peer(self) -> None:
         """Fail all outstanding calls when the peer is dead."""
+
+
+CLOSING_SECONDS = 5.0
+"""How long whoever closes waits for the background thread: it is done at once, unless a callback runs in it that does not return."""
+
+
+class _Settled:
+    """For the background thread: a call that is done, so that it looks for futures to settle."""
+
+    def __init__(self) -> None:
+        self.state: CallState = DONE
+        self.wake: threading.Lock | None = None
+        self.deadline_ns = 0
+
+    def expire(self) -> None:
+        """It has no deadline."""
 
 
 BlockUntil = Callable[[Callable[[], bool], tuple[Receiver, ...], float], bool]
@@ -99,8 +116,22 @@ class CompletionLoop:
             finally:
                 self._give_up_lead()
 
-    def alone(self, action: Callable[[], None]) -> None:
-        """Do ``action`` while no other thread takes completions; a leader makes way within ``RECHECK_SECONDS``."""
+    def look(self) -> None:
+        """Take what completions there are, or see that a peer has died, without waiting; left to the leader where there is one."""
+        if not self._wanted and self._leader.acquire(False):
+            try:
+                if self._ready():
+                    self._drain()
+                else:
+                    self._check_peers()
+            finally:
+                self._give_up_lead()
+
+    def alone(self, action: Callable[[], None], *, settle_here: bool = True) -> None:
+        """Do ``action`` while no other thread takes completions; a leader makes way within ``RECHECK_SECONDS``.
+
+        ``settle_here``: run the callbacks of what became done in this thread, not in the background.
+        """
         with self._wanted_lock:
             self._wanted += 1
         try:
@@ -110,7 +141,10 @@ class CompletionLoop:
             with self._wanted_lock:
                 self._wanted -= 1
             self._hand_over()
-            self._settle()
+            if settle_here:
+                self._settle()
+            elif self._unsettled:
+                self.watch(_Settled())
 
     def wait(self, call: Waitable, deadline_ns: int) -> bool:
         """Wait until ``call`` is done, at most until ``deadline_ns`` (CLOCK_MONOTONIC; 0 for ever); returns whether it is."""
@@ -244,6 +278,7 @@ class CompletionLoop:
             now = time.monotonic_ns()
             deadlines = [call.deadline_ns for call in calls if call.deadline_ns]
             self.wait(calls[0], min([now + int(RECHECK_SECONDS * 1e9), *deadlines]))
+            self._settle()  # also what others left
             now = time.monotonic_ns()
             for call in calls:
                 if call.state is not DONE and call.deadline_ns and now >= call.deadline_ns:
@@ -252,10 +287,15 @@ class CompletionLoop:
             call = None  # or it would keep the last one's tensors alive until the next comes
 
     def close(self) -> None:
-        """End the background thread, once the calls it watches are done, and let go of the memory that waiting looks at."""
-        if self._watcher is not None:
+        """End the background thread, once the calls it watches are done, and let go of the memory that waiting looks at.
+
+        A callback may do so in that thread, which then ends when the callback has returned. A second time does nothing.
+        """
+        watcher = self._watcher
+        if watcher is not None:
             self._watched.put(None)
-            self._watcher.join()
+            if watcher.ident != get_ident():
+                watcher.join(CLOSING_SECONDS)
         self._block = _closed
 
 

@@ -28,6 +28,9 @@ class Carrier(Protocol):
     def peer_text(self) -> str:
         """The worker, for messages."""
 
+    def look(self, call: Waitable) -> bool:
+        """Take what completions there are, without waiting, and fail ``call`` when its deadline has passed; whether it is done or has failed."""
+
     def wait(self, call: Waitable, timeout: float | None = None) -> bool:
         """Wait until ``call`` is done. Its own deadline fails it; an earlier ``timeout`` (seconds) only ends the waiting: False."""
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sized
 
 from shmbroker.call.call import Call, clock_ns
 from shmbroker.call.completions import CompletionLoop, Waitable
+from shmbroker.call.state import OUTSTANDING
 from shmbroker.call.statistics import no_calls
 from shmbroker.control import messages as m
 from shmbroker.control.liveness import Watch
@@ -119,6 +120,14 @@ class QueuePair:
             self.expire(call)
         return True
 
+    def look(self, call: Waitable) -> bool:
+        """Take what completions there are, without waiting, and fail ``call`` when its deadline has passed; whether it is done or has failed."""
+        if call.state is OUTSTANDING:
+            self.completions.look()
+            if call.state is OUTSTANDING and call.deadline_ns and clock_ns() >= call.deadline_ns:
+                self.expire(call)
+        return call.state is not OUTSTANDING
+
     def expire(self, call: Waitable) -> None:
         """The deadline of ``call`` has passed: it fails, for a better reason where there is one."""
         self.completions.check_peers()
@@ -159,7 +168,7 @@ class QueuePair:
             self.lose(f"{self.peer_text()} died")
 
     def peer_gone(self) -> None:
-        """The broker says that the worker is gone."""
+        """The broker says that the worker is gone. No callback is run here: who says so has other things to do."""
 
         def end() -> None:
             if self._lost is None:
@@ -167,7 +176,7 @@ class QueuePair:
                 self.drain()
                 self.lose(f"{self.peer_text()} left")
 
-        self.completions.alone(end)
+        self.completions.alone(end, settle_here=False)
 
     def lose(self, why: str) -> None:
         """No call will be answered any more: fail those outstanding."""

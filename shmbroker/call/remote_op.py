@@ -29,8 +29,11 @@ from shmbroker.memory.layout import Space
 _KNOWN_PLANS = 1024
 """Combinations of input forms remembered; a decode that grows by a token a step starts over now and then."""
 
-OutputsOf = Callable[[Sequence[TensorSpec], dict[str, Any]], Outputs]
-"""The outputs for such inputs and per-call arguments."""
+ASKING_NS = 1_000_000
+"""Planning that took longer than this has asked the worker, and is taken off the call's timeout: nothing else of it takes as long."""
+
+OutputsOf = Callable[[Sequence[TensorSpec], dict[str, Any], float | None], Outputs]
+"""The outputs for such inputs and per-call arguments, told within so many seconds; None for no limit."""
 
 _arguments_encoder = msgspec.msgpack.Encoder()
 
@@ -96,7 +99,8 @@ class RemoteOp:
         """The last one with its nanoseconds: it is the same object in call after call."""
 
     def __repr__(self) -> str:
-        return f"<RemoteOp {self.name!r} on {self._pair.peer_text()}>"
+        counted = self._statistics
+        return f"<RemoteOp {self.name!r} on {self._pair.peer_text()}: {counted.calls} calls, {counted.errors} failed>"
 
     def __call__(self, *inputs: torch.Tensor, timeout: Timeout = _UNSET, **arguments: Any) -> Any:
         """Call and wait: the op's output tensor, or a tuple of them.
@@ -182,8 +186,11 @@ class RemoteOp:
         plan = self._plans.get(_signature(placed)) if not (arguments or spaces or output_space) else None
         if plan is None:
             planning_ns = clock_ns()
-            plan = self._plan(placed, arguments, spaces, output_space)
-            begun_ns += clock_ns() - planning_ns  # done once for such inputs: no part of the call
+            plan = self._plan(placed, arguments, timeout, spaces, output_space)
+            planned_ns = clock_ns() - planning_ns
+            begun_ns += planned_ns  # done once for such inputs: no part of the call
+            if timeout is not None and planned_ns > ASKING_NS:
+                timeout = max(1e-9, timeout - planned_ns / 1e9)  # but of what its caller waits for
         self._pair.nudge()
         outputs: list[Any] = []
         if plan.output_space:
@@ -230,7 +237,9 @@ class RemoteOp:
         copied += (tensor.nbytes, clock_ns() - begun_ns)
         return inside, block.offset, block.generation, Space.SEGMENT
 
-    def _plan(self, inputs: Sequence[torch.Tensor], arguments: dict[str, Any], spaces: Sequence[int] = (), output_space: int = 0) -> Plan:
+    def _plan(
+        self, inputs: Sequence[torch.Tensor], arguments: dict[str, Any], timeout: float | None, spaces: Sequence[int], output_space: int
+    ) -> Plan:
         packed = b""
         if arguments:
             try:
@@ -253,7 +262,7 @@ class RemoteOp:
                 self._statistics,
                 self.op_id,
                 inputs,
-                self._outputs([spec_of(tensor) for tensor in inputs], arguments),
+                self._outputs([spec_of(tensor) for tensor in inputs], arguments, None if timeout is None else _nanoseconds(timeout) / 1e9),
                 packed,
                 spaces,
                 output_space,
@@ -328,6 +337,10 @@ class CapturedCall:
         """Inputs that are no kept tensors."""
         self._places = places_of(self._handed)
         self._written = places_of(self.outputs)
+
+    def __repr__(self) -> str:
+        inputs, outputs = (", ".join(str(spec_of(tensor)) for tensor in tensors) or "nothing" for tensors in (self.inputs, self.outputs))
+        return f"<CapturedCall of {self._op!r}: {inputs} to {outputs}>"
 
     def replay(self, *, timeout: Timeout = _UNSET) -> Any:
         """Call again and wait: the output tensor, or a tuple of them. Raises as :meth:`RemoteOp.__call__`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
@@ -77,6 +78,23 @@ class Report(msgspec.Struct, frozen=True):
         lines = tuple(_line(name, group) for name, group in by_name.items() if any(one.calls or one.errors for one in group))
         return cls(lane, doorbell, control, socket_bytes, _line("all", statistics), lines, failovers, device)
 
+    def __repr__(self) -> str:
+        total = self.total
+        return (
+            f"<Report: {total.calls} calls of {len(self.ops)} ops, {total.errors} failed, {total.rpc_ms:.1f} ms in all, median {total.rpc_median_ms:.3f} ms; "
+            f"lane {self.lane}, doorbell {self.doorbell}; print() shows the table>"
+        )
+
+    def _repr_html_(self) -> str:
+        """As a table in a notebook."""
+        lines = (*self.ops, self.total)
+        head = "".join(f"<th>{html.escape(line.op)}</th>" for line in lines)
+        rows = "".join(
+            f"<tr><th style='text-align: left'>{label.strip()}</th>{''.join(f'<td>{html.escape(cell(line))}</td>' for line in lines)}</tr>"
+            for label, cell in _ROWS
+        )
+        return f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{rows}</tbody></table><p>{html.escape(self._foot())}</p>"
+
     def __str__(self) -> str:
         from rich.console import Console
 
@@ -97,6 +115,10 @@ class Report(msgspec.Struct, frozen=True):
             table.add_column(line.op, justify="right", style="bold" if line is self.total else "")
         for label, cell in _ROWS:
             table.add_row(label, *[cell(line) for line in lines])
+        return Group(table, self._foot())
+
+    def _foot(self) -> str:
+        """What no table tells."""
         foot = (
             f"lane {self.lane}, doorbell {self.doorbell}, control {self.control}; "
             f"{mib(self.total.sent_bytes)} out and {mib(self.total.received_bytes)} back through shared memory, "
@@ -108,7 +130,7 @@ class Report(msgspec.Struct, frozen=True):
             foot += f"; {self.total.errors} calls failed"
         if self.failovers:
             foot += f"; another worker took over {self.failovers} time{'s' if self.failovers > 1 else ''}"
-        return Group(table, foot)
+        return foot
 
 
 _ROWS: tuple[tuple[str, Callable[[OpReport], str]], ...] = (

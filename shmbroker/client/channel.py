@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -18,11 +19,13 @@ from shmbroker.call.queue_pair import QueuePair
 from shmbroker.call.remote_op import OutputsOf, RemoteOp
 from shmbroker.call.report import Report
 from shmbroker.call.statistics import OpStatistics, no_calls, published
+from shmbroker.client.closing import Closing
 from shmbroker.control import messages as m
 from shmbroker.control.endpoint import transport_of
 from shmbroker.control.sockets import Requester
-from shmbroker.errors import BadInput, ChannelError, ShmBrokerError
+from shmbroker.errors import BadInput, CallTimeout, ChannelError, RemoteOpError, ShmBrokerError
 from shmbroker.lane.frame_layout import KEPT_OP
+from shmbroker.lane.op_error import read_op_error
 from shmbroker.lane.outputs import Outputs, OutSpec
 
 log = logging.getLogger(__name__)
@@ -30,7 +33,13 @@ log = logging.getLogger(__name__)
 Answer = TypeVar("Answer", bound=m.Message)
 
 ANSWER_SECONDS = 30.0
-"""How long a worker that lives may take to answer: the first op that it tries out for its shapes has torch load what takes seconds."""
+"""How long a worker that lives may take to answer where no call's deadline says so: it may load something at a bind, or try an op out meanwhile."""
+
+CLOSING_SECONDS = 1.0
+"""How long the worker may take to hear that a channel is closed; it finds out by itself when the client ends."""
+
+NO_LIMIT_SECONDS = 1e9
+"""For a call without a deadline."""
 
 _COUNTED = ("errors", "sent_bytes", "received_bytes", "rpc_ns", "copied_bytes")
 
@@ -73,8 +82,11 @@ class Channel:
         self._timeout = timeout
         self._requester = requester
         self._control_lock = threading.Lock()
-        self._on_close = on_close
         self._closed = False
+        self._told_lost = False
+        self._closing = Closing(f"the channel to {worker.name}")
+        for step in (lambda: on_close(self), pair.close, requester.close, self._tell_worker, self._stop):
+            self._closing.add(step)
         self._statistics: list[OpStatistics] = []
         self._counted_before = (0,) * len(_COUNTED)
         """By the channel that this one took over from, on the same counters."""
@@ -87,8 +99,9 @@ class Channel:
         """Fix the static arguments of ``op`` once; returns a callable for tensors.
 
         ``out_spec(*input_specs, **static)`` gives the outputs' :class:`TensorSpec` without asking; without it the worker is asked once for
-        each new combination of input shapes and dtypes. Static arguments are numbers, strings, booleans, None, and lists of these.
-        Raises :class:`BadInput` when the worker has no such op or the op refuses the arguments.
+        each new combination of input shapes and dtypes, within the deadline of the call that meets it first. Static arguments are numbers, strings,
+        booleans, None, and lists of these. Raises :class:`BadInput` when the worker has no such op or it has no such arguments,
+        :class:`RemoteOpError` when the op itself raises.
         """
         return self.bind_counted(op, OpStatistics(op), out_spec=out_spec, **static)
 
@@ -100,12 +113,12 @@ class Channel:
             m.encode(m.Bind(0, op, static))
         except (TypeError, OverflowError) as error:
             raise BadInput(f"op {op!r}: static arguments are numbers, strings, booleans, None and lists of these; {error}") from None
-        bound = self._ask(m.Bind(self.opened.channel, op, static), m.Bound)
+        bound = self._ask_soon(m.Bind(self.opened.channel, op, static), m.Bound)
         if statistics.calls or statistics.errors:
             self._counted_before = tuple(
                 before + getattr(statistics, field) for before, field in zip(self._counted_before, _COUNTED, strict=True)
             )
-        outputs = self._local_outputs(out_spec, static) if out_spec is not None else self._ask_outputs(bound.op_id)
+        outputs = self._local_outputs(out_spec, static) if out_spec is not None else self._ask_outputs(op, bound.op_id)
         return self._remote_op(op, bound.op_id, outputs, statistics, bound.in_place)
 
     def _remote_op(self, name: str, op_id: int, outputs: OutputsOf, statistics: OpStatistics, in_place: bool = False) -> RemoteOp:
@@ -114,12 +127,19 @@ class Channel:
 
     @staticmethod
     def _local_outputs(out_spec: OutSpec, static: dict[str, Any]) -> OutputsOf:
-        return lambda inputs, arguments: Outputs.of(out_spec(*inputs, **static))
+        return lambda inputs, arguments, timeout: Outputs.of(out_spec(*inputs, **static))
 
-    def _ask_outputs(self, op_id: int) -> OutputsOf:
-        def ask(inputs: Sequence[TensorSpec], arguments: dict[str, Any]) -> Outputs:
+    def _ask_outputs(self, op: str, op_id: int) -> OutputsOf:
+        def ask(inputs: Sequence[TensorSpec], arguments: dict[str, Any], timeout: float | None) -> Outputs:
             infos = tuple(m.SpecInfo(spec.shape, NAME_OF[spec.dtype]) for spec in inputs)
-            answer = self._ask(m.AskOutSpec(self.opened.channel, op_id, infos, arguments), m.OutSpecs)
+            seconds = NO_LIMIT_SECONDS if timeout is None else timeout
+            try:
+                answer = self._ask(m.AskOutSpec(self.opened.channel, op_id, infos, arguments), m.OutSpecs, seconds)
+            except TimeoutError:
+                raise CallTimeout(
+                    f"op {op!r}: {self.pair.peer_text()} had not found the shapes of its outputs after {seconds:g} s, the call's timeout; an op without "
+                    "out_spec is tried out for them on its first inputs of a form: give it an out_spec, at the worker or to bind(), or raise timeout="
+                ) from None
             return Outputs(tuple(TensorSpec(spec.shape, dtype_named(spec.dtype)) for spec in answer.outputs), answer.single)
 
         return ask
@@ -127,7 +147,7 @@ class Channel:
     def _fetch_kept(self, kept: Kept) -> torch.Tensor:
         """For :class:`KeptBooks`: the values of ``kept``, copied to where the client reads them."""
 
-        def same(inputs: Sequence[TensorSpec], arguments: dict[str, Any]) -> Outputs:
+        def same(inputs: Sequence[TensorSpec], arguments: dict[str, Any], timeout: float | None) -> Outputs:
             return Outputs(tuple(inputs), len(inputs) == 1)
 
         if self._fetch is None:
@@ -137,20 +157,45 @@ class Channel:
 
     # --- asking -----------------------------------------------------------------------------------------------------------------------
 
-    def _ask(self, message: m.Message, answer: type[Answer]) -> Answer:
+    def _ask(self, message: m.Message, answer: type[Answer], seconds: float = ANSWER_SECONDS) -> Answer:
+        """Ask the worker. Raises its error; what became of the channel, where that is why it does not answer; else TimeoutError."""
         pair = self.pair
         pair.check_open()
-        with self._control_lock:
+        until = time.monotonic() + seconds
+        try:
+            if not self._control_lock.acquire(timeout=min(seconds, threading.TIMEOUT_MAX)):
+                raise TimeoutError
             try:
-                return self._requester.ask(message, answer, ANSWER_SECONDS, pair.alive)
-            except TimeoutError:
-                pair.loss()
-                pair.check_open()
-                raise ChannelError(f"{pair.peer_text()} does not answer control requests") from None
+                return self._requester.ask(message, answer, until - time.monotonic(), self._reachable)
+            finally:
+                self._control_lock.release()
+        except TimeoutError:
+            pair.loss()
+            pair.check_open()
+            if self._closed:
+                raise ChannelError("the channel was closed") from None
+            raise TimeoutError(f"{pair.peer_text()} does not answer control requests") from None
+        except RemoteOpError as error:
+            what, _, told = str(error).partition("\n")
+            failed = read_op_error(told)
+            raise RemoteOpError(f"{what}: {failed.type_name}: {failed.text}", failed.type_name, failed.traceback) from None
+
+    def _ask_soon(self, message: m.Message, answer: type[Answer]) -> Answer:
+        """:meth:`_ask`, where no call's deadline says for how long."""
+        try:
+            return self._ask(message, answer)
+        except TimeoutError as error:
+            if isinstance(error, ShmBrokerError):
+                raise
+            raise ChannelError(str(error)) from None
+
+    def _reachable(self) -> bool:
+        """Whether an answer of the worker can still come."""
+        return not self._closed and self.pair.alive()
 
     def _open_device_arena(self, handle: bytes, nbytes: int) -> None:
         """For :class:`Placement`."""
-        self._ask(m.OpenDeviceArena(self.opened.channel, handle, nbytes), m.Done)
+        self._ask_soon(m.OpenDeviceArena(self.opened.channel, handle, nbytes), m.Done)
 
     def peer_text(self) -> str:
         """The worker, for messages."""
@@ -207,18 +252,23 @@ class Channel:
     # --- leaving ----------------------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Fail what is outstanding, and tell the worker. A second time does nothing."""
-        if self._closed:
-            return
+        """Fail what is outstanding, and tell the worker. A second time does nothing. From wherever :meth:`Client.close` may be called."""
         self._closed = True
-        alive = self.pair.loss() is None
+        self._closing.close()
+
+    def _stop(self) -> None:
+        self._told_lost = self.pair.loss() is not None  # which is then why, rather than that it was closed
         self.pair.stop("the channel was closed")
-        if alive:
-            try:
-                with self._control_lock:
-                    self._requester.ask(m.CloseChannel(self.opened.channel), m.Done, timeout=1.0)
-            except (ShmBrokerError, TimeoutError) as error:
-                log.debug("closing channel %d: %s", self.opened.channel, error)
-        self._requester.close()
-        self.pair.close()
-        self._on_close(self)
+
+    def _tell_worker(self) -> None:
+        if self._told_lost:
+            return
+        try:
+            with self._control_lock:
+                self._requester.ask(m.CloseChannel(self.opened.channel), m.Done, timeout=CLOSING_SECONDS)
+        except (ShmBrokerError, TimeoutError) as error:
+            log.debug("closing channel %d: %s", self.opened.channel, error)
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"lane {self.lane}, doorbell {self.doorbell}, {self.outstanding} calls outstanding"
+        return f"<Channel for {self.service!r} to {self.peer_text()}: {state}>"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import logging
 import os
 import threading
@@ -18,6 +17,7 @@ from shmbroker.arena.cuda_runtime import Cuda
 from shmbroker.arena.device_arena import DeviceArena
 from shmbroker.call.client_memory import ClientMemory
 from shmbroker.client.channel import Channel
+from shmbroker.client.closing import Closing
 from shmbroker.client.failover import FailoverChannel
 from shmbroker.client.opening import Identity, Opener
 from shmbroker.client.publisher import Publisher
@@ -35,6 +35,7 @@ from shmbroker.memory.geometry import Geometry
 from shmbroker.memory.hold import Hold, unlink_own
 from shmbroker.memory.segment import Segment
 from shmbroker.memory.stores import store
+from shmbroker.settings.kinds import Doorbell, Lane
 from shmbroker.settings.load import current
 from shmbroker.settings.sizes import parse_bytes
 from shmbroker.trace.writer import Trace
@@ -116,53 +117,57 @@ class Client:
         self._lock = threading.Lock()
         """Of the two lists above, which any thread may change."""
         access = Access.of(instance)
-        self._undo = contextlib.ExitStack()
-        with contextlib.ExitStack() as stack:
+        self._closing = closing = Closing(f"client {name}")
+        try:
             told: Trace | None = None
             if trace is not None:
                 told = Trace(trace, f"client {name}")
-                stack.callback(told.close)
+                closing.add(told.close)
             context = access.context()
-            stack.callback(context.term)
+            closing.add(context.term)
             broker = Requester(context, access.endpoint)
-            stack.callback(broker.close)
+            closing.add(broker.close)
             self._link: BrokerLink | None = None
             # Undone after the holds are released, so that the broker, on our Goodbye, finds nothing held.
-            stack.callback(self._stop_link)
-            self.segment = self._make_segment(broker, geometry, stack)
+            closing.add(self._stop_link)
+            self.segment = self._make_segment(broker, geometry, closing)
             """As it is mapped here."""
-            bell = self._make_bell(broker, stack)
+            bell = self._make_bell(broker, closing)
             self.memory = ClientMemory(self.segment, place_timeout)
-            stack.callback(lambda: self.memory.close(self._unusable))
+            closing.add(lambda: self.memory.close(self._unusable))
             self._publisher = Publisher(self.segment, self.memory.arena, lambda: list(self._channels))
-            stack.callback(self._publisher.close)
+            closing.add(self._publisher.close)
             identity = Identity(instance, self.id, name, bell.name)
             self._opener = Opener(context, broker, identity, self.segment, bell, spin, told)
-            stack.callback(self._opener.close)
+            closing.add(self._opener.close)
             self._link = BrokerLink(context, access.endpoint, self._hello, self._stats, self._peer_gone, self._publisher.publish)
             self._link.start()
-            self._undo = stack.pop_all()
+            closing.add(self._close_channels)
+            closing.add(self._opener.stop)
+        except BaseException:
+            closing.close()
+            raise
         _open.add(self)
 
     # --- joining ----------------------------------------------------------------------------------------------------------------------
 
-    def _make_segment(self, broker: Requester, geometry: Geometry, undo: contextlib.ExitStack) -> Segment:
+    def _make_segment(self, broker: Requester, geometry: Geometry, undo: Closing) -> Segment:
         request = m.MakeSegment(self.id, this_process(), geometry.arena_bytes, geometry.channel_count, geometry.depth)
         made = ask_broker(broker, request, m.Made, self.instance, timeout=_reserving_seconds(geometry))
         # fault: before segment held
         segment = Segment.attach(made.name, hold=True)
         # fault: after segment held
-        undo.callback(store().unlink_own, made.name)
-        undo.callback(segment.close)
+        undo.add(store().unlink_own, made.name)
+        undo.add(segment.close)
         return segment
 
-    def _make_bell(self, broker: Requester, undo: contextlib.ExitStack) -> SemaphoreBell:
+    def _make_bell(self, broker: Requester, undo: Closing) -> SemaphoreBell:
         made = ask_broker(broker, m.MakeBell(self.id, this_process()), m.Made, self.instance)
         hold = Hold.on(names.bell_path(made.name))
-        undo.callback(unlink_own, names.bell_path(made.name))
-        undo.callback(hold.release)
+        undo.add(unlink_own, names.bell_path(made.name))
+        undo.add(hold.release)
         bell = SemaphoreBell(made.name)
-        undo.callback(bell.close)
+        undo.add(bell.close)
         return bell
 
     def _hello(self) -> m.Hello:
@@ -274,6 +279,11 @@ class Client:
         if not isinstance(service, str) or not service:
             raise BadInput(f"a service is named by a string, not by {service!r}")
         wanted = asked(lane, doorbell)
+        with self._opener.opening():
+            return self._open(service, wanted, wait, passed_over)
+
+    def _open(self, service: str, wanted: tuple[Lane, Doorbell], wait: float, passed_over: frozenset[str]) -> Channel:
+        """While it does, closing waits: what it opens is closed too."""
         worker = self._opener.find(service, wait, passed_over)
         with self._lock:
             if not self._free_areas:
@@ -325,17 +335,25 @@ class Client:
             channel.pair.disown(ChannelError(self._unusable))
 
     def close(self) -> None:
-        """Close all channels and leave. Living tensors keep their memory, which has no name any more. A second time does nothing."""
-        if self not in _open:
-            return
-        _open.discard(self)
+        """Close all channels and leave. Living tensors keep their memory, which has no name any more. A second time does nothing.
+
+        Callable from any thread, while others call (their calls fail), and in a future's callback. In a finaliser it returns at once, and is done by a thread
+        of its own. When something goes wrong, everything else is closed all the same, and then it is raised.
+        """
         self._unusable = self._unusable or "the client is closed"
         self.memory.refuse(self._unusable)
         if os.getpid() != self._pid:
+            _open.discard(self)
             return  # the parent's: sockets and threads are not ours to touch
-        for channel in list(self._channels):
-            channel.close()
-        self._undo.close()
+        try:
+            self._closing.close()
+        finally:
+            if self._closing.done:
+                _open.discard(self)
+
+    def _close_channels(self) -> None:
+        for channel in self.channels:
+            self._closing.add(channel.close)  # done next: each, whatever becomes of the others
 
     def _stop_link(self) -> None:
         if self._link is not None:
@@ -352,7 +370,8 @@ class Client:
         self.close()
 
     def __repr__(self) -> str:
-        return f"<Client {self.name!r} of instance {self.instance!r}, arena {self.arena.nbytes} bytes>"
+        state = self._unusable or f"{len(self._channels)} of {self.segment.geometry.channel_count} channels open"
+        return f"<Client {self.name!r} of instance {self.instance!r}: arena {self.arena.nbytes} bytes, {state}>"
 
 
 def _reserving_seconds(geometry: Geometry) -> float:

@@ -18,7 +18,7 @@ from shmbroker.control.access import CONTROL_VARIABLE, UNIX
 from shmbroker.control.joining import INSTANCE_VARIABLE
 from shmbroker.errors import BrokerUnreachable
 from shmbroker.memory import names
-from shmbroker.memory.reaper import reap
+from shmbroker.memory.reaper import unlink_all
 from shmbroker.settings.load import variable_of
 
 if TYPE_CHECKING:
@@ -42,6 +42,10 @@ class LocalBroker:
     environment: dict[str, str]
     """Variables that point another process at this broker."""
 
+    def __repr__(self) -> str:
+        state = "running" if os.path.exists(f"/proc/{self.pid}") else "ended"
+        return f"<LocalBroker of instance {self.instance!r} (pid {self.pid}, {state})>"
+
     def connect(self, **options: Any) -> Client:
         """A client of this broker; options as of :func:`shmbroker.connect`."""
         from shmbroker.client.client import connect
@@ -51,10 +55,10 @@ class LocalBroker:
 
 @contextlib.contextmanager
 def local_broker(*, log_level: str = "warning") -> Iterator[LocalBroker]:
-    """Start a private broker process on an instance of its own; it ends with the block, and with this process.
+    """Start a private broker process on an instance of its own; it ends with the block, and with this process however that ends.
 
     Within the block ``shmbroker.connect()`` and ``shmbroker.Worker()`` of this process, and of processes started from it, find it by
-    themselves. At the end nothing of it is left in shared memory. Raises :class:`BrokerUnreachable` when it cannot be started.
+    themselves. Ctrl-C is not for it. At the end nothing of its instance is left in shared memory, whoever still uses it. Raises :class:`BrokerUnreachable` when it cannot be started.
     """
     instance = f"local-{os.getpid()}-{names.new_id()[:6]}"
     # A unix socket's path must be short, which a temporary folder's need not be.
@@ -66,7 +70,8 @@ def local_broker(*, log_level: str = "warning") -> Iterator[LocalBroker]:
     command += ["--until-exit", str(os.getpid()), "--group", ""]  # for this user, whatever the settings say
     # Of settings of the machine that are meant for its own broker, this one would take the port.
     private = {**os.environ, **environment, variable_of("metrics_port"): "0"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, env=private)
+    # A session of its own: Ctrl-C at the terminal, and a signal to this process's group, are not for it.
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, env=private, start_new_session=True)
     try:
         _await_ready(process)
         os.environ.update(environment)
@@ -78,7 +83,9 @@ def local_broker(*, log_level: str = "warning") -> Iterator[LocalBroker]:
             else:
                 os.environ[variable] = value
         stop_process(process)
-        reap(instance)
+        unlink_all(
+            instance
+        )  # what a worker in a thread, a client or a child still holds: its memory stays, and nobody looks for its name any more
         shutil.rmtree(runtime, ignore_errors=True)
 
 

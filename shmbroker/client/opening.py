@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import zmq
@@ -25,6 +26,10 @@ from shmbroker.settings.kinds import Doorbell, Lane
 from shmbroker.trace.writer import Trace
 
 _SERVICE_POLL_SECONDS = 0.05
+_CLOSED = "the client is closed"
+
+STOP_SECONDS = 15.0
+"""How long closing waits for a channel that another thread is opening: longer than any step of that takes."""
 
 LOOK_SECONDS = 25e-6
 """How long whoever waits for a completion looks for it before deadlines and the doorbell are thought of."""
@@ -78,12 +83,38 @@ class Opener:
         self._trace = trace
         self._lock = threading.Lock()
         self._loops: dict[Doorbell, CompletionLoop] = {}
+        self._stopped = False
+        self._openings = 0
+        self._fewer = threading.Condition()
+        """Of the openings under way."""
+
+    @contextlib.contextmanager
+    def opening(self) -> Iterator[None]:
+        """Around finding a worker and opening a channel to it. Raises :class:`ChannelError` once the client is being closed."""
+        with self._fewer:
+            if self._stopped:
+                raise ChannelError(_CLOSED)
+            self._openings += 1
+        try:
+            yield
+        finally:
+            with self._fewer:
+                self._openings -= 1
+                self._fewer.notify_all()
+
+    def stop(self) -> None:
+        """Open no more channels. Who waits for a worker is told so; when this returns, nobody opens any more."""
+        with self._fewer:
+            self._stopped = True
+            self._fewer.wait_for(lambda: not self._openings, STOP_SECONDS)
 
     def find(self, service: str, wait: float, passed_over: frozenset[str]) -> m.WorkerInfo:
         """A worker that offers ``service`` and is none of ``passed_over``, waiting ``wait`` seconds for one. Raises :class:`NoSuchService`."""
         until = time.monotonic() + wait
         instance = self._identity.instance
         while True:
+            if self._stopped:
+                raise ChannelError(_CLOSED)
             with self._lock:
                 found = ask_broker(self._broker, m.FindService(service), m.Found, instance)
             for worker in found.workers:
@@ -118,11 +149,13 @@ class Opener:
             watch = Watch(worker.process)
             try:
                 # fault: before channel opened
-                answer = requester.ask(opening, m.ChannelOpened, alive=watch.alive)
+                answer = requester.ask(opening, m.ChannelOpened, alive=lambda: watch.alive() and not self._stopped)
                 # fault: after channel opened
                 end, loop = self._end(answer, index)
             except TimeoutError as error:
                 who = f"worker {worker.name!r} (pid {worker.process.pid})"
+                if self._stopped:
+                    raise ChannelError(_CLOSED) from None
                 if not watch.alive():
                     raise WorkerLost(f"{who} died while a channel to it was opened") from None
                 raise ChannelError(f"{who} does not answer: {error}") from None

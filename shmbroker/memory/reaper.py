@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,6 +27,13 @@ def objects(instance: str | None = None) -> Iterator[names.ObjectName]:
             name = names.parse(file, folder or "")
             if name is not None and instance in (None, name.instance):
                 yield name
+
+
+def unlink_all(instance: str) -> None:
+    """Unlink all that lies in shared memory of a private instance that is over, held or not. Living processes keep their memory, without a name."""
+    for name in objects(instance):
+        with contextlib.suppress(OSError):  # gone meanwhile, or another user's
+            os.unlink(name.path)
 
 
 def reap(instance: str | None = None, owner: str | None = None) -> list[Reaped]:

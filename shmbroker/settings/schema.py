@@ -70,6 +70,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """CPU threads to compute with; 0: torch's own choice."""
     split: str = "fused"
 
+    # workers
+    tracebacks: bool = True
+    """Carry an op's traceback to the client that called it; the worker logs it in any case."""
+
     # every program
     metrics_port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 0
     """Loopback port for metrics; 0: none."""

@@ -14,12 +14,13 @@ import msgspec
 from shmbroker.arena.spec import TensorSpec
 from shmbroker.control.liveness import Watch
 from shmbroker.control.messages import OpenChannel
-from shmbroker.errors import BadFrame, BadInput, describe, text_of
+from shmbroker.errors import BadFrame, describe
 from shmbroker.lane.completion_frames import Completion, CompletionFields, pack_text
 from shmbroker.lane.frame_layout import KEPT_OP, SUBMISSION_HEADER
 from shmbroker.lane.frames import Taken, taken_of
+from shmbroker.lane.op_error import pack_op_error
 from shmbroker.lane.submission_reader import Submission
-from shmbroker.memory.layout import ChannelStatistics, Space, Status, offset_of
+from shmbroker.memory.layout import TEXT_BYTES, ChannelStatistics, Space, Status, offset_of
 from shmbroker.memory.statistics_block import StatisticsBlock
 from shmbroker.worker.device_completions import InFlight
 from shmbroker.worker.device_memory import Launched
@@ -42,6 +43,10 @@ _WORKER_STATISTICS = offset_of(ChannelStatistics, "worker_revision")
 _WORD = (1 << 64) - 1
 _call_id_bytes = slice(8, 16)
 _clock_ns = time.monotonic_ns
+
+
+class Rejected(Exception):
+    """A frame that is not run. No error that an op can raise: whatever an op raises is the op's error."""
 
 
 @dataclass(slots=True)
@@ -72,6 +77,8 @@ class WorkerChannel:
     state: dict[str, Any] = field(default_factory=dict)
     """What ops keep for this channel."""
     counters: ChannelCounters = field(default_factory=ChannelCounters)
+    tracebacks: bool = True
+    """Whether an op's error carries its traceback to the client."""
     _published: tuple[int, ...] = ()
     kept: KeptTensors = field(default_factory=lambda: KeptTensors(DEFAULT_KEPT_BYTES))
     _op_ids: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
@@ -116,7 +123,7 @@ class WorkerChannel:
             # fault: before op running
             launched = prepared.run()
             # fault: after result written
-        except BadFrame as error:
+        except Rejected as error:
             counters.errors += 1
             return Completion(call_id, Status.BAD_FRAME, queued_ns, 0, pack_text(str(error)))
         except BaseException as error:  # whatever the op raises, SystemExit too, is the answer to the call; the worker lives on
@@ -142,9 +149,10 @@ class WorkerChannel:
     def _failed(self, call_id: int, key: bytes, queued_ns: int, begun_ns: int, error: BaseException) -> CompletionFields:
         self.counters.errors += 1
         self._prepared.pop(key, None)
-        log.info("call %d of %s failed: %s", call_id, self.opened.client_name, describe(error))
-        text = pack_text(f"{type(error).__name__}\n{text_of(error)}")
-        return Completion(call_id, Status.OP_ERROR, queued_ns, _clock_ns() - begun_ns, text)
+        ended_ns = _clock_ns()
+        log.warning("call %d of %s failed: %s", call_id, self.opened.client_name, describe(error), exc_info=error)
+        text = pack_text(pack_op_error(error, TEXT_BYTES, traceback=self.tracebacks))
+        return Completion(call_id, Status.OP_ERROR, queued_ns, ended_ns - begun_ns, text)
 
     def _in_flight(self, launched: Launched, call_id: int, key: bytes, queued_ns: int, begun_ns: int) -> InFlight:
         """A call that its device still works on; computing, here, is all until its last copy is done."""
@@ -160,24 +168,25 @@ class WorkerChannel:
         return InFlight(launched, finish)
 
     def _open(self, frame: bytes) -> PreparedCall:
-        """Check a frame that was not met before. Raises :class:`BadFrame`."""
-        call = self.mapped.reader.read(frame)
-        if call.op_id == KEPT_OP:
-            return about_kept(self.kept, self.mapped, call)
-        op = self.ops.get(call.op_id)
-        if op is None:
-            raise BadFrame(f"op id {call.op_id} is not bound on this channel")
+        """Check a frame that was not met before. Raises :class:`Rejected`, and what the op's out_spec raises."""
         try:
+            call = self.mapped.reader.read(frame)
+            if call.op_id == KEPT_OP:
+                return about_kept(self.kept, self.mapped, call)
+            op = self.ops.get(call.op_id)
+            if op is None:
+                raise Rejected(f"op id {call.op_id} is not bound on this channel")
             arguments = _arguments_decoder.decode(call.metadata) if call.metadata else {}
-            single = _check(op, call, arguments)
-        except BadFrame:
-            raise
-        except Exception as error:  # an out_spec that fails on odd shapes, or metadata that is none, is the frame's fault too
-            raise BadFrame(describe(error)) from None
-        if any(place.form.space == Space.KEPT for place in (*call.inputs, *call.outputs)):
-            return with_kept(self.kept, self.mapped, call, op, arguments, single=single)
-        view = self.mapped.view
-        inputs, outputs = [view(place) for place in call.inputs], [view(place) for place in call.outputs]
+        except (BadFrame, msgspec.DecodeError, ValueError) as error:
+            raise Rejected(str(error) if isinstance(error, BadFrame) else describe(error)) from None
+        single = _check(op, call, arguments)
+        try:
+            if any(place.form.space == Space.KEPT for place in (*call.inputs, *call.outputs)):
+                return with_kept(self.kept, self.mapped, call, op, arguments, single=single)
+            view = self.mapped.view
+            inputs, outputs = [view(place) for place in call.inputs], [view(place) for place in call.outputs]
+        except BadFrame as error:
+            raise Rejected(str(error)) from None
         kind = tuple([(place.form.dtype, len(place.form.spec.shape)) for place in call.inputs])
         if not op.is_proven(kind) and sum([tensor.nbytes for tensor in inputs]) <= TRIED_BYTES and not self.mapped.memory.asynchronous:
             copies = [tensor.clone() for tensor in inputs]
@@ -213,14 +222,16 @@ class WorkerChannel:
 
 
 def _check(op: BoundOp, call: Submission, arguments: Static) -> bool:
-    """Compare the outputs' room with what the op writes; returns whether that is one tensor rather than a sequence."""
-    try:
-        expected = op.outputs([descriptor.form.spec for descriptor in call.inputs], arguments)
-    except BadInput as error:
-        raise BadFrame(str(error)) from None
+    """Compare the outputs' room with what the op writes; returns whether that is one tensor rather than a sequence.
+
+    An op that returns its results is compared with the room when it has, and not tried out for that: its client may know the shapes.
+    """
     given = tuple(descriptor.form.spec for descriptor in call.outputs)
+    expected = op.known_outputs([descriptor.form.spec for descriptor in call.inputs], arguments)
+    if expected is None:
+        return len(given) == 1
     if given != expected.specs:
-        raise BadFrame(f"op {op.name!r} writes {_listed(expected.specs)}, the frame has room for {_listed(given)}")
+        raise Rejected(f"op {op.name!r} writes {_listed(expected.specs)}, the frame has room for {_listed(given)}")
     return expected.single
 
 

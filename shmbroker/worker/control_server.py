@@ -17,19 +17,23 @@ from shmbroker.control.endpoint import transport_of
 from shmbroker.control.liveness import Watch
 from shmbroker.control.messages import ProcessId
 from shmbroker.control.sockets import Responder
-from shmbroker.errors import BadInput, ChannelError, ProtocolMismatch, describe
+from shmbroker.errors import BadInput, ChannelError, ProtocolMismatch, RemoteOpError, describe
 from shmbroker.lane.choice import agreed
+from shmbroker.lane.op_error import pack_op_error
 from shmbroker.memory import layout
 from shmbroker.systemd.notify import Watchdog
 from shmbroker.worker.built_in_ops import BUILT_IN_OPS
 from shmbroker.worker.draining import Stop
 from shmbroker.worker.open_channels import OpenChannels
-from shmbroker.worker.ops import BoundOp, OpDefinition
+from shmbroker.worker.ops import OpDefinition, OpFailed
 
 log = logging.getLogger(__name__)
 
 REQUEST_WAIT_SECONDS = 0.1
 """How long a request is waited for before the server looks after everything else."""
+
+OP_ERROR_BYTES = 3072
+"""Of an op's error in an answer, which has room for 4096 characters."""
 
 LIVENESS_SECONDS = 0.5
 """How often the server looks whether clients live; the broker tells of their deaths earlier."""
@@ -47,6 +51,8 @@ class Offer:
     """Of the doorbell that rouses the worker for frames in shared memory."""
     endpoint: str
     """Of the zmq lane."""
+    tracebacks: bool = True
+    """Whether an op's error carries its traceback to the client."""
 
 
 class ControlServer:
@@ -148,18 +154,25 @@ class ControlServer:
         self._channels.find(request.channel).mapped.open_device(request.handle, request.nbytes)
         return m.Done()
 
-    def _bind(self, request: m.Bind) -> m.Bound:
+    def _bind(self, request: m.Bind) -> m.Bound | m.Refused:
         channel, ops = self._channels.find(request.channel), self._offer.ops
         definition = ops.get(request.op) or BUILT_IN_OPS.get(request.op)
         if definition is None:
             raise BadInput(f"worker {self._offer.name!r} has no op {request.op!r}; it has: {', '.join(ops) or 'none'}")
         try:
-            op: BoundOp = definition.bind(request.static, channel.state)
-        except TypeError as error:  # wrong names of static arguments, most often
-            raise BadInput(f"op {request.op!r} cannot be bound with {sorted(request.static)}: {error}") from None
-        return m.Bound(channel.bind(op), op.in_place)
+            op = definition.bind(request.static, channel.state)
+            return m.Bound(channel.bind(op), op.in_place)
+        except OpFailed as failed:
+            return self._op_failed(request.op, failed)
 
-    def _ask_out_spec(self, request: m.AskOutSpec) -> m.OutSpecs:
+    def _op_failed(self, name: str, failed: OpFailed) -> m.Refused:
+        """What an op raised outside of a call, as the answer to the client that met it."""
+        error = failed.error
+        log.warning("op %r failed %s: %s", name, failed, describe(error), exc_info=error)
+        told = pack_op_error(error, OP_ERROR_BYTES, traceback=self._offer.tracebacks)
+        return m.Refused(RemoteOpError.__name__, f"op {name!r} failed on worker {self._offer.name!r} {failed}\n{told}")
+
+    def _ask_out_spec(self, request: m.AskOutSpec) -> m.OutSpecs | m.Refused:
         op = self._channels.find(request.channel).ops.get(request.op_id)
         if op is None:
             raise ChannelError(f"op id {request.op_id} is not bound on channel {request.channel}")
@@ -170,8 +183,8 @@ class ControlServer:
         inputs = [TensorSpec(spec.shape, dtype_named(spec.dtype)) for spec in request.inputs]
         try:
             outputs = op.outputs(inputs, request.arguments)
-        except BadInput:
-            raise
-        except Exception as error:  # the out_spec's own complaint about these inputs, for the caller to read
+        except OpFailed as failed:
+            return self._op_failed(op.name, failed)
+        except Exception as error:  # shapes that no tensor can have
             raise BadInput(f"op {op.name!r} cannot take {', '.join(map(str, inputs))}: {describe(error)}") from None
         return m.OutSpecs(tuple(m.SpecInfo(spec.shape, NAME_OF[spec.dtype]) for spec in outputs.specs), outputs.single)

@@ -29,6 +29,7 @@ class OpenChannels:
 
     Used by the control thread alone, and by whoever has joined it; :meth:`totals` by any thread. ``memory``: of the device that segments are mapped
     for. ``kept_bytes``: what each channel may have kept here. ``trace``: told of every call.
+    ``tracebacks``: whether an op's error carries its traceback to the client.
     """
 
     def __init__(
@@ -39,12 +40,14 @@ class OpenChannels:
         memory: DeviceMemory | None = None,
         kept_bytes: int = DEFAULT_KEPT_BYTES,
         trace: Trace | None = None,
+        tracebacks: bool = True,
     ) -> None:
         self._instance = instance
         self._frames = frames
         self._memory = memory
         self._kept_bytes = kept_bytes
         self._trace = trace
+        self._tracebacks = tracebacks
         self._channels: dict[int, WorkerChannel] = {}
         """By number, which is random and told only to the client: whoever knows it may bind on the channel and close it."""
         self._mapped: dict[str, MappedSegment] = {}
@@ -111,8 +114,8 @@ class OpenChannels:
         if self._trace is not None:
             from shmbroker.worker.traced_channel import TracedWorkerChannel
 
-            return TracedWorkerChannel(number, opening, mapped, watch, kept=kept, trace=self._trace)
-        return WorkerChannel(number, opening, mapped, watch, kept=kept)
+            return TracedWorkerChannel(number, opening, mapped, watch, kept=kept, tracebacks=self._tracebacks, trace=self._trace)
+        return WorkerChannel(number, opening, mapped, watch, kept=kept, tracebacks=self._tracebacks)
 
     # --- while they are open ------------------------------------------------------------------------------------------------------------
 

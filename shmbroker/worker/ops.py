@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,7 +19,22 @@ Static = dict[str, Any]
 """Arguments by name: fixed at bind, or of one call."""
 
 _KNOWN_OUTPUTS = 1024
-"""Outcomes of trying out that are remembered, per bound op."""
+"""Outcomes of trying out that are remembered, per op."""
+
+
+def warm_up() -> None:
+    """Have torch load what its first op on the ``meta`` device needs: some 800 modules, whose seconds would otherwise be a call's."""
+    _ = torch.empty(1, device="meta") * 2
+
+
+class OpFailed(Exception):
+    """What an op's own code raised (``__cause__``) when it was bound or asked for its shapes; the text tells when."""
+
+    @property
+    def error(self) -> BaseException:
+        """The op's."""
+        assert self.__cause__ is not None
+        return self.__cause__
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +55,8 @@ class OpDefinition:
     per_bind: bool = False
     copies_inputs: bool = False
     in_place: bool = False
+    known: dict[object, Outputs] = field(default_factory=dict, repr=False, compare=False)
+    """Outcomes of trying it out, by static arguments, inputs and arguments: shared by all binds of all clients, changed in single steps."""
 
     def __post_init__(self) -> None:
         if self.copies_inputs and self.in_place:
@@ -50,29 +68,38 @@ class OpDefinition:
             )
 
     def bind(self, static: Static, channel_state: dict[str, Any]) -> BoundOp:
-        """The op with its static arguments fixed. Errors are the op's own, for the client that binds."""
+        """The op with its static arguments fixed. Raises :class:`BadInput` for those it does not take, :class:`OpFailed` for what it raises."""
         function = self.function
-        if self.per_bind and "channel_state" in inspect.signature(function).parameters:
-            function = function(**static, channel_state=channel_state)
-        elif self.per_bind:
-            function = function(**static)
-        return BoundOp(self, function, {} if self.per_bind else static, static)
+        if not self.per_bind:
+            return BoundOp(self, function, static, static)
+        signature = inspect.signature(function)
+        told = {**static, "channel_state": channel_state} if "channel_state" in signature.parameters else static
+        try:
+            signature.bind_partial(**told)  # a wrong name is a better hint than the right one that is missing
+            signature.bind(**told)
+        except TypeError as error:
+            raise BadInput(f"op {self.name!r} cannot be bound with {sorted(static)}: {error}") from None
+        try:
+            return BoundOp(self, function(**told), {}, static)
+        except BaseException as error:  # SystemExit too: the worker lives on
+            raise OpFailed(f"when it was bound with {sorted(static)}") from error
 
 
 class BoundOp:
     """An op with its static arguments: what a client's small integer stands for.
 
-    Run by one thread at a time; :meth:`outputs` is called by that one and by the control thread, which share a dict that each changes in single steps.
+    Run by one thread at a time, which may look up :meth:`known_outputs` while the control thread tries the op out (:meth:`outputs`).
     """
 
-    __slots__ = ("_definition", "_function", "_known", "_kwargs", "_proven", "_static", "_takes_out", "in_place", "name")
+    __slots__ = ("_definition", "_function", "_kwargs", "_proven", "_static", "_static_digest", "_takes_out", "in_place", "name")
 
     def __init__(self, definition: OpDefinition, function: Callable[..., Any], kwargs: Static, static: Static) -> None:
         self._definition = definition
         self._function = function
         self._kwargs = kwargs
         self._static = static
-        self._known: dict[object, Outputs] = {}
+        self._static_digest = hashlib.blake2b(repr(static).encode("utf-8", "replace")).digest()
+        """Short, as a client's arguments need not be: outcomes are remembered by it."""
         self.name = definition.name
         self.in_place = definition.in_place
         self._takes_out = "out" in inspect.signature(function).parameters
@@ -82,36 +109,56 @@ class BoundOp:
     def outputs(self, inputs: Sequence[TensorSpec], arguments: Static) -> Outputs:
         """Specs of the outputs for such inputs: from the out_spec, else from a run on torch's ``meta`` device, which computes nothing.
 
-        An op without an out_spec is tried out once for such inputs and arguments. Raises :class:`BadInput` when that fails.
+        An op without an out_spec is tried out once for such inputs, static arguments and arguments, whoever asks, and however often it is bound.
+        Raises :class:`OpFailed` with what the op, or its out_spec, raises; :class:`BadInput` for arguments that it does not take.
         """
         if self._definition.out_spec is not None:
-            return Outputs.of(self._definition.out_spec(*inputs, **self._static))
-        key = (tuple(inputs), repr(arguments))
-        known = self._known.get(key)
+            try:
+                return self._foretold(inputs)
+            except BaseException as error:
+                raise OpFailed(f"in its out_spec for {_listed(inputs)}") from error
+        outcomes, key = self._definition.known, self._key(inputs, arguments)
+        known = outcomes.get(key)
         if known is None:
-            if len(self._known) >= _KNOWN_OUTPUTS:
-                self._known.clear()
-            known = self._known[key] = self._try_out(inputs, arguments)
+            known = self._try_out(inputs, arguments)
+            if len(outcomes) >= _KNOWN_OUTPUTS:
+                outcomes.clear()
+            outcomes[key] = known
         return known
 
+    def known_outputs(self, inputs: Sequence[TensorSpec], arguments: Static) -> Outputs | None:
+        """:meth:`outputs` as far as they are known without a run: None for an op that would have to be tried out. Raises what the out_spec does."""
+        if self._definition.out_spec is not None:
+            return self._foretold(inputs)
+        return self._definition.known.get(self._key(inputs, arguments))
+
+    def _foretold(self, inputs: Sequence[TensorSpec]) -> Outputs:
+        assert self._definition.out_spec is not None
+        return Outputs.of(self._definition.out_spec(*inputs, **self._static))
+
+    def _key(self, inputs: Sequence[TensorSpec], arguments: Static) -> object:
+        return self._static_digest, tuple(inputs), repr(arguments)
+
     def _try_out(self, inputs: Sequence[TensorSpec], arguments: Static) -> Outputs:
+        try:
+            inspect.signature(self._function).bind(*inputs, **self._kwargs, **arguments)
+        except TypeError as error:
+            raise BadInput(f"op {self.name!r} cannot be called so: {error}") from None
         shells = [torch.empty(spec.shape, dtype=spec.dtype, device="meta") for spec in inputs]
         try:
             result = self._function(*shells, **self._kwargs, **arguments)
-        except Exception as error:
-            raise BadInput(
-                f"op {self.name!r} has no out_spec, and trying it out for {', '.join(map(str, inputs))} on torch's meta device, which has shapes "
-                f"and no values, failed: {type(error).__name__}: {error}; if the op needs values for that, give it an out_spec"
-            ) from None
-        results = self._tensors(result)
-        return Outputs(tuple(spec_of(tensor) for tensor in results), isinstance(result, torch.Tensor))
+            return Outputs(tuple(spec_of(tensor) for tensor in self._tensors(result)), isinstance(result, torch.Tensor))
+        except BaseException as error:
+            raise OpFailed(
+                f"when it was tried out for {_listed(inputs)} on torch's meta device, which has shapes and no values (if it needs values, give it an out_spec)"
+            ) from error
 
     def _tensors(self, result: object) -> Sequence[torch.Tensor]:
         if isinstance(result, torch.Tensor):
             return [result]
         if isinstance(result, (tuple, list)) and all(isinstance(one, torch.Tensor) for one in result):
             return result
-        raise BadInput(
+        raise TypeError(
             f"op {self.name!r} returned {type(result).__name__}: an op returns a tensor or a tuple of tensors, or writes into out"
         )
 
@@ -141,8 +188,12 @@ class BoundOp:
         function = self._with_copies if self._definition.copies_inputs else self._function
         results = self._tensors(function(*inputs, **self._kwargs, **arguments))
         if len(results) != len(outputs):
-            raise BadInput(f"op {self.name!r} returned {len(results)} tensors where {len(outputs)} were foretold")
+            raise ValueError(f"op {self.name!r} returned {len(results)} tensors where {len(outputs)} were foretold")
         for room, value in zip(outputs, results, strict=True):
             if room.shape != value.shape or room.dtype != value.dtype:
-                raise BadInput(f"op {self.name!r} returned {spec_of(value)} where {spec_of(room)} was foretold")
+                raise ValueError(f"op {self.name!r} returned {spec_of(value)} where {spec_of(room)} was foretold")
             room.copy_(value)
+
+
+def _listed(specs: Sequence[TensorSpec]) -> str:
+    return ", ".join(map(str, specs)) or "no inputs"

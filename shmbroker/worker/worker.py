@@ -44,7 +44,7 @@ from shmbroker.worker.draining import Stop, drained_by_signals
 from shmbroker.worker.frame_loop import FrameLoop
 from shmbroker.worker.kept_tensors import DEFAULT_KEPT_BYTES
 from shmbroker.worker.open_channels import OpenChannels
-from shmbroker.worker.ops import OpDefinition
+from shmbroker.worker.ops import OpDefinition, warm_up
 
 log = logging.getLogger(__name__)
 
@@ -102,12 +102,18 @@ class Worker:
         self._trace_path = trace
         self._memory = memory
         self._kept_bytes = kept_bytes
+        self._tracebacks = settings.tracebacks
+        """Whether errors of ops carry their tracebacks to the clients."""
         self._ops: dict[str, OpDefinition] = {}
         """Only added to, by whoever registers; the control thread looks them up."""
         self._stop = Stop()
         """Set by any thread and by signal handlers, looked at by all loops."""
         self._watchdog = notify.Watchdog.of_environment()
         """Fed while all threads that serve clients turn; None where nobody watches."""
+
+    def __repr__(self) -> str:
+        ops = ", ".join(self._ops) or "no ops yet"
+        return f"<Worker {self.name!r}: service {self.service!r} of instance {self.instance!r} on {self.device}: {ops}>"
 
     # --- ops ------------------------------------------------------------------------------------------------------------------------
 
@@ -147,9 +153,11 @@ class Worker:
         """
         return self._decorator(name, out_spec, per_bind=True, copies_inputs=copies_inputs, in_place=in_place)
 
-    def _decorator(self, name: str | None, out_spec: OutSpec | None, **how: bool) -> Callable[[Function], Function]:
+    def _decorator(
+        self, name: str | None, out_spec: OutSpec | None, *, per_bind: bool, copies_inputs: bool, in_place: bool
+    ) -> Callable[[Function], Function]:
         def register(function: Function) -> Function:
-            self._register(OpDefinition(name or function.__name__, function, out_spec, **how))
+            self._register(OpDefinition(name or function.__name__, function, out_spec, per_bind, copies_inputs, in_place))
             return function
 
         return register
@@ -183,6 +191,8 @@ class Worker:
     @contextlib.contextmanager
     def _joined(self) -> Iterator[FrameLoop]:
         """Known to the broker and answering control requests; the caller runs the frames. All is given back in reverse order."""
+        if any(definition.out_spec is None for definition in self._ops.values()):
+            warm_up()  # before anybody can wait for it
         with contextlib.ExitStack() as stack:
             trace = None
             if self._trace_path is not None:
@@ -208,8 +218,10 @@ class Worker:
                 asynchronous=self._memory is not None and self._memory.asynchronous,
                 watchdog=self._watchdog,
             )
-            channels = OpenChannels(self.instance, frames, memory=self._memory, kept_bytes=self._kept_bytes, trace=trace)
-            offer = Offer(self.service, self.name, self.identity, self._ops, bell_name, socket.endpoint)
+            channels = OpenChannels(
+                self.instance, frames, memory=self._memory, kept_bytes=self._kept_bytes, trace=trace, tracebacks=self._tracebacks
+            )
+            offer = Offer(self.service, self.name, self.identity, self._ops, bell_name, socket.endpoint, self._tracebacks)
             server = ControlServer(offer, responder, channels, self._stop, parent=self._parent, watchdog=self._watchdog)
             control = threading.Thread(target=server.serve, name="shmbroker-control", daemon=True)
             hello = functools.partial(self._hello, responder.endpoint)

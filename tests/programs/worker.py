@@ -215,6 +215,55 @@ def unspeakable(x: torch.Tensor, *, out: torch.Tensor) -> None:
     raise Unspeakable
 
 
+@worker.op(out_spec=lambda x, kind: TensorSpec(x.shape, x.dtype))
+def raise_ours(x: torch.Tensor, *, out: torch.Tensor, kind: str) -> None:
+    """Errors that mean something else when shmbroker raises them."""
+    raise getattr(shmbroker, kind)("by the op")
+
+
+@worker.op
+def raise_ours_untried(x: torch.Tensor, *, kind: str) -> torch.Tensor:
+    raise getattr(shmbroker, kind)("by the op")
+
+
+def particular(x: TensorSpec) -> TensorSpec:
+    raise shmbroker.BadInput("not these shapes")
+
+
+@worker.op(out_spec=particular)
+def choosy(x: torch.Tensor, *, out: torch.Tensor) -> None:
+    pass
+
+
+@worker.op
+def grows_by_value(x: torch.Tensor) -> torch.Tensor:
+    """Its shape depends on values: it cannot be tried out."""
+    return x.repeat(int(x[0].item()))
+
+
+TRIES = [0]
+
+
+@worker.op
+def tried_slowly(x: torch.Tensor, *, seconds: float, form: str = "") -> torch.Tensor:
+    """How often it was tried out; each time takes so many seconds."""
+    if x.is_meta:
+        TRIES[0] += 1
+        time.sleep(seconds)
+    return x + TRIES[0]
+
+
+def at_depth(depth: int) -> None:
+    if depth:
+        at_depth(depth - 1)
+    raise ValueError(f"at the bottom {chr(0)}")
+
+
+@worker.op(out_spec=lambda x: TensorSpec(x.shape, x.dtype))
+def fail_deeply(x: torch.Tensor, *, out: torch.Tensor) -> None:
+    at_depth(50)
+
+
 RUNS = [0]
 
 
