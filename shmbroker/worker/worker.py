@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
+import torch
 import zmq
 
 from shmbroker.control import endpoint as endpoints
@@ -33,6 +34,7 @@ from shmbroker.lane.outputs import OutSpec
 from shmbroker.lane.zmq_lane import ZmqWorkerSocket
 from shmbroker.memory import names
 from shmbroker.memory.hold import Hold, unlink_own
+from shmbroker.settings.arguments import seconds
 from shmbroker.settings.load import current
 from shmbroker.systemd import notify
 from shmbroker.trace.writer import Trace
@@ -49,6 +51,9 @@ from shmbroker.worker.ops import OpDefinition
 log = logging.getLogger(__name__)
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+MOST_CHARACTERS = 100
+"""Of what a worker tells of itself in one line: less than its broker passes on."""
 
 
 class Worker:
@@ -78,7 +83,7 @@ class Worker:
         instance: str | None = None,
         name: str | None = None,
         spin: float | None = None,
-        device: str = "cpu",
+        device: str | torch.device = "cpu",
         until_exit: int = 0,
         identity: str = "",
         trace: str | os.PathLike[str] | None = None,
@@ -87,13 +92,16 @@ class Worker:
     ) -> None:
         settings = current()
         self.service = service = settings.service if service is None else service
-        spin = settings.spin * 1e-6 if spin is None else spin
+        spin = settings.spin * 1e-6 if spin is None else seconds("spin", spin)
         self.instance = resolve_instance(instance)
         self.name = peer_name(name)
-        if not service or not service.isprintable():
-            raise BadInput(f"service {service!r} cannot be offered: give it a name of printable characters")
-        if not spin >= 0:
-            raise BadInput(f"spin {spin!r} must be a number of seconds, 0 or more")
+        if not isinstance(service, str) or not service.isprintable() or not 0 < len(service) <= MOST_CHARACTERS:
+            raise BadInput(f"service {service!r} cannot be offered: give it a name of 1 to {MOST_CHARACTERS} printable characters")
+        device = str(device)
+        if not device.isprintable() or len(device) > MOST_CHARACTERS:
+            raise BadInput(
+                f"device {device!r} cannot be told: give a word of at most {MOST_CHARACTERS} printable characters, e.g. 'cuda:0'"
+            )
         self.id = names.new_id()
         self.device = device
         self.identity = identity
