@@ -170,8 +170,8 @@ class Broker:
         while list(objects(self.instance)) and time.monotonic() < until:
             time.sleep(0.05)
             self._peers.reap("left by a process that died")
+        self._lock.release()
         with contextlib.suppress(OSError):
-            self._lock.remove()
             self._socket_path.parent.rmdir()  # if nothing else is in it
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
