@@ -47,6 +47,7 @@ from shmbroker.worker.frame_loop import FrameLoop
 from shmbroker.worker.kept_tensors import DEFAULT_KEPT_BYTES
 from shmbroker.worker.open_channels import OpenChannels
 from shmbroker.worker.ops import OpDefinition
+from shmbroker.worker.own_log import told_on_stderr
 
 log = logging.getLogger(__name__)
 
@@ -165,9 +166,13 @@ class Worker:
 
         After a signal an op has :data:`DRAIN_SECONDS` to finish; then the process ends without it, status 0.
 
+        That it is ready, and each call that fails, is logged; on standard error where the program has not set up logging (``log_level`` of the settings).
         Raises :class:`BrokerUnreachable` when there is no broker. ``ready`` is called once clients can come.
         """
-        with drained_by_signals(self._stop, self.name), self._joined() as frames:
+        with told_on_stderr(current().log_level), drained_by_signals(self._stop, self.name), self._joined() as frames:
+            log.info(
+                "%s is ready: service %r on instance %r, ops %s", self.name, self.service, self.instance, ", ".join(self._ops) or "none"
+            )
             ready()
             notify.ready(f"service {self.service!r} on {self.device}")
             frames.serve_shm()
@@ -219,7 +224,7 @@ class Worker:
             stack.callback(link.stop)
             stack.callback(self.stop)
             control.start()
-            log.info("%s (%s): service %r on %s, ops %s", self.name, self.id, self.service, responder.endpoint, ", ".join(self._ops))
+            log.debug("%s (%s) answers on %s", self.name, self.id, responder.endpoint)
             yield frames
 
     def _own_bell(self, context: zmq.Context[zmq.Socket[bytes]], access: Access, stack: contextlib.ExitStack) -> str:
