@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 import zmq
 
@@ -95,7 +96,7 @@ def context() -> Iterator[zmq.Context[zmq.Socket[bytes]]]:
 
 def of_version(version: int, message: m.Message, request: int = 0) -> bytes:
     envelope = m.open_envelope(m.encode(message, request))
-    return m._encoder.encode(m.Envelope(version, request, envelope.body))
+    return msgspec.msgpack.encode(m.Envelope(version, request, envelope.body))
 
 
 def test_who_asks_in_another_version_is_answered_and_who_only_tells_is_answered_once(
@@ -145,7 +146,7 @@ def test_who_makes_up_ever_new_ones_fills_no_memory(tmp_path: Path, instance: st
 
 @pytest.mark.parametrize("body", [b"", b"\xc1", b"\x80", b"\x81\xa4peer\x01", b"\x81\xa4name\xa2a\n", b"\x92\x01\x02"])
 def test_whatever_a_message_of_another_version_holds_its_sender_is_told_without_an_error(body: bytes) -> None:
-    told = sender_of(m.Envelope(9, 0, m.msgspec.Raw(body)), "127.0.0.1")
+    told = sender_of(m.Envelope(9, 0, msgspec.Raw(body)), "127.0.0.1")
     assert told == OutdatedPeer("", "", "", 0, 9)
 
 
