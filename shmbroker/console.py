@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from shmbroker.errors import ShmBrokerError
+from shmbroker.errors import BadInput, ShmBrokerError
 from shmbroker.settings.load import load
+from shmbroker.systemd import journal
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,7 +27,31 @@ LEVELS = ("debug", "info", "warning", "error")
 
 def set_up_logging(level: str) -> None:
     """Log to standard error, one line an event."""
-    logging.basicConfig(level=level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
+    logging.basicConfig(level=level.upper(), handlers=[journal.handler()], force=True)
+
+
+def _set_level(context: click.Context, option: click.Parameter, level: str | None) -> None:
+    assert option.name is not None
+    if level is not None and context.get_parameter_source(option.name) is click.core.ParameterSource.COMMANDLINE:
+        set_up_logging(level)
+
+
+class Program(click.Group):
+    """A group of commands that take ``--log-level`` both before the command's name and after it; the later one counts."""
+
+    def add_command(self, cmd: click.Command, name: str | None = None) -> None:
+        """Add ``cmd``, with the option."""
+        super().add_command(cmd, name)
+        _with_log_level(cmd)
+
+
+def _with_log_level(command: click.Command) -> None:
+    if isinstance(command, click.Group):
+        for one in command.commands.values():
+            _with_log_level(one)
+    elif not any(param.name == "log_level" for param in command.params):
+        kind, text = click.Choice(LEVELS), "As before the command's name."
+        command.params.append(click.Option(["--log-level"], type=kind, metavar="LEVEL", expose_value=False, callback=_set_level, help=text))
 
 
 def terminal() -> Console:
@@ -70,10 +95,29 @@ def default_map(command: click.Command, chosen: dict[str, Any]) -> dict[str, Any
     return defaults
 
 
+HELP_WORDS = {"-h", "--help", "--version"}
+
+
+def _defaults(command: click.Command) -> dict[str, Any]:
+    """:func:`default_map` of the settings; of none where they cannot be read and only help was asked for, which is what then helps."""
+    try:
+        chosen = load().chosen()
+    except BadInput:
+        if HELP_WORDS.isdisjoint(sys.argv[1:]):
+            raise
+        chosen = {}
+    return default_map(command, chosen)
+
+
+def _help_columns() -> int | None:
+    """For click, which takes 80 columns where there is no terminal, and cuts what it says of a command to one line of those."""
+    return None if sys.stdout.isatty() or "COLUMNS" in os.environ else NO_TERMINAL_COLUMNS
+
+
 def run(command: click.Command) -> None:
     """Run a click command, its defaults as the settings say; errors of ours become one line on standard error and exit status 1. Tracebacks need ``--log-level debug``."""
     try:
-        command.main(standalone_mode=False, default_map=default_map(command, load().chosen()))
+        command.main(standalone_mode=False, default_map=_defaults(command), terminal_width=_help_columns())
     except click.exceptions.Exit as end:
         sys.exit(end.exit_code)
     except click.Abort:
@@ -84,7 +128,7 @@ def run(command: click.Command) -> None:
     except (ShmBrokerError, OSError) as error:
         if logging.getLogger().isEnabledFor(logging.DEBUG):
             raise
-        click.echo(f"error: {error}", err=True)
+        click.echo(journal.line(logging.ERROR, f"error: {error}"), err=True)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

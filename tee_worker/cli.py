@@ -17,7 +17,7 @@ Command = Callable[..., Any]
 Decorator = Callable[[Command], Command]
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=console.Program, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 @click.option("--log-level", type=click.Choice(console.LEVELS), default=default_for("tee-worker", "log_level"), show_default=True)
 def cli(log_level: str) -> None:

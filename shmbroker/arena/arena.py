@@ -26,9 +26,10 @@ from typing import NamedTuple
 import torch
 
 from shmbroker.arena.leases import Leases, leases_over
-from shmbroker.arena.ring import Extent, Occupancy, RingAllocator, largest_request
+from shmbroker.arena.ring import LARGE_BYTES, Extent, Occupancy, RingAllocator, largest_request
 from shmbroker.arena.room import Room, room_for
 from shmbroker.errors import ArenaBusy, ArenaFull, ArenaTooSmall, ChannelError
+from shmbroker.memory.layout import ALIGNMENT
 from shmbroker.memory.segment import Segment
 from shmbroker.settings.schema import DEFAULTS
 
@@ -132,12 +133,12 @@ class Arena:
         """
         return self.place(room_for(shape, dtype), timeout)[0]
 
-    def place(self, room: Room, timeout: float = DEFAULT_PLACE_SECONDS, *, counted: bool = False) -> Placed:
+    def place(self, room: Room, timeout: float = DEFAULT_PLACE_SECONDS, *, waited: float = 0.0) -> Placed:
         """A tensor in a fresh block, and the block. Raises as :meth:`empty`.
 
-        ``counted``: the caller has waited before, and has counted that.
+        ``waited``: seconds that the caller has waited for this block already, and has counted as a wait.
         """
-        return self.place_now(room) or self._place_later(room, timeout, counted)
+        return self.place_now(room) or self._place_later(room, timeout, waited)
 
     def place_now(self, room: Room) -> Placed | None:
         """:meth:`place` where there is room at this moment, else None."""
@@ -162,15 +163,16 @@ class Arena:
                 # fault: after block placed
             finally:
                 self._busy = False
-        if room.as_bytes:
+        if room.as_integers:
             tensor = tensor.view(room.dtype)
         return tensor, block
 
-    def _place_later(self, room: Room, timeout: float, counted: bool) -> Placed:
+    def _place_later(self, room: Room, timeout: float, waited: float) -> Placed:
         self.check_size(room)
-        if not counted:
+        if not waited:
             self.count_wait()
-        until = time.monotonic() + timeout
+        begun = time.monotonic()
+        until = begun + timeout
         if timeout > 0:
             gc.collect()  # tensors in reference cycles (an exception's traceback, most often) die only here
         while True:
@@ -181,7 +183,7 @@ class Arena:
             if left <= 0:
                 with self._lock:
                     self.full += 1
-                raise ArenaFull(self._complaint(room.nbytes, timeout))
+                raise ArenaFull(self._complaint(room.nbytes, waited + time.monotonic() - begun))
             leases = self._leases
             if leases is not None:
                 leases.wait(min(left, RECHECK_SECONDS))
@@ -210,9 +212,9 @@ class Arena:
     def find(self, tensor: torch.Tensor) -> Location | None:
         """Where ``tensor`` lies, or None when it does not lie in a block of this arena (A3).
 
-        One that torch shows with another sign than its bytes have (``imag`` of a conjugate) is taken for one that lies elsewhere.
+        One that torch shows with another sign than its bytes have (a conjugate, ``imag`` of one) is taken for one that lies elsewhere.
         """
-        if tensor.is_neg():
+        if tensor.is_neg() or tensor.is_conj():
             return None
         try:
             address = tensor.data_ptr()
@@ -228,13 +230,19 @@ class Arena:
         return None if block is None else Location(offset, block.generation, block)
 
     def _around(self, offset: int) -> Extent | None:
+        """The block that ``offset`` lies in: the large ones by bisection, a small one by each place where it may begin (R7)."""
         with self._alone():
-            starts = sorted(self.blocks)
-            at = bisect.bisect_right(starts, offset) - 1
-            if at < 0:
-                return None
-            block = self.blocks[starts[at]]
-            return block if offset < block.offset + block.nbytes else None
+            blocks, large = self.blocks, self._ring.large
+            at = bisect.bisect_right(large, offset) - 1
+            block = blocks.get(large[at]) if at >= 0 else None
+            if block is not None and offset < block.offset + block.nbytes:
+                return block
+            nearest = offset - offset % ALIGNMENT
+            for start in range(nearest, max(nearest - LARGE_BYTES, -1), -ALIGNMENT):
+                block = blocks.get(start)
+                if block is not None:
+                    return block if offset < start + block.nbytes else None
+            return None
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
@@ -302,7 +310,7 @@ class Arena:
         self._ring.release(block)
         # fault: after block freed
 
-    def _complaint(self, nbytes: int, timeout: float) -> str:
+    def _complaint(self, nbytes: int, waited: float) -> str:
         with self._alone():
             figures = self._ring.occupancy()
             now = time.monotonic()
@@ -310,8 +318,8 @@ class Arena:
                 [f"{block.nbytes} bytes at {block.offset}, held {now - block.placed_at:.1f} s" for block in self._ring.oldest(OLDEST_SHOWN)]
             )
         return (
-            f"{nbytes} bytes asked, {figures.free_bytes} free (largest extent {figures.largest_free_bytes} of {self.nbytes}) and nothing "
-            f"released within {timeout:g} s; {figures.blocks} blocks held, oldest: {oldest or 'none'}; let go of tensors that are no longer "
+            f"{nbytes} bytes asked, {figures.free_bytes} free (largest extent {figures.largest_free_bytes} of {self.nbytes}) and not "
+            f"enough released within {waited:.2f} s; {figures.blocks} blocks held, oldest: {oldest or 'none'}; let go of tensors that are no longer "
             "needed, or raise --arena (connect(arena=...))"
         )
 

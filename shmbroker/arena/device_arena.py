@@ -43,7 +43,7 @@ class DeviceLeases(WeakLeases):
         self._allocation = allocation
 
     def tensor(self, room: Room, offset: int, block: Extent) -> torch.Tensor:
-        """A tensor over ``block``, whose death gives the block back. Of bytes where ``room.as_bytes``."""
+        """A tensor over ``block``, whose death gives the block back."""
         allocation = self._allocation
         flat, memory = allocation.cuda.tensor(allocation.pointer + offset, room.nbytes, allocation)
         self.lend(memory, offset, block)

@@ -7,15 +7,20 @@ R3  Used first-in-first-out it is a ring buffer: placing and releasing cost O(1)
 R4  A block that is still held when the cursor meets it is stepped over; it is never waited for and never moved.
 R5  A request fails only when no free extent is large enough.
 R6  Every block has a generation of its own, in order of placing (32 bits, never 0).
+R7  ``large`` tells the offsets of all blocks of at least LARGE_BYTES, in order: who looks for the block around an address has few places to look.
 """
 
 from __future__ import annotations
 
+import bisect
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from shmbroker.memory.layout import ALIGNMENT, round_up
+
+LARGE_BYTES = 64 * 1024
+"""Smaller blocks are found by looking at every place where one may begin: 255 at most. Larger ones are so few that a list of them is short."""
 
 _GENERATIONS = (1 << 32) - 1
 _clock = time.monotonic
@@ -68,6 +73,7 @@ class RingAllocator:
         self.high_water_bytes = 0
         """The most bytes that were ever placed at once."""
         self.placed = 0
+        self.large: list[int] = []
         self._first = Extent(offset, nbytes)
         self._cursor = self._first
 
@@ -97,6 +103,8 @@ class RingAllocator:
             self._cursor = extent.after or self._first
         block.held = True
         self.place_again(block)
+        if size >= LARGE_BYTES:
+            bisect.insort(self.large, block.offset)
         self.held_bytes = held = self.held_bytes + size
         if held > self.high_water_bytes:
             self.high_water_bytes = held
@@ -126,6 +134,8 @@ class RingAllocator:
         if not block.held:
             raise ValueError(f"the block at {block.offset} was released twice")
         block.held = False
+        if block.nbytes >= LARGE_BYTES:
+            del self.large[bisect.bisect_left(self.large, block.offset)]
         self.held_bytes -= block.nbytes
         self.block_count -= 1
         after = block.after

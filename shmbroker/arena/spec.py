@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +28,11 @@ CODE_OF: dict[torch.dtype, DTypeCode] = {
     torch.bool: DTypeCode.BOOL,
     torch.float8_e4m3fn: DTypeCode.FLOAT8_E4M3FN,
     torch.float8_e5m2: DTypeCode.FLOAT8_E5M2,
+    torch.uint16: DTypeCode.UINT16,
+    torch.uint32: DTypeCode.UINT32,
+    torch.uint64: DTypeCode.UINT64,
+    torch.complex64: DTypeCode.COMPLEX64,
+    torch.complex128: DTypeCode.COMPLEX128,
 }
 NUMPY_OF: dict[torch.dtype, np.dtype[Any]] = {
     torch.float32: np.dtype(np.float32),
@@ -37,6 +44,11 @@ NUMPY_OF: dict[torch.dtype, np.dtype[Any]] = {
     torch.int64: np.dtype(np.int64),
     torch.uint8: np.dtype(np.uint8),
     torch.bool: np.dtype(np.bool_),
+    torch.uint16: np.dtype(np.uint16),
+    torch.uint32: np.dtype(np.uint32),
+    torch.uint64: np.dtype(np.uint64),
+    torch.complex64: np.dtype(np.complex64),
+    torch.complex128: np.dtype(np.complex128),
 }
 """NumPy lacks bfloat16 and float8."""
 
@@ -63,8 +75,8 @@ class TensorSpec:
     shape: tuple[int, ...]
     dtype: torch.dtype
 
-    def __init__(self, shape: Iterable[int], dtype: torch.dtype) -> None:
-        object.__setattr__(self, "shape", tuple(shape))
+    def __init__(self, shape: int | Iterable[int], dtype: torch.dtype) -> None:
+        object.__setattr__(self, "shape", shape_of(shape))
         object.__setattr__(self, "dtype", dtype)
         check_carried(self.shape, dtype)
 
@@ -82,13 +94,34 @@ class TensorSpec:
         return f"{NAME_OF[self.dtype]}{list(self.shape)}"
 
 
-def check_carried(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Raise :class:`BadInput` when a frame cannot carry such a tensor."""
+def shape_of(shape: int | Iterable[int]) -> tuple[int, ...]:
+    """A shape as whole numbers of Python; one number is one dimension. NumPy's integers are taken too. Raises :class:`BadInput`."""
+    if not isinstance(shape, (tuple, str, bytes)):
+        with contextlib.suppress(TypeError):
+            return (operator.index(shape),)  # type: ignore[arg-type]
+    if not isinstance(shape, (str, bytes)):
+        with contextlib.suppress(TypeError):
+            return tuple([operator.index(size) for size in shape])  # type: ignore[union-attr]
+    raise BadInput(f"shape {shape!r} cannot be used: give a whole number or a tuple of them, e.g. (2, 3)")
+
+
+def check_dtype(dtype: object) -> None:
+    """Raise :class:`BadInput` for what is no dtype of torch, or one that no frame carries."""
+    if not isinstance(dtype, torch.dtype):
+        name = dtype if isinstance(dtype, str) else getattr(dtype, "name", None) or getattr(dtype, "__name__", None)
+        name = str(name).removeprefix("torch.")
+        wanted = f"torch.{name}" if name in DTYPE_NAMED else "a dtype of torch, e.g. torch.float32"
+        raise BadInput(f"dtype {dtype!r} is a {type(dtype).__name__}: give {wanted}")
     if dtype not in CODE_OF:
         raise BadInput(f"{dtype} cannot be handed over; carried are: {', '.join(DTYPE_NAMED)}")
+
+
+def check_carried(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Raise :class:`BadInput` when a frame cannot carry such a tensor."""
+    check_dtype(dtype)
     if len(shape) > MAX_DIMS:
         raise BadInput(f"a tensor of {len(shape)} dimensions cannot be handed over; at most {MAX_DIMS}: flatten some")
-    if not all(isinstance(size, int) and size >= 0 for size in shape):
+    if not all(size >= 0 for size in shape):
         raise BadInput(f"shape {list(shape)} cannot be used: dimensions are whole numbers, 0 or more")
     if math.prod(max(size, 1) for size in shape) * dtype.itemsize >= 1 << 63:
         raise BadInput(f"shape {list(shape)} has more elements than can be counted")

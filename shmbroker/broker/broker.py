@@ -20,6 +20,7 @@ import zmq
 
 from shmbroker.broker.instance_lock import InstanceLock
 from shmbroker.broker.limits import Limits
+from shmbroker.broker.outdated_peers import OutdatedPeers
 from shmbroker.broker.peers import Peer, Peers
 from shmbroker.control import endpoint as endpoints
 from shmbroker.control import messages as m
@@ -85,10 +86,11 @@ class Broker:
         endpoints.make_private_dir(path.parent, group)
         self._lock = InstanceLock(path.with_suffix(".lock"), self.instance)
         self._socket_path = path
+        self._outdated = OutdatedPeers(self.instance, path.parent)
         self._context = access.context()
         try:
             with endpoints.private_sockets(path.parent):
-                self._responder = Responder(self._context, access.endpoint)
+                self._responder = Responder(self._context, access.endpoint, self._outdated.meet)
         except zmq.ZMQError as error:
             self._context.term()
             self._lock.release()
@@ -143,6 +145,7 @@ class Broker:
                     os.read(wake_read, 64)
                 self._responder.answer_waiting(self._handle)
                 self._peers.look_after()
+                self._outdated.look_after()
         finally:
             notify.stopping()
             signal.set_wakeup_fd(previous_fd)
@@ -171,8 +174,8 @@ class Broker:
             time.sleep(0.05)
             self._peers.reap("left by a process that died")
         unlink_all(self.instance)
+        self._lock.release()
         with contextlib.suppress(OSError):
-            self._lock.remove()
             self._socket_path.parent.rmdir()  # if nothing else is in it
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -249,6 +252,7 @@ class Broker:
             uptime_seconds=now - self._started,
             shm_free_bytes=space.f_bavail * space.f_frsize,
             peers=tuple(_status_of(peer, now) for peer in self._peers.known()),
+            outdated=self._outdated.known(),
         )
 
     # --- limits -------------------------------------------------------------------------------------------------------------------

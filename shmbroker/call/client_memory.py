@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 
 from shmbroker.arena.arena import Arena
 from shmbroker.arena.cuda_runtime import Cuda, CudaRuntime
 from shmbroker.arena.device_arena import DeviceArena
+from shmbroker.arena.spec import NUMPY_OF, check_dtype, shape_of
 from shmbroker.call.plain_tensors import refuse_gradient, refuse_wrapped
 from shmbroker.errors import BadInput, ChannelError
 from shmbroker.memory import layout
@@ -40,10 +42,11 @@ class ClientMemory:
     ) -> torch.Tensor:
         """As :meth:`Client.empty`."""
         self._check_open()
-        arena: Arena | DeviceArena = self.arena if device == "cpu" else self._arena_on(device)
-        return arena.empty((shape,) if isinstance(shape, int) else tuple(shape), dtype, self.place_timeout)
+        arena: Arena | DeviceArena = self.arena if device == "cpu" else self._arena_on(device_of(device))
+        check_dtype(dtype)
+        return arena.empty(shape_of(shape), dtype, self.place_timeout)
 
-    def device_arena(self, nbytes: int | str, device: str = "cuda", *, cuda: Cuda | None = None) -> DeviceArena:
+    def device_arena(self, nbytes: int | str, device: str | torch.device = "cuda", *, cuda: Cuda | None = None) -> DeviceArena:
         """As :meth:`Client.device_arena`."""
         self._check_open()
         if self.device is not None:
@@ -51,14 +54,16 @@ class ClientMemory:
         size = layout.round_up(parse_bytes(nbytes), layout.PAGE)
         if not size > 0:
             raise BadInput("a device arena has at least one byte")
-        self.device = DeviceArena(cuda or CudaRuntime.of(device), size)
+        self.device = DeviceArena(cuda or CudaRuntime.of(str(device_of(device))), size)
         return self.device
 
-    def _arena_on(self, device: str | torch.device) -> DeviceArena:
+    def _arena_on(self, device: torch.device) -> Arena | DeviceArena:
+        if device.type == "cpu":
+            return self.arena
+        if device.type != "cuda":
+            raise BadInput(f"device {str(device)!r}: tensors lie on the cpu, or in the device arena (cuda)")
         if self.device is None:
             raise BadInput(f"client.empty(device={str(device)!r}) needs memory there: call client.device_arena(nbytes) first")
-        if torch.device(device).type != "cuda":
-            raise BadInput(f"device {str(device)!r}: tensors lie on the cpu, or in the device arena (cuda)")
         return self.device
 
     def copy_in(self, tensor: Any) -> torch.Tensor:
@@ -96,13 +101,42 @@ class ClientMemory:
             raise ChannelError(self._closed)
 
 
+def device_of(device: object) -> torch.device:
+    """A device as torch has it, of a text or as it is. Raises :class:`BadInput` for anything else."""
+    if isinstance(device, torch.device):
+        return device
+    if not isinstance(device, str):
+        raise BadInput(f"device {device!r} is a {type(device).__name__}: give 'cpu', 'cuda' or a torch.device, e.g. tensor.device")
+    try:
+        return torch.device(device)
+    except RuntimeError:
+        raise BadInput(f"device {device!r} is not known: give 'cpu', 'cuda' or a torch.device, e.g. tensor.device") from None
+
+
 def as_tensor(value: Any) -> torch.Tensor:
-    """A tensor or array as a tensor. Raises :class:`BadInput` for anything else."""
+    """A tensor or array as a tensor: the same memory where torch can take the array as it is, else a copy. Raises :class:`BadInput` for anything else."""
     if isinstance(value, torch.Tensor):
         return value
     if not hasattr(value, "__array__"):
         raise BadInput(f"a {type(value).__name__} cannot be handed over: give a torch tensor or a NumPy array")
+    if isinstance(value, np.ma.MaskedArray):
+        raise BadInput("a masked array cannot be handed over, since its mask would be lost: give array.filled(value), or array.data")
     try:
-        return torch.as_tensor(value)
+        return torch.from_numpy(_as_torch_takes_it(np.asarray(value)))
     except (TypeError, ValueError, RuntimeError) as error:
         raise BadInput(f"a {type(value).__name__} cannot be handed over as a tensor: {error}") from None
+
+
+def _as_torch_takes_it(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """``array`` itself, or a copy where its elements are swapped, or its strides are none of torch's: negative, or of no whole elements."""
+    if array.dtype not in _CARRIED:
+        raise BadInput(f"a NumPy array of {array.dtype} cannot be handed over; carried are: {', '.join(map(str, NUMPY_OF.values()))}")
+    if not array.dtype.isnative:
+        return array.astype(array.dtype.newbyteorder("="))
+    if any(stride < 0 or stride % array.itemsize for stride in array.strides):
+        return array.copy()
+    return array
+
+
+_CARRIED = {*NUMPY_OF.values(), *[dtype.newbyteorder("S") for dtype in NUMPY_OF.values()]}
+"""What torch and a frame have of NumPy's dtypes, in either byte order."""

@@ -41,19 +41,19 @@ class Placement:
         arena = self.arena
         limit = self._limit(timeout)
         arena.check_size(room)
-        until = time.monotonic() + limit
-        waited = False
+        begun = time.monotonic()
+        waited = 0.0
         while True:
-            left = max(0.0, until - time.monotonic())
+            left = max(0.0, limit - waited)
             if not self._pair.outstanding or not left:
-                return arena.place(room, left, counted=waited)
+                return arena.place(room, left, waited=waited)
             placed = arena.place_now(room)
             if placed is not None:
                 return placed
             if not waited:
-                waited = True
                 arena.count_wait()
             self._pair.completions.wait_any(left)
+            waited = time.monotonic() - begun
 
     def place_elsewhere(
         self, plan: Plan, timeout: float | None, outputs: list[Any], offsets: list[int], generations: list[int], holds: list[object]

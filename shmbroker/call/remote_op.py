@@ -25,6 +25,7 @@ from shmbroker.call.write_back import back_to
 from shmbroker.errors import BadInput
 from shmbroker.lane.outputs import Outputs
 from shmbroker.memory.layout import Space
+from shmbroker.settings.arguments import seconds_or_none
 
 _KNOWN_PLANS = 1024
 """Combinations of input forms remembered; a decode that grows by a token a step starts over now and then."""
@@ -157,6 +158,7 @@ class RemoteOp:
         begun_ns = clock_ns()
         if levels._current_level >= 0:
             refuse_tangents(f"op {self.name!r}: input", inputs)
+        limit_ns = self._limit_ns(timeout)
         arena = self._arena
         blocks, address = arena.blocks, arena.address
         offsets: list[int] = []
@@ -185,12 +187,14 @@ class RemoteOp:
             offsets.append(offset)
         plan = self._plans.get(_signature(placed)) if not (arguments or spaces or output_space) else None
         if plan is None:
+            placed = self._as_shown(placed, timeout, offsets, generations, copied, holds)
             planning_ns = clock_ns()
             plan = self._plan(placed, arguments, timeout, spaces, output_space)
             planned_ns = clock_ns() - planning_ns
             begun_ns += planned_ns  # done once for such inputs: no part of the call
             if timeout is not None and planned_ns > ASKING_NS:
                 timeout = max(1e-9, timeout - planned_ns / 1e9)  # but of what its caller waits for
+                limit_ns = max(1, limit_ns - planned_ns)
         self._pair.nudge()
         outputs: list[Any] = []
         if plan.output_space:
@@ -201,13 +205,29 @@ class RemoteOp:
             offsets.append(block.offset)
             generations.append(block.generation)
             holds.append(block.hold)
-        call = Call(plan, placed, outputs, begun_ns, self._deadline(begun_ns, timeout), holds)
+        call = Call(plan, placed, outputs, begun_ns, limit_ns and begun_ns + limit_ns, holds)
         if copied:
             call.copied_bytes, call.copy_ns = sum(copied[::2]), sum(copied[1::2])
             call.back = back_to(self.name, inputs, placed) if self.in_place else ()
         if plan.before is not None:
             plan.before()
         return call, offsets, generations
+
+    def _as_shown(
+        self,
+        placed: list[torch.Tensor] | tuple[torch.Tensor, ...],
+        timeout: float | None,
+        offsets: list[int],
+        generations: list[int],
+        copied: list[int],
+        holds: list[object],
+    ) -> list[torch.Tensor] | tuple[torch.Tensor, ...]:
+        """Complex tensors that torch shows as conjugates of what lies in their blocks are copied, as the others go as they are."""
+        for index, tensor in enumerate(placed):
+            if isinstance(tensor, torch.Tensor) and tensor.is_complex() and tensor.is_conj():
+                placed = list(placed)
+                placed[index], offsets[index], generations[index], _ = self._bring_in(index, tensor, timeout, copied, holds)
+        return placed
 
     def _bring_in(
         self, index: int, tensor: Any, timeout: float | None, copied: list[int], holds: list[object]
@@ -253,6 +273,8 @@ class RemoteOp:
             before = self._placement.memory.device_written
             output_space = output_space or Space.DEVICE  # results lie where inputs do
         key: object = (packed, _signature(inputs)) if packed else _signature(inputs)
+        if any(tensor.dtype.is_complex for tensor in inputs):
+            key = (key, "looked at")  # not found without being looked at first, by _as_shown
         if spaces or output_space:
             key = (key, tuple(spaces), output_space)
         plan = self._plans.get(key)
@@ -277,7 +299,8 @@ class RemoteOp:
         """For :class:`CapturedCall`: another call with the same tensors, plan and places; ``places``: addresses of the outputs."""
         seconds = self._default_timeout if timeout is _UNSET else timeout
         begun_ns = clock_ns()
-        call = ReplayedCall(like, begun_ns, self._deadline(begun_ns, seconds), places)
+        limit_ns = self._limit_ns(seconds)
+        call = ReplayedCall(like, begun_ns, limit_ns and begun_ns + limit_ns, places)
         if like.plan.before is not None:
             like.plan.before()
         self._pair.submit(call, like.plan.template, offsets, generations)
@@ -290,22 +313,22 @@ class RemoteOp:
             pair.expire(call)
         return call.result()
 
-    def _deadline(self, begun_ns: int, timeout: float | None) -> int:
-        """When a call that began so must be done; 0 for no limit."""
+    def _limit_ns(self, timeout: float | None) -> int:
+        """Nanoseconds that a call may take; 0 for no limit. Raises :class:`BadInput`."""
         if timeout is None:
             return 0
         known, nanoseconds = self._timeout
         if timeout is not known:
             nanoseconds = _nanoseconds(timeout)
             self._timeout = timeout, nanoseconds
-        return begun_ns + nanoseconds
+        return nanoseconds
 
 
 def _nanoseconds(timeout: float) -> int:
     """A timeout as a frame can carry it: positive, and 30 years at most."""
-    if not isinstance(timeout, (int, float)) or not timeout > 0:
-        raise BadInput(f"timeout {timeout!r} must be a positive number of seconds, or None for no limit")
-    return int(min(timeout, 1e9) * 1e9)
+    checked = seconds_or_none("timeout", timeout)
+    assert checked is not None
+    return int(min(checked, 1e9) * 1e9)
 
 
 def _signature(tensors: Sequence[torch.Tensor]) -> object:

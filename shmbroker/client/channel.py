@@ -110,9 +110,11 @@ class Channel:
         if not isinstance(op, str):
             raise BadInput(f"an op is named by a string, not by {op!r}")
         try:
-            m.encode(m.Bind(0, op, static))
+            nbytes = len(m.encode(m.Bind(0, op, static)))
         except (TypeError, OverflowError) as error:
             raise BadInput(f"op {op!r}: static arguments are numbers, strings, booleans, None and lists of these; {error}") from None
+        if nbytes > m.MAX_MESSAGE_BYTES:
+            raise BadInput(f"op {op!r}: {nbytes} bytes of static arguments; at most {m.MAX_MESSAGE_BYTES}: hand tensors over as inputs")
         bound = self._ask_soon(m.Bind(self.opened.channel, op, static), m.Bound)
         if statistics.calls or statistics.errors:
             self._counted_before = tuple(

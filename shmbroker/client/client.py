@@ -35,6 +35,7 @@ from shmbroker.memory.geometry import Geometry
 from shmbroker.memory.hold import Hold, unlink_own
 from shmbroker.memory.segment import Segment
 from shmbroker.memory.stores import store
+from shmbroker.settings.arguments import seconds, seconds_or_none, whole
 from shmbroker.settings.kinds import Doorbell, Lane
 from shmbroker.settings.load import current
 from shmbroker.settings.sizes import parse_bytes
@@ -74,9 +75,9 @@ def connect(
         resolve_instance(instance),
         arena_bytes=layout.round_up(parse_bytes(settings.arena if arena is None else arena), layout.PAGE),
         name=peer_name(name),
-        timeout=settings.timeout if timeout is UNSET else timeout,
-        place_timeout=settings.place_timeout if place_timeout is None else place_timeout,
-        spin=settings.spin * 1e-6 if spin is None else spin,
+        timeout=settings.timeout if timeout is UNSET else seconds_or_none("timeout", timeout),
+        place_timeout=settings.place_timeout if place_timeout is None else seconds("place_timeout", place_timeout),
+        spin=settings.spin * 1e-6 if spin is None else seconds("spin", spin),
         channel_count=settings.channels if channels is None else channels,
         depth=settings.depth if depth is None else depth,
         trace=trace,
@@ -100,11 +101,9 @@ class Client:
         trace: str | os.PathLike[str] | None = None,
     ) -> None:
         try:
-            geometry = Geometry(arena_bytes, channel_count, depth)
+            geometry = Geometry(arena_bytes, whole("channels", channel_count), whole("depth", depth))
         except ValueError as error:
             raise BadInput(str(error)) from None
-        if not spin >= 0:
-            raise BadInput(f"spin {spin!r} must be a number of seconds, 0 or more")
         self.instance = instance
         self.name = name
         self.id = names.new_id()
@@ -209,12 +208,12 @@ class Client:
     ) -> torch.Tensor:
         """A tensor of ``shape`` in shared memory, values undefined: write into it, and no call will copy it.
 
-        ``device``: ``cuda`` for one in the device arena (:meth:`device_arena`). Its block is free again when the last view of it dies.
+        ``device``: ``cuda`` for one in the device arena (:meth:`device_arena`); or a ``torch.device``, as ``x.device`` is. Its block is free again when the last view of it dies.
         Raises :class:`ArenaFull`, :class:`ArenaTooSmall`, :class:`BadInput`.
         """
         return self.memory.empty(shape, dtype, device=device)
 
-    def device_arena(self, nbytes: int | str, device: str = "cuda", *, cuda: Cuda | None = None) -> DeviceArena:
+    def device_arena(self, nbytes: int | str, device: str | torch.device = "cuda", *, cuda: Cuda | None = None) -> DeviceArena:
         """Allocate memory on a GPU, once, for ``client.empty(..., device="cuda")``: workers on this machine's GPUs see it too, by CUDA IPC.
 
         ``nbytes``: or a text like ``"512M"``. ``cuda``: another driver than NVIDIA's. A call with an input there has its results there. What
@@ -258,9 +257,7 @@ class Client:
         """
         settings = current()
         service = settings.service if service is None else service
-        patience = settings.failover if patience is None else patience
-        if not patience >= 0:
-            raise BadInput(f"patience {patience!r} must be a number of seconds, 0 or more")
+        patience = settings.failover if patience is None else seconds("patience", patience)
         return FailoverChannel(
             self.memory,
             service,
@@ -275,7 +272,7 @@ class Client:
         settings = current()
         service = settings.service if service is None else service
         lane, doorbell = settings.lane if lane is None else lane, settings.doorbell if doorbell is None else doorbell
-        wait = settings.wait if wait is None else wait
+        wait = settings.wait if wait is None else seconds("wait", wait)
         if not isinstance(service, str) or not service:
             raise BadInput(f"a service is named by a string, not by {service!r}")
         wanted = asked(lane, doorbell)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from shmbroker.control.access import CONTROL_VARIABLE, UNIX
-from shmbroker.control.joining import INSTANCE_VARIABLE
+from shmbroker.control.joining import INSTANCE_VARIABLE, PRIVATE_INSTANCE
 from shmbroker.errors import BrokerUnreachable
 from shmbroker.memory import names
 from shmbroker.memory.reaper import unlink_all
@@ -60,7 +60,7 @@ def local_broker(*, log_level: str = "warning") -> Iterator[LocalBroker]:
     Within the block ``shmbroker.connect()`` and ``shmbroker.Worker()`` of this process, and of processes started from it, find it by
     themselves. Ctrl-C is not for it. At the end nothing of its instance is left in shared memory, whoever still uses it. Raises :class:`BrokerUnreachable` when it cannot be started.
     """
-    instance = f"local-{os.getpid()}-{names.new_id()[:6]}"
+    instance = PRIVATE_INSTANCE.format(os.getpid(), names.new_id()[:6])
     # A unix socket's path must be short, which a temporary folder's need not be.
     folder = tempfile.gettempdir()
     runtime = tempfile.mkdtemp(prefix="shmbroker-", dir=folder if len(folder) <= LONGEST_FOLDER else "/tmp")

@@ -22,7 +22,7 @@ from shmbroker.settings.schema import DEFAULTS
 from shmbroker.version import __version__
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=console.Program, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 @click.option("--log-level", type=click.Choice(console.LEVELS), default=DEFAULTS.log_level, show_default=True)
 def cli(log_level: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 
 import click
 import msgspec
@@ -39,12 +40,14 @@ def config(context: click.Context, as_json: bool) -> None:
 
 
 def _with_flags(context: click.Context, loaded: Loaded) -> Loaded:
-    """With the flags of the program itself, which stand before the command's name."""
+    """With the flags of the program itself, before the command's name or after it."""
     above = context.parent
     assert above is not None
-    if above.get_parameter_source("log_level") is not click.core.ParameterSource.COMMANDLINE:
+    by_flag = [one for one in (above, context) if one.get_parameter_source("log_level") is click.core.ParameterSource.COMMANDLINE]
+    if not by_flag:
         return loaded
-    settings = msgspec.structs.replace(loaded.settings, log_level=above.params["log_level"])
+    level = logging.getLevelName(logging.getLogger().level).lower()  # as the last of them has set it
+    settings = msgspec.structs.replace(loaded.settings, log_level=level)
     return Loaded(settings, {**loaded.origins, "log_level": "flag --log-level"}, loaded.files)
 
 

@@ -11,6 +11,9 @@ from shmbroker.commands.options import instance_option
 from shmbroker.errors import BadInput
 from shmbroker.settings.schema import DEFAULTS
 
+METRICS_SOCKET = "metrics"
+"""``FileDescriptorName=`` of what systemd listens on for us."""
+
 MAX_GROUP_ID = (1 << 32) - 2
 """All ones means "leave it as it is" to chown(2)."""
 
@@ -30,7 +33,7 @@ MAX_GROUP_ID = (1 << 32) - 2
     "--metrics-port",
     type=click.IntRange(0, 65535),
     metavar="PORT",
-    help="Serve Prometheus' /metrics, and /healthz, on 127.0.0.1; 0: any free port. Default: off.",
+    help="Serve Prometheus' /metrics, and /healthz, on 127.0.0.1; 0: any free port. Default: off, but for a socket that systemd hands over.",
 )
 @click.option("--until-exit", type=int, default=0, metavar="PID", help="End when this process does.")
 def serve(
@@ -49,6 +52,7 @@ def serve(
     from shmbroker.client.local_broker import READY_LINE
     from shmbroker.control.joining import resolve_instance
     from shmbroker.settings.sizes import parse_bytes
+    from shmbroker.systemd.passed_sockets import passed
 
     def ready() -> None:
         print(READY_LINE, flush=True)
@@ -56,10 +60,13 @@ def serve(
     limits = Limits(parse_bytes(max_bytes) if max_bytes else 0, max_clients)
     broker = Broker(resolve_instance(instance), _group_id(group), until_exit, control=control, keys=keys, limits=limits)
     with contextlib.ExitStack() as stack:
-        if metrics_port is not None:
-            from shmbroker.monitoring.metrics_server import serving_metrics
+        listeners = passed(METRICS_SOCKET)
+        if listeners or metrics_port is not None:
+            from shmbroker.monitoring.metrics_server import listen, serving_metrics
 
-            stack.enter_context(serving_metrics(broker, metrics_port))
+            own = listen(metrics_port) if metrics_port is not None else None
+            for listener in [*listeners, *([own] if own else [])]:
+                stack.enter_context(serving_metrics(broker, listener))
         broker.serve(ready)
 
 

@@ -11,6 +11,7 @@ import msgspec
 from shmbroker.commands.options import instance_option, json_option
 from shmbroker.console import terminal
 from shmbroker.control import messages as m
+from shmbroker.control.outdated import in_words
 from shmbroker.settings.sizes import mib
 
 
@@ -48,11 +49,13 @@ def as_dict(report: m.StatusReport) -> dict[str, Any]:
         "services": services,
         "workers": [peer for peer in peers if peer["role"] == "worker"],
         "clients": [peer for peer in peers if peer["role"] == "client"],
+        "outdated": msgspec.to_builtins(report.outdated),
     }
 
 
 def show(report: m.StatusReport) -> None:
     """Print tables."""
+    from rich.markup import escape
     from rich.table import Table
 
     console = terminal()
@@ -69,6 +72,8 @@ def show(report: m.StatusReport) -> None:
         row = (peer.name, str(peer.pid), ", ".join(peer.services), peer.device, str(stats.calls), str(stats.errors))
         table.add_row(*row, f"{peer.age_seconds:.0f} s")
     console.print(table if workers else "no workers")
+    for outdated in report.outdated:
+        console.print(f"[yellow]{escape(in_words(outdated))}[/]", soft_wrap=True, highlight=False)
     segments = Table("client", "pid", "segment", "size", "held", "blocks", "largest free", box=None, pad_edge=False)
     channels = Table("channel of", "service", "worker", "lane", "doorbell", "control", "calls", "out", "back", box=None, pad_edge=False)
     names = {peer.peer: peer.name for peer in report.peers}

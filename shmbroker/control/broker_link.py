@@ -22,12 +22,13 @@ from shmbroker.control.messages import (
     Message,
     PeerGone,
     PeerStats,
+    Refused,
     Welcome,
     encode,
     open_envelope,
     read_body,
 )
-from shmbroker.errors import BrokerUnreachable, ShmBrokerError
+from shmbroker.errors import BrokerUnreachable, PeerRefused, ProtocolMismatch, ShmBrokerError
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,9 @@ HEARTBEAT_SECONDS = 1.0
 
 TICK_SECONDS = 0.1
 """How often :class:`BrokerLink` calls its ``tick``, where it has one."""
+
+OUTDATED_SECONDS = 30.0
+"""Between heartbeats to a broker of another version, which cannot take them: until this process is restarted, or the broker is again the one of before."""
 
 HELLO_SECONDS = 5.0
 """How long the first Hello may take."""
@@ -60,6 +64,8 @@ class BrokerLink:
         self._peer_gone = peer_gone
         self._tick = tick
         self._epoch = ""
+        self._refusal: ShmBrokerError | None = None
+        """Why the broker does not take this process."""
         self._known = threading.Event()
         self._leave_fd = os.eventfd(0, os.EFD_CLOEXEC)
         self._socket = context.socket(zmq.DEALER)
@@ -72,13 +78,17 @@ class BrokerLink:
         self._thread = threading.Thread(target=self._run, name="shmbroker-link", daemon=True)
 
     def start(self) -> None:
-        """Say Hello and wait until the broker has answered. Raises :class:`BrokerUnreachable`."""
+        """Say Hello and wait until the broker has answered. Raises :class:`BrokerUnreachable`, and what the broker refuses it with."""
         self._thread.start()
         if not self._known.wait(HELLO_SECONDS):
             self.stop()
             raise BrokerUnreachable(
                 f"the broker at {self._endpoint} did not answer within {HELLO_SECONDS:g} s: is 'shmbroker serve' running?"
             )
+
+        if self._refusal is not None:
+            self.stop()
+            raise self._refusal
 
     def stop(self) -> None:
         """Say Goodbye and end the thread. A second time does nothing."""
@@ -114,10 +124,17 @@ class BrokerLink:
                     self._ticked(self._tick)
                 if time.monotonic() >= next_beat:
                     self._send(Heartbeat(self._hello().peer, self._stats()))
-                    next_beat = time.monotonic() + HEARTBEAT_SECONDS
+                    next_beat = time.monotonic() + (OUTDATED_SECONDS if isinstance(self._refusal, ProtocolMismatch) else HEARTBEAT_SECONDS)
             self._send(Goodbye(self._hello().peer))
         finally:
             self._socket.close()
+
+    def _refused(self, error: ShmBrokerError) -> None:
+        """Told once, not at every heartbeat; who has joined works on with those that know it."""
+        if self._refusal is None and self._known.is_set():
+            log.warning("not known to the broker any more, and so not found by others, until this process is restarted: %s", error)
+        self._refusal = error
+        self._known.set()
 
     @staticmethod
     def _ticked(tick: Callable[[], None]) -> None:
@@ -129,10 +146,17 @@ class BrokerLink:
     def _read(self) -> None:
         try:
             message = read_body(open_envelope(self._socket.recv()))
+        except ProtocolMismatch as error:
+            self._refused(error)
+            return
         except (ValueError, ShmBrokerError) as error:
             log.warning("the broker sent what cannot be read: %s", error)
             return
+        if isinstance(message, Refused):
+            self._refused(PeerRefused(f"the broker does not take this process: {message.type_name}: {message.text}"))
+            return
         if isinstance(message, Welcome):
+            self._refusal = None
             if self._epoch and message.epoch != self._epoch:
                 log.info("known to the broker again, which is a new one (epoch %s)", message.epoch)
             self._epoch = message.epoch
@@ -140,6 +164,8 @@ class BrokerLink:
         elif isinstance(message, HeartbeatSeen):
             if message.epoch != self._epoch or not message.known:
                 self._send(self._hello())
+            else:
+                self._refusal = None
         elif isinstance(message, PeerGone):
             try:
                 self._peer_gone(message.peer)

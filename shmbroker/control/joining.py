@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TypeVar
@@ -20,7 +21,12 @@ Answer = TypeVar("Answer", bound=Message)
 
 DEFAULT_INSTANCE = DEFAULTS.instance
 INSTANCE_VARIABLE = "SHMBROKER_INSTANCE"
+PRIVATE_INSTANCE = "local-{}-{}"
+"""How private brokers' instances are named: by the pid of their process, and a part of an id."""
+
 MAX_NAME = 100
+
+_PRIVATE = re.compile(PRIVATE_INSTANCE.format(r"(\d+)", "[0-9a-f]+"))
 
 ASK_SECONDS = 3.0
 """How long a broker on the same machine may take to answer before it is taken for absent."""
@@ -50,6 +56,12 @@ def ask_broker(requester: Requester, message: Message, answer: type[Answer], ins
 
 
 def _why_nobody_answers(endpoint: str, instance: str) -> str:
+    private = _PRIVATE.fullmatch(instance)
+    if private:
+        return (
+            f"the private broker of process {private[1]} does not answer any more ({endpoint}): it ends with its 'with local_broker():' block, or with that "
+            "process; begin a new one, and connect inside of it"
+        )
     command = "shmbroker serve" if instance == DEFAULT_INSTANCE else f"shmbroker serve --instance {instance}"
     if transport_of(endpoint) == "tcp":
         if may_listen(endpoint):

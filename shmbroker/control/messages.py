@@ -194,6 +194,19 @@ class PeerStatus(msgspec.Struct, frozen=True):
     """Of pids, as in :class:`ProcessId`."""
 
 
+class OutdatedPeer(msgspec.Struct, frozen=True):
+    """A process that speaks another version of this protocol, as far as that can be known."""
+
+    role: str
+    """client or worker; empty where nothing tells."""
+    peer: str
+    name: str
+    pid: int
+    """0 where nothing tells."""
+    version: int
+    """Of the control protocol."""
+
+
 class StatusReport(Message, frozen=True):
     """All that the broker knows."""
 
@@ -204,6 +217,8 @@ class StatusReport(Message, frozen=True):
     uptime_seconds: float
     shm_free_bytes: int
     peers: tuple[PeerStatus, ...]
+    outdated: tuple[OutdatedPeer, ...] = ()
+    """Those that live and cannot join, since they speak another version."""
 
 
 class PeerGone(Message, frozen=True):

@@ -11,7 +11,18 @@ from typing import TypeVar
 import zmq
 
 from shmbroker import errors
-from shmbroker.control.messages import MAX_MESSAGE_BYTES, AnyMessage, Message, Refused, encode, open_envelope, read_body
+from shmbroker.control.messages import (
+    MAX_MESSAGE_BYTES,
+    PROTOCOL_VERSION,
+    AnyMessage,
+    Message,
+    OutdatedPeer,
+    Refused,
+    encode,
+    open_envelope,
+    read_body,
+)
+from shmbroker.control.outdated import sender_of
 from shmbroker.errors import ChannelError, PeerRefused, ProtocolMismatch, ShmBrokerError
 
 log = logging.getLogger(__name__)
@@ -112,10 +123,25 @@ def _refusal(error: BaseException) -> Refused:
     return Refused(type(error).__name__, text[:_ERROR_CHARACTERS].encode("utf-8", "replace").decode())
 
 
+def _address(frame: zmq.Frame) -> str:
+    """Of whoever sent it, as libzmq tells it; empty where it does not."""
+    try:
+        return str(frame.get("Peer-Address"))
+    except zmq.ZMQError:
+        return ""
+
+
 class Responder:
     """Answers whoever asks. Used by one thread."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> None:
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        endpoint: str,
+        meet_outdated: Callable[[OutdatedPeer], bool] = lambda peer: True,
+    ) -> None:
+        """``meet_outdated``: told who speaks another version; returns whether that one is to hear so, where it has not asked and may not listen."""
+        self._meet_outdated = meet_outdated
         self.socket = context.socket(zmq.ROUTER)
         self.socket.setsockopt(zmq.LINGER, 100)  # milliseconds: the last answer of a process that ends still goes out
         self.socket.setsockopt(zmq.MAXMSGSIZE, 2 * MAX_MESSAGE_BYTES)
@@ -127,16 +153,22 @@ class Responder:
         """Hand messages that have come to ``handle(sender, message)`` and send back what it returns, or its error as Refused."""
         for _ in range(_MESSAGES_AT_ONCE):
             try:
-                parts = self.socket.recv_multipart(zmq.NOBLOCK)
+                parts = self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return
             if len(parts) != 2:
                 continue
-            sender, data = parts
+            sender, data = parts[0].bytes, parts[1].bytes
             request = 0
             try:
                 envelope = open_envelope(data)
                 request = envelope.request
+                if (
+                    envelope.version != PROTOCOL_VERSION
+                    and not self._meet_outdated(sender_of(envelope, _address(parts[1])))
+                    and not request
+                ):
+                    continue  # it was told before
                 reply = handle(sender, read_body(envelope))
             except (ShmBrokerError, ValueError) as error:
                 reply = _refusal(error)

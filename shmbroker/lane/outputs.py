@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from shmbroker.arena.spec import TensorSpec
@@ -24,7 +24,7 @@ class Outputs:
         """From what an ``out_spec`` returned. Raises :class:`BadInput` for anything else."""
         if isinstance(told, TensorSpec):
             return cls((told,), True)
-        specs = tuple(told)
+        specs = tuple(told) if isinstance(told, Iterable) else (told,)
         if not all(isinstance(spec, TensorSpec) for spec in specs):
             raise BadInput(f"an out_spec returns a TensorSpec or a sequence of them, not {told!r}")
         return cls(specs, False)

@@ -62,7 +62,7 @@ PICTURED_BLOCKS = 64
 
 
 class DTypeCode(enum.IntEnum):
-    """How a dtype is written in a descriptor. Codes are never reused."""
+    """How a dtype is written in a descriptor. Codes are never reused; a new one leaves the layout's version as it is: who does not know it says so."""
 
     FLOAT32 = 1
     FLOAT64 = 2
@@ -76,6 +76,11 @@ class DTypeCode(enum.IntEnum):
     BOOL = 10
     FLOAT8_E4M3FN = 11
     FLOAT8_E5M2 = 12
+    UINT16 = 13
+    UINT32 = 14
+    UINT64 = 15
+    COMPLEX64 = 16
+    COMPLEX128 = 17
 
 
 class Space(enum.IntEnum):

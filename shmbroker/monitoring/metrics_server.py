@@ -1,9 +1,10 @@
-"""``/metrics`` and ``/healthz`` of the broker, over HTTP on loopback, in threads of their own."""
+"""``/metrics`` and ``/healthz`` of the broker, over HTTP on loopback or on a socket that it is handed, in threads of their own."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import socket
 import socketserver
 import threading
 from collections.abc import Iterator
@@ -28,12 +29,13 @@ REQUEST_SECONDS = 5.0
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
-    allow_reuse_address = True
 
-    def __init__(self, port: int, registry: CollectorRegistry) -> None:
+    def __init__(self, listener: socket.socket, registry: CollectorRegistry) -> None:
         self.registry = registry
         self._turns = threading.Semaphore(MOST_REQUESTS)
-        super().__init__((HOST, port), _Handler)
+        # That of TCPServer would make a socket of its own, which a sandbox without a network forbids.
+        socketserver.BaseServer.__init__(self, listener.getsockname(), _Handler)
+        self.socket = listener
 
     def process_request(self, request: Any, client_address: Any) -> None:
         if self._turns.acquire(blocking=False):
@@ -46,9 +48,6 @@ class _Server(ThreadingHTTPServer):
             super().process_request_thread(request, client_address)
         finally:
             self._turns.release()
-
-    def server_bind(self) -> None:
-        socketserver.TCPServer.server_bind(self)  # HTTPServer's asks the name service who 127.0.0.1 is
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.debug("a request for metrics failed", exc_info=True)
@@ -79,19 +78,27 @@ class _Handler(BaseHTTPRequestHandler):
         log.debug(format, *args)
 
 
+def listen(port: int) -> socket.socket | None:
+    """A socket that listens on ``port`` of loopback; 0 for any. One that is taken, or may not be had, is a warning, and None."""
+    try:
+        return socket.create_server((HOST, port))
+    except OSError as error:
+        why = error.strerror or str(error)
+        log.warning("no metrics: port %d of %s cannot be had (%s); choose another --metrics-port, or 0 for any", port, HOST, why)
+        return None
+
+
 @contextlib.contextmanager
-def serving_metrics(broker: Watched, port: int) -> Iterator[None]:
-    """Serve the metrics of ``broker`` for the length of a block; ``port`` 0 for any, which is logged. A port that is taken is a warning."""
+def serving_metrics(broker: Watched, listener: socket.socket) -> Iterator[None]:
+    """Serve the metrics of ``broker`` on ``listener`` for the length of a block, at whose end it is closed."""
     registry = CollectorRegistry()
     registry.register(InstanceCollector(broker))
     ProcessCollector("shmbroker", registry=registry)
-    try:
-        server = _Server(port, registry)
-    except OSError as error:
-        log.warning("no metrics: port %d of %s cannot be had (%s); choose another --metrics-port, or 0 for any", port, HOST, error.strerror)
-        yield
-        return
-    log.info("metrics at http://%s:%d/metrics", HOST, server.server_address[1])
+    server = _Server(listener, registry)
+    where = listener.getsockname()
+    log.info(
+        "metrics at %s", f"http://{where[0]}:{where[1]}/metrics" if isinstance(where, tuple) else f"unix socket {where}, path /metrics"
+    )
     thread = threading.Thread(target=server.serve_forever, name="shmbroker-metrics", daemon=True)
     thread.start()
     try:

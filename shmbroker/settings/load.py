@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -58,15 +59,13 @@ def load() -> Loaded:
     for path in files:
         for name, value in _read(path).items():
             if name not in _FIELDS:
-                raise BadInput(f"{path}: there is no setting {name!r}{_nearest(name, _FIELDS)}; docs/configuration.md lists all")
+                raise BadInput(f"{path}: there is no setting {name!r}{_nearest(name)}; docs/configuration.md lists all")
             values[name] = _converted(name, value, f"{path}: {name}", strict=True)
             origins[name] = f"file {path}"
     for variable, text in _variables():
         name = variable.removeprefix(PREFIX).lower()
         if name not in _FIELDS or variable != variable_of(name):
-            raise BadInput(
-                f"variable {variable} is not known{_nearest(variable, map(variable_of, _FIELDS))}: unset it (docs/configuration.md lists all)"
-            )
+            raise BadInput(f"variable {variable} is not known{_meant(variable, text)}: unset it (docs/configuration.md lists all)")
         if text:  # an empty one is as if it were not set
             values[name] = _converted(name, text, f"variable {variable}", strict=False)
             origins[name] = f"variable {variable}"
@@ -139,6 +138,27 @@ def _kind(name: str) -> str:
     return f"{word} of at least {bounds.ge}" if bounds.le is None else f"{word} from {bounds.ge} to {bounds.le}"
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
-    found = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {found[0]}?)" if found else ""
+_SERVICE_LINK = re.compile(r"PORT(_\d+_(TCP|UDP)\w*)?|SERVICE_(HOST|PORT\w*)")
+"""What Kubernetes sets in a pod beside a service named shmbroker, after the prefix."""
+
+
+def _meant(variable: str, text: str) -> str:
+    """Where a variable that is none of ours may come from; its prefix, which all have, makes it like none of them."""
+    name = variable.removeprefix(PREFIX)
+    if _SERVICE_LINK.fullmatch(name) and ("://" in text or name != "PORT"):
+        return (
+            " (Kubernetes sets it for a service named shmbroker: set enableServiceLinks: false in the pod, or name the service otherwise)"
+        )
+    near = _near(name.lower())
+    return f" (did you mean {variable_of(near)}?)" if near else ""
+
+
+def _nearest(name: str) -> str:
+    near = _near(name)
+    return f" (did you mean {near}?)" if near else ""
+
+
+def _near(name: str) -> str:
+    """The setting that is written almost so, else the only one that has the word; empty where there is none."""
+    close = difflib.get_close_matches(name, list(_FIELDS), n=1) or [one for one in _FIELDS if name in one.split("_")]
+    return close[0] if len(close) == 1 else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 
 from shmbroker.errors import BadInput
@@ -13,8 +14,8 @@ MIB = 1 << 20
 
 def parse_bytes(size: int | str) -> int:
     """``"512M"``, ``"1.5 GiB"``, ``"4096"`` or a number, in bytes; k, M, G and T are powers of 1024. Raises :class:`BadInput`."""
-    if isinstance(size, int) and not isinstance(size, bool):
-        value = size
+    if not isinstance(size, (str, bool)) and hasattr(size, "__index__"):
+        value = operator.index(size)
     elif not isinstance(size, str):
         raise BadInput(f"size {size!r} cannot be read: give a number of bytes, or a text like '512M'")
     else:

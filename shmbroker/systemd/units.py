@@ -15,7 +15,7 @@ from shmbroker.errors import BadInput
 PACKAGED = resources.files(__package__)
 """The units as they lie in the package."""
 
-UNITS = ("shmbroker.target", "shmbroker.service", "gpu-worker@.service", "tee-worker@.service")
+UNITS = ("shmbroker.target", "shmbroker.service", "shmbroker-metrics.socket", "gpu-worker@.service", "tee-worker@.service")
 USERS = "shmbroker-users.conf"
 """For systemd-sysusers."""
 

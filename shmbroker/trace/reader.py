@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -37,11 +38,30 @@ def read(path: str | os.PathLike[str]) -> list[Event]:
 
 
 def merge(out: str | os.PathLike[str], paths: Iterable[str | os.PathLike[str]]) -> int:
-    """Write the events of all ``paths`` in order of time to ``out``; returns how many. Raises :class:`BadInput`."""
+    """Write the events of all ``paths`` in order of time to ``out``, mode 0600; returns how many. Raises :class:`BadInput`."""
+    paths = list(paths)
+    if any(os.path.exists(path) and os.path.exists(out) and os.path.samefile(path, out) for path in paths):
+        raise BadInput(f"{os.fspath(out)!r} is one of the traces to be merged: name another file for the result, first")
     events = sorted((event for path in paths for event in read(path)), key=lambda event: event.get("ts", 0.0))
     text = b"[\n" + b",\n".join(map(msgspec.json.encode, events)) + b"\n]\n"
     try:
-        Path(out).write_bytes(text)
+        _write(Path(out), text)
     except OSError as error:
-        raise BadInput(f"the merged trace cannot be written to {os.fspath(out)!r}: {error.strerror}") from None
+        raise BadInput(f"the merged trace cannot be written to {os.fspath(out)!r}: {error.strerror}; what was there is as it was") from None
     return len(events)
+
+
+def _write(out: Path, text: bytes) -> None:
+    """For its owner alone, as the traces are (0600); whole or not at all, so that a full disk takes no earlier file. A pipe or device is written to."""
+    if out.exists() and not out.is_file():
+        out.write_bytes(text)
+        return
+    out = out.resolve()
+    fd, beside = tempfile.mkstemp(prefix=f".{out.name}.", dir=out.parent)
+    try:
+        with os.fdopen(fd, "wb") as file:
+            file.write(text)
+        os.replace(beside, out)
+    except BaseException:
+        os.unlink(beside)
+        raise

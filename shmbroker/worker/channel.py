@@ -125,6 +125,7 @@ class WorkerChannel:
             # fault: after result written
         except Rejected as error:
             counters.errors += 1
+            log.warning("call %d of %s was refused: %s", call_id, self.opened.client_name, error)
             return Completion(call_id, Status.BAD_FRAME, queued_ns, 0, pack_text(str(error)))
         except BaseException as error:  # whatever the op raises, SystemExit too, is the answer to the call; the worker lives on
             return self._failed(call_id, key, queued_ns, begun_ns, error)

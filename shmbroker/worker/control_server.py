@@ -179,7 +179,10 @@ class ControlServer:
         arguments_bytes = len(msgspec.msgpack.encode(request.arguments))
         if len(request.inputs) > layout.MAX_TENSORS or arguments_bytes > layout.METADATA_BYTES:
             # Answers are remembered: what no call can ask for must not fill the memory.
-            raise BadInput(f"{len(request.inputs)} inputs and {arguments_bytes} bytes of arguments are more than a frame carries")
+            raise BadInput(
+                f"{len(request.inputs)} inputs and {arguments_bytes} bytes of arguments are more than a frame carries: {layout.MAX_TENSORS} "
+                f"tensors, outputs among them, and {layout.METADATA_BYTES} bytes"
+            )
         inputs = [TensorSpec(spec.shape, dtype_named(spec.dtype)) for spec in request.inputs]
         try:
             outputs = op.outputs(inputs, request.arguments)

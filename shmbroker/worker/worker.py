@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
+import torch
 import zmq
 
 from shmbroker.control import endpoint as endpoints
@@ -33,6 +34,7 @@ from shmbroker.lane.outputs import OutSpec
 from shmbroker.lane.zmq_lane import ZmqWorkerSocket
 from shmbroker.memory import names
 from shmbroker.memory.hold import Hold, unlink_own
+from shmbroker.settings.arguments import seconds
 from shmbroker.settings.load import current
 from shmbroker.systemd import notify
 from shmbroker.trace.writer import Trace
@@ -45,10 +47,14 @@ from shmbroker.worker.frame_loop import FrameLoop
 from shmbroker.worker.kept_tensors import DEFAULT_KEPT_BYTES
 from shmbroker.worker.open_channels import OpenChannels
 from shmbroker.worker.ops import OpDefinition, warm_up
+from shmbroker.worker.own_log import told_on_stderr
 
 log = logging.getLogger(__name__)
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+MOST_CHARACTERS = 100
+"""Of what a worker tells of itself in one line: less than its broker passes on."""
 
 
 class Worker:
@@ -78,7 +84,7 @@ class Worker:
         instance: str | None = None,
         name: str | None = None,
         spin: float | None = None,
-        device: str = "cpu",
+        device: str | torch.device = "cpu",
         until_exit: int = 0,
         identity: str = "",
         trace: str | os.PathLike[str] | None = None,
@@ -87,13 +93,16 @@ class Worker:
     ) -> None:
         settings = current()
         self.service = service = settings.service if service is None else service
-        spin = settings.spin * 1e-6 if spin is None else spin
+        spin = settings.spin * 1e-6 if spin is None else seconds("spin", spin)
         self.instance = resolve_instance(instance)
         self.name = peer_name(name)
-        if not service or not service.isprintable():
-            raise BadInput(f"service {service!r} cannot be offered: give it a name of printable characters")
-        if not spin >= 0:
-            raise BadInput(f"spin {spin!r} must be a number of seconds, 0 or more")
+        if not isinstance(service, str) or not service.isprintable() or not 0 < len(service) <= MOST_CHARACTERS:
+            raise BadInput(f"service {service!r} cannot be offered: give it a name of 1 to {MOST_CHARACTERS} printable characters")
+        device = str(device)
+        if not device.isprintable() or len(device) > MOST_CHARACTERS:
+            raise BadInput(
+                f"device {device!r} cannot be told: give a word of at most {MOST_CHARACTERS} printable characters, e.g. 'cuda:0'"
+            )
         self.id = names.new_id()
         self.device = device
         self.identity = identity
@@ -176,9 +185,13 @@ class Worker:
 
         After a signal an op has :data:`DRAIN_SECONDS` to finish; then the process ends without it, status 0.
 
+        That it is ready, and each call that fails, is logged; on standard error where the program has not set up logging (``log_level`` of the settings).
         Raises :class:`BrokerUnreachable` when there is no broker. ``ready`` is called once clients can come.
         """
-        with drained_by_signals(self._stop, self.name), self._joined() as frames:
+        with told_on_stderr(current().log_level), drained_by_signals(self._stop, self.name), self._joined() as frames:
+            log.info(
+                "%s is ready: service %r on instance %r, ops %s", self.name, self.service, self.instance, ", ".join(self._ops) or "none"
+            )
             ready()
             notify.ready(f"service {self.service!r} on {self.device}")
             frames.serve_shm()
@@ -234,7 +247,7 @@ class Worker:
             stack.callback(link.stop)
             stack.callback(self.stop)
             control.start()
-            log.info("%s (%s): service %r on %s, ops %s", self.name, self.id, self.service, responder.endpoint, ", ".join(self._ops))
+            log.debug("%s (%s) answers on %s", self.name, self.id, responder.endpoint)
             yield frames
 
     def _own_bell(self, context: zmq.Context[zmq.Socket[bytes]], access: Access, stack: contextlib.ExitStack) -> str:

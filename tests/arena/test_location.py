@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shmbroker.arena.arena import Arena
+from shmbroker.arena.arena import Arena, Location, Room
+from shmbroker.arena.ring import LARGE_BYTES, Extent
+from shmbroker.errors import ArenaFull
 from shmbroker.memory import layout
+from shmbroker.memory.geometry import Geometry
 from shmbroker.memory.segment import Segment
 from tests.arena.blocks import GEOMETRY, UNIT, placed, property_settings
 from tests.conftest import SegmentOf
@@ -101,3 +106,62 @@ def test_any_chain_of_views_is_found_in_its_block(
     assert found is not None
     assert found[:2] == (place.offset + view.data_ptr() - base, place.generation)
     assert len(neighbours) == before
+
+
+BIG = Geometry(arena_bytes=4 << 20, channel_count=1, depth=1)
+
+
+def test_a_slice_of_an_array_is_found_by_as_many_looks_whatever_else_is_held(segment_of: SegmentOf) -> None:
+    """A3. Counted, since no time is to be asserted: looks into the arena's books, with few blocks held and with thousands."""
+
+    class Counted(dict[int, Extent]):
+        looks = 0
+
+        def get(self, key: int, default: Any = None) -> Any:
+            self.looks += 1
+            return super().get(key, default)
+
+        def __iter__(self) -> Iterator[int]:
+            self.looks += len(self)
+            return super().__iter__()
+
+    arena = Arena(segment_of(BIG))
+    tensor, place = placed(arena, (1 << 20,), torch.uint8)
+    small, small_place = placed(arena, (LARGE_BYTES - UNIT,), torch.uint8)
+    slices = [torch.from_numpy(whole.numpy()[at:]) for whole, at in ((tensor, 1), (tensor, (1 << 20) - 1), (small, 1), (small, 60_000))]
+
+    def looks() -> int:
+        arena.blocks = counted = Counted(arena.blocks)
+        found = [arena.find(one) for one in slices]
+        assert [one and one.generation for one in found] == [place.generation] * 2 + [small_place.generation] * 2
+        assert [one and one.offset for one in found[:3]] == [place.offset + 1, place.offset + (1 << 20) - 1, small_place.offset + 1]
+        return counted.looks
+
+    alone = looks()
+    others = [arena.empty((1,), torch.uint8) for _ in range(8000)]
+    assert looks() == alone < 300
+    assert len(others) == 8000
+
+
+@pytest.fixture
+def big_segment(segment_of: SegmentOf) -> Segment:
+    return segment_of(BIG)
+
+
+@property_settings
+@given(steps=st.lists(st.tuples(st.integers(0, 40), st.integers(1, 700), st.booleans()), max_size=40), data=st.data())
+def test_large_and_small_blocks_are_found_after_any_placing_and_letting_go(
+    big_segment: Segment, steps: list[tuple[int, int, bool]], data: st.DataObject
+) -> None:
+    """A3, R7."""
+    arena = Arena(big_segment)
+    held: list[tuple[torch.Tensor, Location]] = []
+    for victim, units, let_go in steps:
+        if let_go and held:
+            del held[victim % len(held)]
+        with contextlib.suppress(ArenaFull):
+            tensor, offset, generation = arena.place(Room((units * UNIT,), torch.uint8), 0.0)
+            held.append((tensor, Location(offset, generation)))
+    for tensor, place in held:
+        at = data.draw(st.integers(0, tensor.numel() - 1))
+        assert arena.find(torch.from_numpy(tensor.numpy()[at:])) == (place.offset + at, place.generation)

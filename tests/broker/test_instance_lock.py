@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 from pathlib import Path
@@ -23,8 +24,9 @@ def test_a_second_lock_of_one_instance_is_refused_and_names_who_has_it(tmp_path:
     InstanceLock(tmp_path / "y.lock", "y").release()
     first.release()
     first.release()
-    InstanceLock(path, "x").release()
+    again = InstanceLock(path, "x")
     assert path.stat().st_mode & 0o777 == 0o600
+    again.release()
 
 
 def test_a_lock_that_was_refused_leaves_no_file_open(tmp_path: Path) -> None:
@@ -36,14 +38,60 @@ def test_a_lock_that_was_refused_leaves_no_file_open(tmp_path: Path) -> None:
     first.release()
 
 
-def test_the_file_stays_when_the_lock_is_released_unless_it_is_removed(tmp_path: Path) -> None:
-    lock = InstanceLock(tmp_path / "x.lock", "x")
+def test_the_file_goes_with_the_lock_but_not_one_that_was_made_in_its_place(tmp_path: Path) -> None:
+    path = tmp_path / "x.lock"
+    InstanceLock(path, "x").release()
+    assert not path.exists()
+    lock = InstanceLock(path, "x")
+    path.unlink()  # somebody tidied up
+    another = InstanceLock(path, "x")
     lock.release()
-    assert (tmp_path / "x.lock").exists()
-    lock = InstanceLock(tmp_path / "x.lock", "x")
-    lock.remove()
-    lock.release()
-    assert not (tmp_path / "x.lock").exists()
+    assert path.exists()
+    another.release()
+    assert not path.exists()
+
+
+def test_a_lock_on_a_file_that_was_removed_meanwhile_is_taken_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step between opening and locking, in which the one before lets go."""
+    path = tmp_path / "x.lock"
+    before = InstanceLock(path, "x")
+    lock_file = fcntl.flock
+    locked: list[int] = []
+
+    def flock(fd: int, operation: int) -> None:
+        if not locked:
+            before.release()
+        locked.append(fd)
+        lock_file(fd, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    after = InstanceLock(path, "x")
+    assert len(locked) == 2, "the first had no name any more"
+    with pytest.raises(InstanceInUse):
+        InstanceLock(path, "x")
+    after.release()
+
+
+def test_of_many_that_come_and_go_at_once_one_has_the_lock_at_any_time(tmp_path: Path, start_child: StartChild) -> None:
+    path, inside = tmp_path / "x.lock", tmp_path / "inside"
+
+    def come_and_go() -> None:
+        had = 0
+        while had < 200:
+            try:
+                lock = InstanceLock(path, "x")
+            except InstanceInUse:
+                continue
+            os.close(os.open(inside, os.O_CREAT | os.O_EXCL))
+            inside.unlink()
+            lock.release()
+            had += 1
+
+    children = [start_child(come_and_go) for _ in range(4)]
+    for child in children:
+        child.join()
+    assert [child.exitcode for child in children] == [0] * 4
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_killed_process_gives_the_instance_up(tmp_path: Path, start_child: StartChild) -> None:

@@ -95,6 +95,7 @@ def test_a_zero_that_means_nothing_is_no_default_of_a_command_and_any_other_zero
     ("text", "told"),
     [
         ("aerna = 3", "there is no setting 'aerna' (did you mean arena?)"),
+        ("bytes = 3", "there is no setting 'bytes' (did you mean max_bytes?)"),
         ("zzz = 3", "there is no setting 'zzz';"),
         ('spin = "fast"', "spin cannot be 'fast': it is a number of at least 0"),
         ("spin = -1", "spin cannot be -1: it is a number of at least 0"),
@@ -119,6 +120,15 @@ def test_a_file_that_cannot_be_used_is_told_with_file_and_key(tmp_path: Path, te
     ("variable", "text", "told"),
     [
         ("SHMBROKER_AERNA", "3", "variable SHMBROKER_AERNA is not known (did you mean SHMBROKER_ARENA?)"),
+        ("SHMBROKER_PORT", "9464", "variable SHMBROKER_PORT is not known (did you mean SHMBROKER_METRICS_PORT?): unset it"),
+        ("SHMBROKER_TCP", "1", "variable SHMBROKER_TCP is not known: unset it"),
+        (
+            "SHMBROKER_PORT",
+            "tcp://10.0.0.1:80",
+            "variable SHMBROKER_PORT is not known (Kubernetes sets it for a service named shmbroker: set enable",
+        ),
+        ("SHMBROKER_PORT_80_TCP_ADDR", "10.0.0.1", "(Kubernetes sets it for a service"),
+        ("SHMBROKER_SERVICE_HOST", "10.0.0.1", "(Kubernetes sets it for a service"),
         ("SHMBROKER_SPIN", "fast", "variable SHMBROKER_SPIN cannot be 'fast': it is a number of at least 0"),
         ("SHMBROKER_PURE_PYTHON", "maybe", "it is true or false (1 or 0)"),
         ("SHMBROKER_METRICS_PORT", "70000", "a whole number from 0 to 65535"),
@@ -133,7 +143,7 @@ def test_a_variable_that_cannot_be_used_is_told(monkeypatch: pytest.MonkeyPatch,
 
 @pytest.mark.parametrize("program", ["shmbroker", "gpu_worker", "tee_worker"])
 def test_every_program_refuses_a_wrong_setting_in_one_line(program: str) -> None:
-    done = run(sys.executable, "-m", program, "--version", SHMBROKER_SPNI="3")
+    done = run(sys.executable, "-m", program, "serve", SHMBROKER_SPNI="3")
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
     assert "did you mean SHMBROKER_SPIN?" in done.stderr
 

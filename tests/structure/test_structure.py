@@ -26,7 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "shmbroker/settings": {"errors"},
     "shmbroker/trace": {"errors"},
     "shmbroker/systemd": {"errors"},
-    "shmbroker/console": {"errors", "settings"},
+    "shmbroker/console": {"errors", "settings", "systemd"},
     "shmbroker/memory": {"errors", "settings"},
     "shmbroker/control": {"errors", "settings", "memory"},
     "shmbroker/arena": {"errors", "settings", "memory"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import urllib.request
 from collections.abc import Iterator
@@ -15,11 +16,12 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from shmbroker.systemd.units import install, texts
 from tee_worker.cli import cli as tee_worker_cli
-from tests.processes import START_SECONDS, wait_until
+from tests.processes import START_SECONDS, run, wait_until
 from tests.systemd.machine import ROOT, Machine, machine
 from tests.tiny_models import SIZES, save_random, tiny_llama
 
 BROKER, GPU = "shmbroker.service", "gpu-worker@tiny.service"
+METRICS = "shmbroker-metrics.socket"
 ONCE, LONG, SERVED = "tee-worker@once.service", "tee-worker@long.service", "tee-worker@served.service"
 PROMPT = "w5 w6 w7 w8"
 TOKENS, LONG_TOKENS = 12, 400
@@ -82,6 +84,12 @@ def booted(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Iterator[Mac
     ]
     for unit, tokens in ((ONCE, TOKENS), (LONG, LONG_TOKENS)):
         drop_in(units, unit, GENERATION.format(tee_worker=tee_worker, prompt=PROMPT, tokens=tokens))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        drop_in(
+            units,
+            METRICS,
+            f"[Socket]\nListenStream=\nListenStream=127.0.0.1:{free.getsockname()[1]}\nListenStream=/run/shmbroker-metrics.sock\n",
+        )
     wants = units / "shmbroker.target.wants"
     wants.mkdir()
     (wants / GPU).symlink_to("../gpu-worker@.service")
@@ -220,6 +228,26 @@ def test_the_endpoint_is_ready_when_started_and_comes_back_when_killed_or_hung(r
         running.signal(SERVED, name)
         restarted(running, SERVED, pid)
         assert answer() == expected[:TOKENS]
+
+
+def test_metrics_are_reached_from_outside_of_the_brokers_private_network(running: Machine) -> None:
+    running.systemctl("stop", BROKER)  # which is handed its sockets when it starts
+    running.systemctl("start", METRICS, BROKER)
+    # The property tells "127.0.0.1:PORT (Stream)" and the like.
+    (port,) = re.findall(r"127\.0\.0\.1:(\d+)", running.show(METRICS, "Listen"))
+    assert running.show(BROKER, "PrivateNetwork") == "yes"
+
+    def scrape(*options: str) -> str:
+        done = run("curl", "-sS", "--fail", "--max-time", "30", *options)
+        assert done.returncode == 0, done.stderr + running.logs()
+        return done.stdout
+
+    pid = running.main_pid(BROKER)
+    assert 'shmbroker_peers{role="worker"} 1.0' in scrape(f"http://127.0.0.1:{port}/metrics")
+    assert scrape("--unix-socket", str(running.path("/run/shmbroker-metrics.sock")), "http://localhost/healthz") == "ok\n"
+    running.signal(BROKER, "KILL")
+    assert "shmbroker_uptime_seconds" in scrape(f"http://127.0.0.1:{port}/metrics"), "who asks meanwhile waits for the next one"
+    restarted(running, BROKER, pid)
 
 
 def test_stopping_the_target_stops_all_and_leaves_nothing(running: Machine) -> None:

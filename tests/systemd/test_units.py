@@ -38,8 +38,17 @@ def test_units_are_installed_into_a_folder(tmp_path: Path) -> None:
     done = units("--install", "--dest", str(tmp_path / "new"))
     assert done.returncode == 0, done.stderr
     assert {path.name: path.read_text() for path in (tmp_path / "new").iterdir()} == texts()
-    assert "systemd-sysusers" in done.stdout
-    assert "systemctl daemon-reload && systemctl enable --now shmbroker.target" in done.stdout
+    new = tmp_path / "new"
+    assert f"next: systemd-sysusers {new}/shmbroker-users.conf\n" in done.stdout, "of this file alone, where it is"
+    linked = " ".join(str(new / name) for name in UNITS)
+    assert f"next: systemctl link {linked} && systemctl enable --now shmbroker.target\n" in done.stdout, "systemd does not look there"
+
+
+def test_where_systemd_looks_by_itself_it_is_told_to_look_again(tmp_path: Path) -> None:
+    done = run(sys.executable, "-m", "shmbroker", "units", "--install", "--user", XDG_CONFIG_HOME=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("next: systemctl --user daemon-reload && systemctl --user enable --now shmbroker.target\n")
+    assert "sysusers" not in done.stdout
 
 
 def test_units_of_a_user_ask_for_nothing_that_only_root_can_give(tmp_path: Path) -> None:

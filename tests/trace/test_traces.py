@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -144,10 +145,44 @@ def test_merging_gives_one_file_in_order_of_time(pair: tuple[Path, Path], tmp_pa
     out = tmp_path / "both.json"
     done = run(sys.executable, "-m", "shmbroker", "trace", "merge", str(out), *map(str, pair))
     assert done.returncode == 0, done.stderr
+    assert out.stat().st_mode & 0o777 == 0o600, "as the traces are"
     whole = events(out)
     assert len(whole) == sum(len(events(path)) for path in pair)
     times = [event.get("ts", 0.0) for event in whole]
     assert times == sorted(times)
+
+
+def test_merging_over_an_earlier_result_closes_it_to_others_and_leaves_nothing_beside_it(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / "both.json"
+    out.write_text("earlier")
+    out.chmod(0o644)
+    assert reader.merge(out, pair) == len(events(out))
+    assert out.stat().st_mode & 0o777 == 0o600
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_result_that_is_one_of_the_traces_is_refused_and_the_trace_stays(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    mine = tmp_path / "mine.json"
+    mine.write_bytes(pair[0].read_bytes())
+    with pytest.raises(BadInput, match="is one of the traces to be merged: name another file for the result, first"):
+        reader.merge(mine, [pair[1], mine])
+    assert mine.read_bytes() == pair[0].read_bytes()
+
+
+def test_a_result_that_cannot_be_written_takes_no_earlier_one(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "both.json"
+    out.write_text("earlier")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(BadInput, match="No space left on device; what was there is as it was"):
+        reader.merge(out, pair)
+    assert out.read_text() == "earlier"
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_after_kill_9_the_file_is_there_and_valid(broker: shmbroker.LocalBroker, tmp_path: Path) -> None:

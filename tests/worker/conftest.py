@@ -32,6 +32,9 @@ from shmbroker.worker.draining import Stop
 from shmbroker.worker.frame_loop import FrameLoop
 from shmbroker.worker.open_channels import OpenChannels
 from shmbroker.worker.ops import OpDefinition
+from tests.peers import broker
+
+__all__ = ["broker"]
 
 GEOMETRY = Geometry(arena_bytes=1 << 16, channel_count=4, depth=4)
 FORM = TensorSpec((4,), torch.float32)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from shmbroker.commands.doctor.check import Check, fail, ok, warn
 from shmbroker.control import messages as m
 from shmbroker.control.endpoint import transport_of
+from shmbroker.control.outdated import in_words
 from shmbroker.control.status import ask
 from shmbroker.errors import BadInput, BrokerUnreachable, ShmBrokerError
 from shmbroker.settings.load import Loaded
@@ -54,6 +55,8 @@ def _versions(report: m.StatusReport) -> Iterator[Check]:
     workers = [peer for peer in report.peers if peer.role == "worker"]
     if not workers:
         yield warn("workers", "none", "start one, e.g. 'gpu-worker serve --model DIR': the transport was not checked")
+    for outdated in report.outdated:
+        yield warn(outdated.role or "peer", in_words(outdated), _SAME, peer=outdated.peer, pid=outdated.pid, protocol=outdated.version)
     for peer in report.peers:
         name = "worker" if peer.role == "worker" else "client"
         told = f"{peer.name}, pid {peer.pid}"
