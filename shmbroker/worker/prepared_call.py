@@ -119,7 +119,9 @@ class PreparedCall:
 
 
 def _same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return torch.equal(one.contiguous().view(-1).view(torch.uint8), other.contiguous().view(-1).view(torch.uint8))
+    # Copies, whose strides are those of their shapes: a tensor of one element may have any, and counts as contiguous.
+    first, second = (tensor.flatten().clone(memory_format=torch.contiguous_format).view(torch.uint8) for tensor in (one, other))
+    return torch.equal(first, second)
 
 
 def _is_held(tensor: torch.Tensor) -> bool:
