@@ -39,6 +39,7 @@ LETTERS = {
     "D": "Doorbells",
     "F": "Frames",
     "C": "Waiting for completions",
+    "Z": "Closing",
     "S": "Staging for a GPU",
     "K": "When somebody is killed",
 }

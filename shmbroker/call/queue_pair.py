@@ -24,6 +24,7 @@ from shmbroker.lane.doorbell import RECHECK_SECONDS
 from shmbroker.lane.frames import FrameTemplate
 from shmbroker.lane.shm_lane import ShmClientLane
 from shmbroker.lane.zmq_lane import ZmqClientLane
+from shmbroker.settings.kinds import Lane
 
 log = logging.getLogger(__name__)
 
@@ -226,7 +227,9 @@ class QueuePair:
         self.has_frames = bool  # never
         self.receivers = ()
         self.nudge = _nothing
-        self.lane.close()
+        self.completions.alone(self.lane.close)  # nobody waits on it then, and whoever comes later finds it closed
+        if self.lane.kind is Lane.ZMQ:
+            self.completions.close()  # it was this pair's alone
         self._watch.close()
 
 

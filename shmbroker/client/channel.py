@@ -85,7 +85,7 @@ class Channel:
         self._closed = False
         self._told_lost = False
         self._closing = Closing(f"the channel to {worker.name}")
-        for step in (lambda: on_close(self), pair.close, requester.close, self._tell_worker, self._stop):
+        for step in (lambda: on_close(self), pair.close, self._close_requester, self._tell_worker, self._stop):
             self._closing.add(step)
         self._statistics: list[OpStatistics] = []
         self._counted_before = (0,) * len(_COUNTED)
@@ -168,6 +168,7 @@ class Channel:
             if not self._control_lock.acquire(timeout=min(seconds, threading.TIMEOUT_MAX)):
                 raise TimeoutError
             try:
+                pair.check_open()  # it may have been closed while its turn was waited for
                 return self._requester.ask(message, answer, until - time.monotonic(), self._reachable)
             finally:
                 self._control_lock.release()
@@ -270,6 +271,10 @@ class Channel:
                 self._requester.ask(m.CloseChannel(self.opened.channel), m.Done, timeout=CLOSING_SECONDS)
         except (ShmBrokerError, TimeoutError) as error:
             log.debug("closing channel %d: %s", self.opened.channel, error)
+
+    def _close_requester(self) -> None:
+        with self._control_lock:
+            self._requester.close()
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"lane {self.lane}, doorbell {self.doorbell}, {self.outstanding} calls outstanding"

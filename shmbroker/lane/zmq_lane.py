@@ -92,8 +92,8 @@ class ZmqClientLane:
         return bool(int(self._complete.get(zmq.EVENTS)) & zmq.POLLIN)
 
     def wait(self, seconds: float) -> bool:
-        """Block until a completion comes, for ``seconds`` at most."""
-        return bool(self._complete.poll(max(1, int(seconds * 1000))))
+        """Block until a completion comes, for ``seconds`` at most. A lane that is closed has none."""
+        return not self._complete.closed and bool(self._complete.poll(max(1, int(seconds * 1000))))
 
     def take(self) -> CompletionFields | None:
         """The next completion, or None. Those that cannot be one are passed over, so many at most: a peer could go on for ever."""

@@ -640,3 +640,61 @@ def test_futures_are_settled_whenever_the_lead_is_given_up_once_each_and_in_orde
     InThread(uses[how]).join()
     assert order == [0, 1, 2, 3]
     assert [future.settled for _, future in attached] == [1] * 4
+
+
+# --- a look, which waits for nothing ----------------------------------------------------------------------------------------------------
+
+
+def test_who_looks_takes_what_there_is_and_settles_it_and_never_blocks(
+    loop: CompletionLoop, bell: HandRungBell, source: FakeSource
+) -> None:
+    loop.look()
+    assert (source.readers, source.checked) == ([], 1), "nothing there: the peer may be dead"
+    call = FakeCall(on_finish=lambda: loop.settle_later(future))
+    future = FakeFuture(lambda: None)
+    source.answer(call)
+    loop.look()
+    assert (call.done, future.settled, bell.nobody_else) == (True, 1, True)
+
+
+def test_who_looks_leaves_it_to_the_leader_where_there_is_one(loop: CompletionLoop, bell: HandRungBell, source: FakeSource) -> None:
+    """C1."""
+    own = FakeCall()
+    leader = waiting(loop, own)
+    blocked = bell.next_blocked()
+    source.answer(own)
+    loop.look()
+    assert source.readers == []
+    blocked.wake()
+    assert leader.join()
+    assert source.readers == [leader.ident]
+
+
+def test_an_error_amid_a_look_leaves_nobody_in_the_lead(loop: CompletionLoop, source: FakeSource) -> None:
+    source.look = _raise
+    with pytest.raises(Trouble):
+        loop.look()
+    source.look = _nothing
+    InThread(lambda: loop.alone(_nothing)).join()
+
+
+def test_callbacks_of_what_became_done_alone_are_run_in_the_background_where_that_is_asked_for(
+    loop: CompletionLoop, source: FakeSource
+) -> None:
+    """C5: the thread that keeps a client known to its broker has no time for them."""
+    threads: list[int] = []
+    settled = threading.Event()
+    future = FakeFuture(lambda: (threads.append(threading.get_ident()), settled.set()))
+    loop.alone(lambda: loop.settle_later(future), settle_here=False)
+    assert settled.wait(STUCK_SECONDS)
+    assert threads != [threading.get_ident()]
+    loop.close()
+    loop.close()
+
+
+def test_a_callback_may_close_the_loop_in_the_background(loop: CompletionLoop, source: FakeSource) -> None:
+    """C5."""
+    closed = threading.Event()
+    future = FakeFuture(lambda: (loop.close(), closed.set()))
+    loop.alone(lambda: loop.settle_later(future), settle_here=False)
+    assert closed.wait(STUCK_SECONDS)

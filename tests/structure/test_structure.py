@@ -212,6 +212,7 @@ PRIVATE_BUT_NOT_OURS = {
     "_fields", "_asdict", "_replace",  # of named tuples
     "_fields_", "_length_", "_type_",  # of ctypes
     "_attn_implementation",  # of a configuration of transformers
+    "_repr_html_",  # of notebooks
 }  # fmt: skip
 
 
