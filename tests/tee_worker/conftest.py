@@ -15,9 +15,6 @@ from shmbroker.models import embedded as embedded_model
 from tests.processes import running, wait_until
 from tests.tiny_models import save_random, tiny_llama
 
-WEIGHTS_SECONDS = 300.0
-"""How long a GPU worker may take to read its weights: those of a GGUF file are converted, which takes a minute where others work too."""
-
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }};{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
 
 
@@ -81,7 +78,7 @@ def gpu_worker(model: Path, service: str, *options: str):  # type: ignore[no-unt
 
                 return any(service in peer.services for peer in ask(None).peers)
 
-            wait_until(ready, WEIGHTS_SECONDS)
+            wait_until(ready)
             yield process.pid
 
     return block()

@@ -13,11 +13,12 @@ import msgspec
 import pytest
 
 import shmbroker
+from shmbroker.control.status import ask
 from shmbroker.memory.reaper import objects
 from shmbroker.models import embedded as embedded_model
 from tee_worker.generate import generate
 from tee_worker.run_options import GenerateOptions
-from tests.processes import run
+from tests.processes import run, running, wait_until
 from tests.tee_worker.conftest import gpu_worker
 
 PROMPT = ["--prompt", "Why is the sky blue?", "--chat"]
@@ -94,6 +95,18 @@ def test_for_programs_the_outcome_is_on_standard_output_and_the_text_on_standard
     assert len(outcome["tokens"]) == 8
     status, out, told = tee_worker(command, *options, "--quiet")
     assert (status, json.loads(out)["tokens"], told) == (0, outcome["tokens"], "")
+
+
+def test_no_progress_bar_is_written_where_there_is_no_terminal(broker: shmbroker.LocalBroker, tiny: Path) -> None:
+    command = (sys.executable, "-m", "gpu_worker", "--log-level", "warning", "serve", "--model", str(tiny), "--service", "bars")
+    with running(
+        *command, HF_HUB_OFFLINE="1"
+    ) as process:  # a variable with which it is started anew: the bars are chosen when libraries are loaded
+        wait_until(lambda: process.poll() is not None or any("bars" in peer.services for peer in ask(None).peers))
+        process.terminate()
+        _, told = process.communicate()
+    assert process.returncode == 0, told.decode()
+    assert "it/s" not in told.decode()
 
 
 def test_what_cannot_work_is_refused_in_one_line_before_anything_is_generated(worker: None, embedded: Path) -> None:
