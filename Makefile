@@ -15,7 +15,8 @@ BIN := $(VENV)/bin
 .DELETE_ON_ERROR:
 
 run: $(VENV)/ready
-	$(BIN)/shmbroker demo
+	@echo "3 of 3: the demo, which fetches a small model, once"
+	@$(BIN)/shmbroker demo
 
 test: lint types unit
 
@@ -34,9 +35,11 @@ test-gpu: $(VENV)/ready
 	$(BIN)/python -m pytest -rs tests/gpu_hardware tests/gpu_worker
 
 $(VENV)/ready: setup.cfg setup.py pyproject.toml constraints.txt $(wildcard shmbroker/*/*.c shmbroker/*/*.h)
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[gguf,serve,test]'
-	touch $@
+	@echo "1 of 3: a virtual environment in $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@echo "2 of 3: what the project needs, torch among it: some minutes, once"
+	@$(PYTHON) install.py $(BIN)/python --constraint constraints.txt --editable '.[gguf,serve,test]'
+	@touch $@
 
 bench: $(VENV)/bench
 	$(BIN)/python -m benchmarks

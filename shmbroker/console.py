@@ -54,11 +54,23 @@ def _with_log_level(command: click.Command) -> None:
         command.params.append(click.Option(["--log-level"], type=kind, metavar="LEVEL", expose_value=False, callback=_set_level, help=text))
 
 
-def terminal() -> Console:
-    """Where tables are printed: as wide as the terminal; where there is none, as wide as they need."""
+def terminal(*, stderr: bool = False) -> Console:
+    """Where tables are printed, on standard output or error: as wide as the terminal; where there is none, as wide as they need."""
     from rich.console import Console
 
-    return Console() if sys.stdout.isatty() or "COLUMNS" in os.environ else Console(width=NO_TERMINAL_COLUMNS)
+    stream = sys.stderr if stderr else sys.stdout
+    fitting = stream.isatty() or "COLUMNS" in os.environ
+    return Console(stderr=stderr) if fitting else Console(stderr=stderr, width=NO_TERMINAL_COLUMNS)
+
+
+def progress_bars_on_terminals_alone() -> None:
+    """Have Hugging Face's progress bars left out where standard error is no terminal: piped, they are pages of half lines.
+
+    To be called before transformers is loaded. Said by variables, it holds for child processes too; a user's own stay.
+    """
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 def end_with(pid: int) -> None:
@@ -116,6 +128,7 @@ def _help_columns() -> int | None:
 
 def run(command: click.Command) -> None:
     """Run a click command, its defaults as the settings say; errors of ours become one line on standard error and exit status 1. Tracebacks need ``--log-level debug``."""
+    progress_bars_on_terminals_alone()
     try:
         command.main(standalone_mode=False, default_map=_defaults(command), terminal_width=_help_columns())
     except click.exceptions.Exit as end:

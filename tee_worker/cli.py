@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -69,6 +71,7 @@ def run_options(kind: type[RunOptions]) -> Decorator:
             metavar="N",
             help="Parts of a pass on their way at once: chunks of a long prompt, micro-batches of several sequences.",
         ),
+        click.option("--local", is_flag=True, help="Start a broker and a GPU worker for this run alone."),
         _defaulted(kind, "--instance", metavar="NAME", help="Which broker. Default: $SHMBROKER_INSTANCE, else 'default'."),
         _defaulted(kind, "--service", help="As the GPU worker's."),
         _defaulted(kind, "--lane", help=f"What carries the frames: {listed(LANE_WORDS)}."),
@@ -94,6 +97,10 @@ def run_options(kind: type[RunOptions]) -> Decorator:
 
 _model_option = click.option("--model", required=True, metavar="DIR", help="Folder of a Hugging Face checkpoint, or a GGUF file.")
 _json_option = click.option("--json", "as_json", is_flag=True, help="For programs.")
+_text_options = _all(
+    click.option("--quiet", is_flag=True, help="Nothing on standard error but warnings and errors."),
+    click.option("--json", "as_json", is_flag=True, help="For programs: the outcome on standard output, the text on standard error."),
+)
 
 _prompt_options = _all(
     _model_option,
@@ -115,49 +122,67 @@ _source_options = _all(
 @cli.command()
 @_prompt_options
 @run_options(GenerateOptions)
-@_json_option
-def generate(as_json: bool, until_exit: int, **options: Any) -> None:
-    """Generate text; stream it as it comes, then print the report."""
+@_text_options
+def generate(as_json: bool, quiet: bool, until_exit: int, **options: Any) -> None:
+    """Generate text, on standard output as it comes; what goes on, and the report, on standard error."""
     _begin(until_exit)
-    import msgspec
-
     from tee_worker import generate as generation
 
-    outcome = generation.generate(
-        GenerateOptions(**options),
-        None if as_json else lambda text: click.echo(text, nl=False),
-        lambda note: click.echo(note, err=True),
-    )
-    if as_json:
-        click.echo(json.dumps(msgspec.to_builtins(outcome)))
-        return
-    terminal = console.terminal()
-    terminal.print("\n")
-    terminal.print(outcome.report.render())
-    terminal.print(generation.summary(outcome), soft_wrap=True, highlight=False)
+    outcome = generation.generate(GenerateOptions(**options), _text_printer(as_json, quiet), _note_printer(quiet))
+    _finish(outcome, as_json, quiet, outcome.report.render(), generation.summary(outcome))
 
 
 @cli.command()
 @_prompt_options
 @_compute_options(GenerateOptions)
-@_json_option
-def reference(as_json: bool, until_exit: int, **options: Any) -> None:
-    """Generate with the same model in this process alone, to compare with."""
+@_text_options
+def reference(as_json: bool, quiet: bool, until_exit: int, **options: Any) -> None:
+    """Generate with the same model in this process alone, to compare with; printed as 'generate' does."""
     _begin(until_exit)
     from tee_worker import generate as generation
 
-    tokens = generation.reference(GenerateOptions(**options))
-    click.echo(json.dumps({"tokens": tokens}) if as_json else " ".join(map(str, tokens)))
+    outcome = generation.reference(GenerateOptions(**options), _text_printer(as_json, quiet), _note_printer(quiet))
+    _finish(outcome, as_json, quiet, generation.reference_summary(outcome))
+
+
+def _text_printer(as_json: bool, quiet: bool) -> Callable[[str], None] | None:
+    """For the text as it comes: on standard output, which is the outcome's where that is printed."""
+    if as_json and quiet:
+        return None
+    return lambda text: click.echo(text, nl=False, err=as_json)
+
+
+def _note_printer(quiet: bool) -> Callable[[str], None]:
+    """For what goes on meanwhile."""
+    return (lambda note: None) if quiet else (lambda note: click.echo(note, err=True))
+
+
+def _finish(outcome: Any, as_json: bool, quiet: bool, *told: Any) -> None:
+    """End the text, and print the outcome: for programs, or what is ``told`` of it."""
+    import msgspec
+
+    if not (as_json and quiet):
+        click.echo(err=as_json)
+    if as_json:
+        click.echo(json.dumps(msgspec.to_builtins(outcome)))
+    elif not quiet:
+        terminal = console.terminal(stderr=True)
+        terminal.print()
+        for part in told:
+            terminal.print(part, highlight=False, soft_wrap=isinstance(part, str))
 
 
 @cli.command()
 @_source_options
 @_defaulted(RunOptions, "--dtype", help="float32, bfloat16 or float16.")
 @click.option("--new-tokens", type=click.IntRange(1), default=1, show_default=True, help="Tokens to generate; 1 is the prefill alone.")
+@_defaulted(RunOptions, "--pipeline", type=click.IntRange(1), metavar="N", help="Parts of a pass on their way at once.")
 @click.option("--split", "detailed", metavar="SPLIT", help="Tell module by module where it runs at this split.")
 @_json_option
-def plan(model: str | None, shape: str | None, tokens: int, dtype: str, as_json: bool, new_tokens: int, detailed: str | None) -> None:
-    """Tell calls, bytes each way and the largest block of every split, without running anything."""
+def plan(
+    model: str | None, shape: str | None, tokens: int, dtype: str, as_json: bool, new_tokens: int, pipeline: int, detailed: str | None
+) -> None:
+    """Tell calls, bytes each way, the largest block and the arena of every split, without running anything."""
     import msgspec
 
     from shmbroker.models import model_dtype, model_source
@@ -166,15 +191,13 @@ def plan(model: str | None, shape: str | None, tokens: int, dtype: str, as_json:
 
     _quiet_transformers()
     wanted = None if detailed is None else Splits.named(detailed)
-    made = planning.plan(model_source(model, shape, 0), model_dtype(dtype), prompt_tokens=tokens, new_tokens=new_tokens, split=wanted)
+    source = model_source(model, shape, 0)
+    made = planning.plan(source, model_dtype(dtype), prompt_tokens=tokens, new_tokens=new_tokens, split=wanted, pipeline=pipeline)
     if as_json:
         click.echo(json.dumps(msgspec.to_builtins(made)))
         return
     terminal = console.terminal()
-    terminal.print(
-        f"{made.model}, {made.dtype}, {tokens} tokens and {new_tokens} new: what the TEE worker sends and receives", highlight=False
-    )
-    terminal.print(made.render())
+    terminal.print(made.render(), highlight=False, width=min(terminal.width, planning.COLUMNS))
 
 
 @cli.command()
@@ -186,14 +209,14 @@ def plan(model: str | None, shape: str | None, tokens: int, dtype: str, as_json:
 def prefill(as_json: bool, until_exit: int, **options: Any) -> None:
     """Measure one prefill, and tell it beside the prototype's figures.
 
-    Where no broker is named and none runs, one is started for it, and a GPU worker.
+    Where no broker is named and none runs, it is as if --local were given.
     """
     _begin(until_exit)
     import msgspec
 
     from tee_worker import prefill as measuring
 
-    outcome = measuring.prefill(PrefillOptions(**options), lambda note: click.echo(note, err=True))
+    outcome = measuring.prefill(PrefillOptions(**options), _note_printer(quiet=False))
     if as_json:
         click.echo(json.dumps(msgspec.to_builtins(outcome)))
         return
@@ -220,11 +243,12 @@ def serve(until_exit: int, **options: Any) -> None:
     from shmbroker.systemd import notify
     from tee_worker.serving import serve as serving
 
-    serving.serve(ServeOptions(**options), notify.ready, notify.watchdog)
+    serving.serve(ServeOptions(**options), notify.ready, notify.watchdog, _note_printer(quiet=False))
 
 
 def _begin(until_exit: int) -> None:
-    """What is done before torch is loaded."""
+    """What is done before torch is loaded. After it, SIGTERM leaves every with-block on the way: the segment is given back, own peers are ended."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     console.share_cpus()
     console.end_with(until_exit)
     _quiet_transformers()

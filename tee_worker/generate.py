@@ -15,6 +15,7 @@ from shmbroker.errors import BadInput
 from shmbroker.models import Checkpoint, model_dtype
 from shmbroker.settings import mib
 from tee_worker.analytic import Analytic, compare
+from tee_worker.own_peers import own_peers
 from tee_worker.private_memory import private_bytes
 from tee_worker.run_options import GenerateOptions
 from tee_worker.split_run import channel_as_asked, check, compute_with, split_run
@@ -44,22 +45,41 @@ class Outcome(msgspec.Struct, frozen=True):
     analytic: Analytic
 
 
+class Reference(msgspec.Struct, frozen=True):
+    """What came of the same in one process."""
+
+    text: str
+    tokens: tuple[int, ...]
+    prompt_tokens: int
+    seconds: float
+    """Of ``generate()``, as in :class:`Outcome`."""
+    tokens_per_second: float
+
+
 def generate(options: GenerateOptions, on_text: OnText | None = None, on_note: OnText = lambda note: None) -> Outcome:
     """Run one greedy generation. ``on_text`` is given the text as it comes, ``on_note`` what goes on before. Raises :class:`ShmBrokerError`."""
     check(options)
     checkpoint = Checkpoint.at(options.model)
-    ask(options.instance)  # before anything is loaded: a missing broker is told at once
+    if not options.local:
+        ask(options.instance)  # before anything is loaded: a missing broker is told at once
     tokenizer = checkpoint.tokenizer()
     ids = _prompt(options, checkpoint, tokenizer)
     prompt_tokens = ids.shape[1]
     on_note("loading the model's own part ...")
-    with split_run(options, checkpoint, channel_as_asked, prompt_tokens=prompt_tokens, new_tokens=options.max_new_tokens) as running:
+    with split_run(
+        options,
+        checkpoint,
+        channel_as_asked,
+        prompt_tokens=prompt_tokens,
+        new_tokens=options.max_new_tokens,
+        peers=own_peers(options, on_note, "--model", options.model) if options.local else None,
+    ) as running:
         begun = time.perf_counter()
         tokens = run(running.model, tokenizer, ids, options.max_new_tokens, on_text)
         seconds = time.perf_counter() - begun
         report = running.channel.report()
     return Outcome(
-        text=str(tokenizer.decode(tokens, skip_special_tokens=True)),
+        text=_text(tokenizer, tokens),
         tokens=tuple(tokens),
         prompt_tokens=prompt_tokens,
         split=str(running.splits),
@@ -72,13 +92,22 @@ def generate(options: GenerateOptions, on_text: OnText | None = None, on_note: O
     )
 
 
-def reference(options: GenerateOptions) -> tuple[int, ...]:
-    """The tokens of the same model in this process alone, as Hugging Face generates them: no broker, no other process."""
+def reference(options: GenerateOptions, on_text: OnText | None = None, on_note: OnText = lambda note: None) -> Reference:
+    """The same model in this process alone, as Hugging Face generates: no broker, no other process. Callables as of :func:`generate`."""
     checkpoint = Checkpoint.at(options.model)
     compute_with(options.threads)
     tokenizer = checkpoint.tokenizer()
     ids = _prompt(options, checkpoint, tokenizer)
-    return tuple(run(checkpoint.model(model_dtype(options.dtype)), tokenizer, ids, options.max_new_tokens, None))
+    on_note("loading the whole model ...")
+    model = checkpoint.model(model_dtype(options.dtype))
+    begun = time.perf_counter()
+    tokens = run(model, tokenizer, ids, options.max_new_tokens, on_text)
+    seconds = time.perf_counter() - begun
+    return Reference(_text(tokenizer, tokens), tuple(tokens), ids.shape[1], seconds, len(tokens) / seconds)
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
+    return str(tokenizer.decode(tokens, skip_special_tokens=True))
 
 
 def _prompt(options: GenerateOptions, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
@@ -138,8 +167,19 @@ def summary(outcome: Outcome) -> str:
     """One line for people."""
     analytic = outcome.analytic
     return (
-        f"{len(outcome.tokens)} tokens after a prompt of {outcome.prompt_tokens} in {outcome.seconds:.2f} s "
-        f"({outcome.tokens_per_second:.1f} tokens/s), split {outcome.split}; {mib(outcome.parameter_bytes)} of weights and "
+        f"{_speed(outcome)}, split {outcome.split}; {mib(outcome.parameter_bytes)} of weights and "
         f"{mib(outcome.private_bytes)} of private memory here; analytic model: {analytic.calls} calls, {analytic.sent_bytes} bytes out, "
         f"{analytic.received_bytes} back, {'equal' if analytic.equal else 'NOT EQUAL'} to what was counted"
+    )
+
+
+def reference_summary(outcome: Reference) -> str:
+    """One line for people."""
+    return f"{_speed(outcome)}, in this process alone"
+
+
+def _speed(outcome: Outcome | Reference) -> str:
+    return (
+        f"{len(outcome.tokens)} tokens after a prompt of {outcome.prompt_tokens} in {outcome.seconds:.2f} s "
+        f"({outcome.tokens_per_second:.1f} tokens/s)"
     )

@@ -11,7 +11,7 @@ import torch
 from shmbroker.errors import BadInput
 from shmbroker.models import model_dtype, model_source
 from tee_worker.analytic import compare
-from tee_worker.own_peers import own_peers
+from tee_worker.own_peers import own_peers, some_broker_answers
 from tee_worker.prefill_outcome import Outcome
 from tee_worker.private_memory import private_bytes
 from tee_worker.run_options import PrefillOptions
@@ -20,27 +20,27 @@ from tee_worker.split_run import channel_as_asked, check, split_run
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-WORKER_START_SECONDS = 300.0
-"""How long a worker may take to make or read its weights."""
-
 SPARE_TENSORS = 2
 """Room in the arena beyond what a run needs, in largest tensors: no call that is measured is to wait for a block."""
 
 
 def prefill(options: PrefillOptions, on_note: Callable[[str], None] = lambda note: None) -> Outcome:
-    """Run one prefill. Where no broker answers, one is started for it, and a worker. Raises :class:`ShmBrokerError`."""
+    """Run one prefill. Where no broker is named and none runs, one is started for it, and a worker. Raises :class:`ShmBrokerError`."""
     check(options)
     source = model_source(options.model, options.shape, options.seed)
     if options.tokens < 1:
         raise BadInput(f"--tokens {options.tokens} must be 1 or more")
+    peers = None
+    if options.local or not some_broker_answers(options):
+        weights = ("--model", options.model) if options.model else ("--shape", str(options.shape), "--seed", str(options.seed))
+        peers = own_peers(options, on_note, *weights)
     with split_run(
         options,
         source,
         channel_as_asked,
         prompt_tokens=options.tokens,
         new_tokens=1,
-        peers=own_peers(options, on_note),
-        wait=WORKER_START_SECONDS,
+        peers=peers,
         spare=SPARE_TENSORS,
     ) as running:
         generator = torch.Generator().manual_seed(options.seed)

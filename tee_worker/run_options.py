@@ -24,6 +24,8 @@ class RunOptions(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str = DEFAULTS.dtype
     threads: int | None = DEFAULTS.threads or None
     """CPU threads to compute with; None: torch's own choice."""
+    local: bool = False
+    """Whether a broker and a GPU worker are started for this run alone."""
     instance: str | None = None
     """Which broker; None: as files and variables say."""
     service: str = DEFAULTS.service

@@ -49,6 +49,8 @@ def check(options: RunOptions) -> None:
     model_dtype(options.dtype)
     if not options.failover >= 0:
         raise BadInput(f"--failover {options.failover:g} must be 0 or more seconds")
+    if options.local and options.instance is not None:
+        raise BadInput(f"--local starts a broker of its own, and --instance {options.instance} names another: leave one of them out")
 
 
 def compute_with(threads: int | None) -> None:

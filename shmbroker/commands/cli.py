@@ -13,6 +13,8 @@ from shmbroker.commands.doctor.command import doctor
 from shmbroker.commands.gc import gc
 from shmbroker.commands.keys import keys
 from shmbroker.commands.map import map_command
+from shmbroker.commands.ops import ops
+from shmbroker.commands.ping import ping
 from shmbroker.commands.serve import serve
 from shmbroker.commands.status import status
 from shmbroker.commands.top import top_command
@@ -30,7 +32,7 @@ def cli(log_level: str) -> None:
     console.set_up_logging(log_level)
 
 
-for command in (serve, status, top_command, map_command, doctor, config, gc, keys, units, trace, demo):
+for command in (serve, status, top_command, map_command, ops, ping, doctor, config, gc, keys, units, trace, demo):
     cli.add_command(command)
 
 

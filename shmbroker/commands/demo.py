@@ -68,16 +68,20 @@ def _run(prompt: str, max_new_tokens: int, splits: tuple[str, ...], lanes: tuple
 
     model = embedded.ensure()
     asked = ["--model", str(model), "--prompt", prompt, "--chat", "--max-new-tokens", str(max_new_tokens), "--json"]
-    _say(quiet, f"the model in one process: {max_new_tokens} tokens ...")
-    expected = _tee_worker(["reference", *asked])["tokens"]
+    steps = _Steps(2 + len(splits) * len(lanes), quiet=quiet)
+    steps.begin(f"the model in one process, to compare with; its {max_new_tokens} tokens as they come:\n\n{prompt}")
+    # Its text is the first that there is: it goes to standard error as it comes.
+    expected = _tee_worker(["reference", *asked, *(["--quiet"] if quiet else [])])
+    steps.say(f"\n{_speed(expected)}")
     runs: list[dict[str, Any]] = []
+    steps.begin("a broker, and a GPU worker that reads the weights")
     with local_broker() as broker, _gpu_worker(broker, model):
-        _say(quiet, f"broker (pid {broker.pid}) and GPU worker are up")
         for split in splits:
             for lane in lanes:
-                _say(quiet, f"split {split}, lane {lane} ...")
-                outcome = _tee_worker(["generate", *asked, "--split", split, "--lane", lane])
-                outcome["identical"] = outcome["tokens"] == expected
+                steps.begin(f"split {split}, lane {lane}")
+                outcome = _tee_worker(["generate", *asked, "--quiet", "--split", split, "--lane", lane])
+                outcome["identical"] = outcome["tokens"] == expected["tokens"]
+                steps.say(f"{_speed(outcome)}, identical: {'yes' if outcome['identical'] else 'NO'}")
                 runs.append({"lane": lane, **outcome})
     return {
         "text": runs[0]["text"],
@@ -89,9 +93,27 @@ def _run(prompt: str, max_new_tokens: int, splits: tuple[str, ...], lanes: tuple
     }
 
 
-def _say(quiet: bool, text: str) -> None:
-    if not quiet:
-        click.echo(text, err=True)
+class _Steps:
+    """Says on standard error what goes on, and how far it is."""
+
+    def __init__(self, count: int, *, quiet: bool) -> None:
+        self._count = count
+        self._begun = 0
+        self._quiet = quiet
+
+    def begin(self, text: str) -> None:
+        """The next of them."""
+        self._begun += 1
+        self.say(f"[{self._begun}/{self._count}] {text}")
+
+    def say(self, text: str) -> None:
+        """Of the one that was begun."""
+        if not self._quiet:
+            click.echo(text, err=True)
+
+
+def _speed(outcome: dict[str, Any]) -> str:
+    return f"{len(outcome['tokens'])} tokens in {outcome['seconds']:.1f} s"
 
 
 def _end(number: int, frame: FrameType | None) -> None:

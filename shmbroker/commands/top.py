@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import click
 import msgspec
 
 from shmbroker.commands.options import instance_option, json_option
+from shmbroker.commands.picture import show_pictures
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from shmbroker.monitoring.top import Look
 
 
@@ -39,28 +40,14 @@ def top_command(instance: str | None, interval: float, once: bool, as_json: bool
         if as_json:
             click.echo(msgspec.json.format(msgspec.json.encode(picture), indent=2).decode())
         else:
-            terminal().print(picture.render(), soft_wrap=True)
+            terminal().print(picture.render())
         return
-    if sys.stdout.isatty():
-        with contextlib.suppress(KeyboardInterrupt):
-            _live(look, before, interval)
-        return
-    with contextlib.suppress(KeyboardInterrupt):
-        while True:
-            time.sleep(interval)
-            now = look()
-            terminal().print(Top.between(before, now).render(), soft_wrap=True)
-            before = now
 
+    def another() -> RenderableType:
+        nonlocal before
+        earlier, before = before, look()
+        return Top.between(earlier, before).render()
 
-def _live(look: Callable[[], Look], before: Look, interval: float) -> None:
-    from rich.live import Live
-
-    from shmbroker.commands.keyboard import keys
-    from shmbroker.monitoring.top import Top
-
-    with keys() as pressed, Live(Top.between(before, before).render(), screen=True, auto_refresh=False) as live:
-        while pressed(interval) != "q":
-            now = look()
-            live.update(Top.between(before, now).render(), refresh=True)
-            before = now
+    if not sys.stdout.isatty():
+        time.sleep(interval)  # rates are of the time between two looks
+    show_pictures(Top.between(before, before).render() if sys.stdout.isatty() else another(), another, interval)

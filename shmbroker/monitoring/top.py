@@ -14,6 +14,7 @@ from shmbroker.settings.sizes import mib
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.table import Table
 
 OLDEST_SHOWN = 3
 RING_WIDTH = 64
@@ -151,22 +152,21 @@ class Top(msgspec.Struct, frozen=True):
 
         broker = "" if self.broker_cpu_percent is None else f", broker {self.broker_cpu_percent:.1f} % CPU"
         head = f"instance {self.instance}{broker}, {mib(self.shm_free_bytes)} of shared memory free"
-        workers = Table("worker", "pid", "services", "device", "calls", "errors", "CPU %", box=None, pad_edge=False)
+        workers, channels, rates = Table(box=None, pad_edge=False), Table(box=None, pad_edge=False), Table(box=None, pad_edge=False)
+        _columns(workers, "worker", "services", "device", figures=("pid", "calls", "errors", "CPU %"))
         for worker in self.workers:
-            figures = str(worker.calls), str(worker.errors), _percent(worker.cpu_percent)
-            workers.add_row(Text(worker.name), str(worker.pid), Text(", ".join(worker.services)), Text(worker.device), *figures)
-        titles = ("channel of", "service", "worker", "lane", "calls/s", "p50 us", "p99 us", "out MiB/s", "back MiB/s", "calls", "errors")
-        channels = Table(box=None, pad_edge=False)
-        for column, title in enumerate(titles):
-            channels.add_column(title, justify="right" if column > 3 else "left")
+            figures = str(worker.pid), str(worker.calls), str(worker.errors), _percent(worker.cpu_percent)
+            workers.add_row(Text(worker.name), Text(", ".join(worker.services)), Text(worker.device), *figures)
+        _columns(channels, "channel of", "service", "worker", "lane", figures=("calls", "errors"))
+        _columns(rates, "channel of", "service", figures=("calls/s", "p50 us", "p99 us", "out MiB/s", "back MiB/s"))
         for one in self.channels:
-            rates = f"{one.calls_per_second:.0f}", f"{one.p50_us:.1f}", f"{one.p99_us:.1f}"
+            who = Text(one.client), Text(one.service)
+            channels.add_row(*who, Text(one.worker), Text(f"{one.lane}/{one.doorbell}"), str(one.calls), str(one.errors))
             moved = f"{one.sent_bytes_per_second / 2**20:.1f}", f"{one.received_bytes_per_second / 2**20:.1f}"
-            who = Text(one.client), Text(one.service), Text(one.worker), Text(f"{one.lane}/{one.doorbell}")
-            channels.add_row(*who, *rates, *moved, str(one.calls), str(one.errors))
+            rates.add_row(*who, f"{one.calls_per_second:.0f}", f"{one.p50_us:.1f}", f"{one.p99_us:.1f}", *moved)
         parts: list[RenderableType] = [Text(head), Text()]
         parts.append(workers if self.workers else Text("no workers"))
-        parts += [Text(), channels if self.channels else Text("no channels")]
+        parts += [Text(), channels, Text(), rates] if self.channels else [Text(), Text("no channels")]
         for client in self.clients:
             parts += [Text(), Text("\n".join(_arena_lines(client)))]
         if not self.clients:
@@ -228,6 +228,14 @@ def _channel_line(
     )
 
 
+def _columns(table: Table, *titles: str, figures: tuple[str, ...]) -> None:
+    """Names first, folded where a terminal of 80 columns is too narrow for them; then ``figures``, never."""
+    for title in titles:
+        table.add_column(title, overflow="fold")
+    for title in figures:
+        table.add_column(title, justify="right", no_wrap=True)
+
+
 def _percent(value: float | None) -> str:
     return "?" if value is None else f"{value:.1f}"
 
@@ -236,12 +244,10 @@ def _arena_lines(client: ClientLine) -> list[str]:
     who = f"{client.name} (pid {client.pid}, {_percent(client.cpu_percent)} % CPU)"
     if client.why:
         return [f"{who}: {client.why}"]
-    figures = (
-        f"{who}: arena {mib(client.held_bytes)} of {mib(client.arena_bytes)} held in {client.held_blocks} blocks, at most "
-        f"{mib(client.high_water_bytes)}, {client.waits} waits for room"
-    )
-    lines = [figures, *client.ring]
-    if client.oldest:
-        told = "; ".join(f"{block.nbytes} bytes at {block.offset} for {block.age_seconds:.1f} s" for block in client.oldest)
-        lines.append(f"oldest: {told}")
+    lines = [
+        f"{who}: arena {mib(client.held_bytes)} of {mib(client.arena_bytes)} held",
+        f"in {client.held_blocks} blocks, at most {mib(client.high_water_bytes)}, {client.waits} waits for room",
+        *client.ring,
+    ]
+    lines += [f"oldest: {block.nbytes} bytes at {block.offset} for {block.age_seconds:.1f} s" for block in client.oldest]
     return lines

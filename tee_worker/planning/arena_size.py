@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from shmbroker.errors import ArenaTooSmall
+from shmbroker.memory.layout import PAGE
 from shmbroker.settings import MIB, parse_bytes
 from tee_worker.planning.traffic import Traffic
 
@@ -13,7 +14,7 @@ scores, keys, values and a result at once."""
 
 
 def arena_bytes(told: str | None, planned: Traffic, pipeline: int = 1, *, spare: int = 0) -> int:
-    """Size of the arena: as told, if the run's largest tensor fits in it; else enough for the run. Raises :class:`ArenaTooSmall`.
+    """Size of the arena: as told, if the run's largest tensor fits in it; else enough for the run, in whole pages. Raises :class:`ArenaTooSmall`.
 
     ``spare``: so many largest tensors more than it needs.
     """
@@ -21,7 +22,8 @@ def arena_bytes(told: str | None, planned: Traffic, pipeline: int = 1, *, spare:
     assert planned.largest_tensor is not None
     largest = planned.largest_tensor.nbytes
     if told is None:
-        return ARENA_FLOOR + (ARENA_LARGEST_TENSORS + spare) * pipeline * largest
+        enough = ARENA_FLOOR + (ARENA_LARGEST_TENSORS + spare) * pipeline * largest
+        return -(-enough // PAGE) * PAGE
     size = parse_bytes(told)
     if size < largest:
         raise ArenaTooSmall(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from shmbroker.control.status import ask
 from shmbroker.errors import BadInput
 from shmbroker.models import Checkpoint
+from tee_worker.own_peers import own_peers
 from tee_worker.run_options import LONGEST_CONTEXT, ServeOptions
 from tee_worker.split_run import check, failover_channel, split_run
 
@@ -29,10 +30,16 @@ READY = "ready: "
 Signal = Callable[[], object]
 
 
-def serve(options: ServeOptions, on_ready: Signal = lambda: None, on_alive: Signal = lambda: None) -> None:
+def serve(
+    options: ServeOptions,
+    on_ready: Signal = lambda: None,
+    on_alive: Signal = lambda: None,
+    on_note: Callable[[str], None] = lambda note: None,
+) -> None:
     """Serve until SIGTERM or SIGINT. Raises :class:`ShmBrokerError`, OSError when the port is taken.
 
-    ``on_ready`` is called in the event loop once requests are answered, ``on_alive`` every second from then on.
+    ``on_ready`` is called in the event loop once requests are answered, ``on_alive`` every second from then on; ``on_note`` is told what goes on
+    before.
     """
     _check_host(options.host)
     check(options)
@@ -42,7 +49,8 @@ def serve(options: ServeOptions, on_ready: Signal = lambda: None, on_alive: Sign
     except ImportError as error:
         raise BadInput(f"serving needs packages that are not installed ({error}): pip install 'shmbroker[serve]'") from None
     checkpoint = Checkpoint.at(options.model)
-    ask(options.instance)  # before anything is loaded: a missing broker is told at once
+    if not options.local:
+        ask(options.instance)  # before anything is loaded: a missing broker is told at once
     max_context = _max_context(checkpoint, options.max_context)
     with contextlib.ExitStack() as stack:
         listening = stack.enter_context(_listen(options.host, options.port))
@@ -50,7 +58,15 @@ def serve(options: ServeOptions, on_ready: Signal = lambda: None, on_alive: Sign
             stack.callback(signal.signal, number, signal.signal(number, _end))
         tokenizer = checkpoint.tokenizer()
         running = stack.enter_context(
-            split_run(options, checkpoint, failover_channel, prompt_tokens=max_context, new_tokens=1, name="tee-worker serve")
+            split_run(
+                options,
+                checkpoint,
+                failover_channel,
+                prompt_tokens=max_context,
+                new_tokens=1,
+                name="tee-worker serve",
+                peers=own_peers(options, on_note, "--model", options.model) if options.local else None,
+            )
         )
         name = options.served_model_name or _name_of(checkpoint)
         generating = ModelServer(running.channel, max_context)

@@ -18,7 +18,7 @@ from tee_worker.cli import cli as tee_worker
 from tests.processes import run
 
 FILES = {path.stem for path in (Path(shmbroker.__file__).parent / "commands").iterdir()} - {"__init__", "__pycache__"}
-SHARED = {"cli", "options", "keyboard"}
+SHARED = {"cli", "options", "keyboard", "picture", "round_trip"}
 
 
 def test_the_help_loads_neither_torch_nor_numpy() -> None:

@@ -67,10 +67,13 @@ def test_the_tutorials_commands_do_what_it_says(
                 continue
             done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], cwd=tmp_path, capture_output=True, text=True, timeout=900)
             assert done.returncode == 0, (command, done.stdout, done.stderr)
-            outputs[command] = done.stdout
+            outputs[command] = done.stdout + done.stderr
         found = "\n".join(outputs.values())
     assert "equal to what was counted" in found
     assert re.search(r"^shmbroker_calls_total\{.*\} \d+", found, re.MULTILINE)
+    assert re.search(r"^round trip: min [\d.]+ us", found, re.MULTILINE)
+    whole = next(text for command, text in outputs.items() if "reference" in command)
+    assert next(text for command, text in outputs.items() if "generate" in command).find(whole) == 0, "the same text, printed the same way"
     assert '"content"' in found
     assert '"status":"ok"' in found
     assert json.loads((tmp_path / "trace.json").read_text())

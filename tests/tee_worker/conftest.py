@@ -7,12 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import shmbroker
 from shmbroker.models import embedded as embedded_model
 from tests.processes import running, wait_until
 from tests.tiny_models import save_random, tiny_llama
+
+TEMPLATE = "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }};{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
 
 
 @pytest.fixture(scope="package")
@@ -24,6 +27,20 @@ def broker() -> Iterator[shmbroker.LocalBroker]:
 @pytest.fixture(scope="package")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_random(tiny_llama(attention_bias=True), tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="package")
+def talking(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with a tokenizer of one token a character, and a chat template."""
+    folder = save_random(tiny_llama(attention_bias=True, max_position_embeddings=192), tmp_path_factory.mktemp("model") / "talking")
+    vocabulary = {"<pad>": 0, "<s>": 1, **{chr(code): code - 30 for code in range(32, 127)}}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    whole = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", clean_up_tokenization_spaces=False)
+    whole.chat_template = TEMPLATE
+    whole.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="package")

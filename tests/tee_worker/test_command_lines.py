@@ -13,11 +13,12 @@ import msgspec
 import pytest
 
 import shmbroker
+from shmbroker.control.status import ask
 from shmbroker.memory.reaper import objects
 from shmbroker.models import embedded as embedded_model
 from tee_worker.generate import generate
 from tee_worker.run_options import GenerateOptions
-from tests.processes import run
+from tests.processes import run, running, wait_until
 from tests.tee_worker.conftest import gpu_worker
 
 PROMPT = ["--prompt", "Why is the sky blue?", "--chat"]
@@ -59,11 +60,13 @@ def worker(broker: shmbroker.LocalBroker, embedded: Path) -> Iterator[None]:
         yield
 
 
-def test_text_is_streamed_and_followed_by_the_report(worker: None, embedded: Path) -> None:
-    status, out, _ = tee_worker("generate", "--model", str(embedded), *PROMPT, "--max-new-tokens", "8", "--split", "op")
+def test_the_text_alone_is_on_standard_output_and_the_report_on_standard_error(worker: None, embedded: Path) -> None:
+    options = ["--model", str(embedded), *PROMPT, "--max-new-tokens", "8"]
+    status, out, told = tee_worker("generate", *options, "--split", "op")
     assert status == 0
-    text, _, report = out.partition("\n\n")
-    assert text.startswith("The answer to this question")
+    assert out.startswith("The answer to this question")
+    assert out.count("\n") == 1
+    assert out.endswith("\n")
     for part in (
         "batch_linear",
         "matmul",
@@ -71,9 +74,39 @@ def test_text_is_streamed_and_followed_by_the_report(worker: None, embedded: Pat
         "transport",
         "lane shm, doorbell sem, control ipc",
         "0 bytes of frames over a socket",
+        "equal to what was counted",
     ):
-        assert part in report.replace("\n", " ")
-    assert "equal to what was counted" in report.replace("\n", " ")
+        assert part in " ".join(told.split())
+    assert tee_worker("generate", *options, "--quiet") == (0, out, "")
+    assert tee_worker("reference", *options, "--quiet") == (0, out, "")
+    status, again, told = tee_worker("reference", *options)
+    assert (status, again) == (0, out)
+    assert "8 tokens after a prompt of 36" in told
+
+
+@pytest.mark.parametrize("command", ["generate", "reference"])
+def test_for_programs_the_outcome_is_on_standard_output_and_the_text_on_standard_error(worker: None, embedded: Path, command: str) -> None:
+    options = ["--model", str(embedded), *PROMPT, "--max-new-tokens", "8", "--json"]
+    status, out, told = tee_worker(command, *options)
+    assert status == 0
+    outcome = json.loads(out)
+    assert outcome["text"].startswith("The answer to this question")
+    assert outcome["text"] in told
+    assert len(outcome["tokens"]) == 8
+    status, out, told = tee_worker(command, *options, "--quiet")
+    assert (status, json.loads(out)["tokens"], told) == (0, outcome["tokens"], "")
+
+
+def test_no_progress_bar_is_written_where_there_is_no_terminal(broker: shmbroker.LocalBroker, tiny: Path) -> None:
+    command = (sys.executable, "-m", "gpu_worker", "--log-level", "warning", "serve", "--model", str(tiny), "--service", "bars")
+    with running(
+        *command, HF_HUB_OFFLINE="1"
+    ) as process:  # a variable with which it is started anew: the bars are chosen when libraries are loaded
+        wait_until(lambda: process.poll() is not None or any("bars" in peer.services for peer in ask(None).peers))
+        process.terminate()
+        _, told = process.communicate()
+    assert process.returncode == 0, told.decode()
+    assert "it/s" not in told.decode()
 
 
 def test_what_cannot_work_is_refused_in_one_line_before_anything_is_generated(worker: None, embedded: Path) -> None:
@@ -134,17 +167,31 @@ def test_the_plan_tells_the_prototypes_traffic_at_split_op() -> None:
     assert (splits["linear"]["calls"], splits["fused"]["calls"]) == (114, 66)
 
 
-def test_the_plan_tells_module_by_module_where_it_runs(embedded: Path) -> None:
+def test_the_plan_tells_module_by_module_where_it_runs_with_equal_layers_as_one_row(embedded: Path) -> None:
     status, out, _ = tee_worker("plan", "--model", str(embedded), "--tokens", "9", "--split", "op")
     assert status == 0
     for pattern in (
         r"calls +212 +122 +182",
-        r"model\.layers\.29\.self_attn\.q_proj +GPU worker",
-        r"model\.layers\.0\.self_attn +TEE: mask, softmax; GPU worker: Q @ K\^T, attention @ V",
+        r"arena +64\.\d",
+        r"model\.layers\.0-29\.self_attn\.q_proj +GPU worker",
+        r"model\.layers\.0-29\.self_attn +TEE: mask, softmax; GPU worker: Q @ +K\^T, attention @ V",
         r"model\.norm +TEE",
         r"lm_head +GPU worker",
     ):
-        assert re.search(pattern, out), pattern
+        assert re.search(pattern, re.sub(r"\s+", " ", out)), pattern
+    assert len(out.splitlines()) < 40
+
+
+@pytest.mark.parametrize("columns", [{}, {"COLUMNS": "80"}, {"COLUMNS": "200"}], ids=str)
+def test_a_plan_of_mixed_layers_fits_80_columns(embedded: Path, columns: dict[str, str]) -> None:
+    split = ["--tokens", "512", "--split", "fused:0-3,layer:4-27,fused:28-29"]
+    done = run(sys.executable, "-m", "tee_worker", "plan", "--model", str(embedded), *split, **columns)
+    assert done.returncode == 0, done.stderr
+    table = [line for line in done.stdout.splitlines() if str(embedded) not in line]
+    assert max(map(len, table)) <= 80
+    assert "…" not in done.stdout
+    assert re.search(r"model\.layers\.0-3,28-29\.mlp\.up_proj +GPU worker", done.stdout)
+    assert re.search(r"model\.layers\.4-27 +GPU worker, with its keys and\s+values", done.stdout)
 
 
 def test_a_prefill_is_measured_with_a_broker_and_worker_of_its_own_and_equals_the_plan() -> None:

@@ -17,8 +17,7 @@ import openai
 import pytest
 import requests
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import shmbroker
 from shmbroker.memory.reaper import objects
@@ -26,25 +25,9 @@ from shmbroker.trace import reader
 from tests.processes import run, running, wait_until
 from tests.tee_worker.conftest import gpu_worker
 from tests.tee_worker.test_failover import workers_of
-from tests.tiny_models import save_random, tiny_llama
 
-TEMPLATE = "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }};{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
 MESSAGES = [{"role": "user", "content": "Why is the sky blue?"}]
 TOKENS = 24
-
-
-@pytest.fixture(scope="module")
-def talking(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model with a tokenizer of one token a character, and a chat template."""
-    folder = save_random(tiny_llama(attention_bias=True, max_position_embeddings=192), tmp_path_factory.mktemp("model") / "talking")
-    vocabulary = {"<pad>": 0, "<s>": 1, **{chr(code): code - 30 for code in range(32, 127)}}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    whole = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", clean_up_tokenization_spaces=False)
-    whole.chat_template = TEMPLATE
-    whole.save_pretrained(folder)
-    return folder
 
 
 def expected(model: Path, prompt: str, tokens: int = TOKENS) -> str:

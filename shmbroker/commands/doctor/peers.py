@@ -21,7 +21,8 @@ def ask_broker(instance: str) -> tuple[m.StatusReport | None, Check]:
     try:
         report = ask(instance)
     except BrokerUnreachable as error:
-        return None, warn("broker", str(error), "start one, and run the doctor again: transport and versions were not checked")
+        remedy = "start one and run the doctor again: transport and versions were not checked; --offline checks this machine alone"
+        return None, fail("broker", str(error), remedy)
     except (ShmBrokerError, OSError) as error:
         remedy = "see the message" if isinstance(error, BadInput) else _SAME
         return None, fail("broker", str(error), remedy)
@@ -29,6 +30,11 @@ def ask_broker(instance: str) -> tuple[m.StatusReport | None, Check]:
     if report.version != __version__:
         return report, warn("broker", f"{text}: this program is version {__version__}", _SAME, version=report.version)
     return report, ok("broker", text, version=report.version)
+
+
+def not_asked() -> tuple[None, Check]:
+    """What stands for the broker where only the machine is looked at."""
+    return None, ok("broker", "not asked, as --offline says: transport and versions were not checked")
 
 
 def checks(report: m.StatusReport, loaded: Loaded) -> Iterator[Check]:

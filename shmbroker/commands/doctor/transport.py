@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from shmbroker.commands.doctor.check import Check, fail, ok, warn
+from shmbroker.commands.round_trip import measure
 from shmbroker.control import messages as m
 from shmbroker.errors import BadInput, ShmBrokerError
 from shmbroker.lane.doorbell import shm_lane_supported
@@ -17,12 +16,8 @@ if TYPE_CHECKING:
     from shmbroker.client.channel import Channel
 
 CALLS = 200
-WARM_UP_CALLS = 20
 CALL_SECONDS = 5.0
 """A worker that computes for its clients meanwhile answers between two calls."""
-
-ELEMENTS = 64
-"""Of the tensor that is sent: its size costs nothing, which leaves what a call costs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +64,6 @@ def checks(report: m.StatusReport, asked: Asked) -> Iterator[Check]:
 
 
 def _measured(channel: Channel, asked: Asked) -> Check:
-
     from shmbroker.worker.built_in_ops import ECHO
 
     text = f"service {channel.service!r}, worker {channel.worker_name}: lane {channel.lane}, doorbell {channel.doorbell}, control {channel.control}"
@@ -81,7 +75,7 @@ def _measured(channel: Channel, asked: Asked) -> Check:
         "control": channel.control,
     }
     try:
-        echo = channel.bind(ECHO)
+        trip = measure(channel, CALLS)
     except BadInput:
         return warn(
             "transport",
@@ -89,17 +83,8 @@ def _measured(channel: Channel, asked: Asked) -> Check:
             "run the same release of shmbroker there",
             **figures,
         )
-    x = channel.memory.empty((ELEMENTS,)).fill_(1.0)
-    for _ in range(WARM_UP_CALLS):
-        echo(x)
-    taken = []
-    for _ in range(CALLS):
-        begun = time.perf_counter_ns()
-        echo(x)
-        taken.append((time.perf_counter_ns() - begun) / 1e3)
-    median, p99 = statistics.median(taken), sorted(taken)[CALLS * 99 // 100]
-    figures |= {"calls": CALLS, "median_us": round(median, 1), "p99_us": round(p99, 1)}
-    text += f"; round trip {median:.1f} us (median of {CALLS} calls, p99 {p99:.1f} us)"
+    figures |= {"calls": trip.calls, "median_us": trip.median_us, "p99_us": trip.p99_us}
+    text += f"; round trip {trip.median_us:.1f} us (median of {trip.calls} calls, p99 {trip.p99_us:.1f} us)"
     if channel.lane == "zmq":
         return warn("transport", f"{text}; {asked.why_lane()}", "use lane auto or shm, on x86-64", **figures)
     if channel.control == "tcp":

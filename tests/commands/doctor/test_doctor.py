@@ -137,13 +137,21 @@ def test_control_over_tcp_is_told_with_the_variable_that_forces_it(tmp_path: Pat
 # --- who takes part -------------------------------------------------------------------------------------------------------------------------
 
 
-def test_without_a_broker_the_rest_is_checked(instance: str) -> None:
-    checks = doctor("--instance", instance)
+def test_that_no_broker_answers_is_a_failure_and_the_rest_is_checked(instance: str) -> None:
+    checks = doctor("--instance", instance, status=1)
+    assert [check["name"] for check in checks if check["state"] == "fail"] == ["broker"]
     broker = only(checks, "broker")
-    assert broker["state"] == "warn"
     assert f"shmbroker serve --instance {instance}" in broker["text"]
+    assert "--offline" in broker["remedy"]
     assert only(checks, "/dev/shm")["figures"]["total_bytes"] > 0
     assert named(checks, "transport") == []
+
+
+def test_offline_asks_no_broker(broker: shmbroker.LocalBroker, instance: str) -> None:
+    for options in (["--instance", instance], []):
+        checks = doctor("--offline", *options)
+        assert only(checks, "broker")["text"].startswith("not asked")
+        assert named(checks, "transport") == named(checks, "workers") == []
 
 
 def test_a_broker_without_workers_is_told(broker: shmbroker.LocalBroker) -> None:
@@ -215,12 +223,12 @@ def test_an_orphaned_segment_is_told_with_the_command_that_removes_it(instance: 
     name = names.segment_name(instance, names.new_id())
     make_segment(name, Geometry(1 << 20, 1, 1), instance=instance, owner="dead", owner_pid=os.getpid()).release()
     try:
-        check = only(doctor(), "orphans")
+        check = only(doctor("--offline"), "orphans")
         assert check["state"] == "warn"
         assert name[1:] in check["figures"]["orphans"]
         assert check["remedy"].startswith("shmbroker gc --")
         assert run(sys.executable, "-m", "shmbroker", "gc", "--instance", instance).returncode == 0
-        assert name[1:] not in only(doctor(), "orphans")["figures"]["orphans"]
+        assert name[1:] not in only(doctor("--offline"), "orphans")["figures"]["orphans"]
     finally:
         if os.path.exists(names.SHM_DIR + name):
             unlink_segment(name)
@@ -245,7 +253,7 @@ def test_settings_that_override_are_told_with_where_they_come_from(instance: str
     file = tmp_path / "shmbroker.toml"
     file.write_text('arena = "1M"\n')
     file.chmod(0o666)
-    checks = doctor("--instance", instance, SHMBROKER_CONFIG=str(file), SHMBROKER_PURE_PYTHON="1", OMP_WAIT_POLICY="active")
+    checks = doctor("--offline", "--instance", instance, SHMBROKER_CONFIG=str(file), SHMBROKER_PURE_PYTHON="1", OMP_WAIT_POLICY="active")
     texts = [check["text"] for check in named(checks, "settings")]
     assert f"arena by file {file}" in texts[0]
     assert "pure_python by variable SHMBROKER_PURE_PYTHON" in texts[0]
@@ -267,7 +275,7 @@ def test_more_spinning_processes_than_cpus_are_told(instance: str) -> None:
 
 
 def test_for_people_each_check_is_one_line_and_the_last_one_counts(instance: str) -> None:
-    done = subprocess.run([*COMMAND, "--instance", instance], capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run([*COMMAND, "--offline", "--instance", instance], capture_output=True, text=True, timeout=120, check=True)
     *lines, last = done.stdout.splitlines()
     assert all(re.match(r"(ok  |warn|fail) \S", line) for line in lines)
     assert last == f"{sum(line.startswith('ok') for line in lines)} ok, {sum(line.startswith('warn') for line in lines)} warn, 0 fail"
