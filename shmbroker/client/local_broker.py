@@ -18,6 +18,7 @@ from shmbroker.control.access import CONTROL_VARIABLE, UNIX
 from shmbroker.control.joining import INSTANCE_VARIABLE
 from shmbroker.errors import BrokerUnreachable
 from shmbroker.memory import names
+from shmbroker.memory.open_files import telling_exhaustion
 from shmbroker.memory.reaper import reap
 from shmbroker.settings.load import variable_of
 
@@ -66,7 +67,12 @@ def local_broker(*, log_level: str = "warning") -> Iterator[LocalBroker]:
     command += ["--until-exit", str(os.getpid()), "--group", ""]  # for this user, whatever the settings say
     # Of settings of the machine that are meant for its own broker, this one would take the port.
     private = {**os.environ, **environment, variable_of("metrics_port"): "0"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, env=private)
+    try:
+        with telling_exhaustion("local_broker()"):
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, env=private)
+    except BaseException:
+        shutil.rmtree(runtime, ignore_errors=True)
+        raise
     try:
         _await_ready(process)
         os.environ.update(environment)

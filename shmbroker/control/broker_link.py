@@ -22,11 +22,13 @@ from shmbroker.control.messages import (
     Message,
     PeerGone,
     PeerStats,
+    Refused,
     Welcome,
     encode,
     open_envelope,
     read_body,
 )
+from shmbroker.control.sockets import error_named
 from shmbroker.errors import BrokerUnreachable, ShmBrokerError
 
 log = logging.getLogger(__name__)
@@ -61,6 +63,8 @@ class BrokerLink:
         self._tick = tick
         self._epoch = ""
         self._known = threading.Event()
+        """The broker has answered the first Hello, be it with a refusal."""
+        self._refused: ShmBrokerError | None = None
         self._leave_fd = os.eventfd(0, os.EFD_CLOEXEC)
         self._socket = context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 200)  # milliseconds for the Goodbye to go out
@@ -72,13 +76,16 @@ class BrokerLink:
         self._thread = threading.Thread(target=self._run, name="shmbroker-link", daemon=True)
 
     def start(self) -> None:
-        """Say Hello and wait until the broker has answered. Raises :class:`BrokerUnreachable`."""
+        """Say Hello and wait until the broker has answered. Raises :class:`BrokerUnreachable`, and what the broker refuses it with."""
         self._thread.start()
         if not self._known.wait(HELLO_SECONDS):
             self.stop()
             raise BrokerUnreachable(
                 f"the broker at {self._endpoint} did not answer within {HELLO_SECONDS:g} s: is 'shmbroker serve' running?"
             )
+        if self._refused is not None:
+            self.stop()
+            raise self._refused
 
     def stop(self) -> None:
         """Say Goodbye and end the thread. A second time does nothing."""
@@ -140,6 +147,14 @@ class BrokerLink:
         elif isinstance(message, HeartbeatSeen):
             if message.epoch != self._epoch or not message.known:
                 self._send(self._hello())
+        elif isinstance(message, Refused):
+            log.warning("the broker refused what this process told it: %s", message.text)
+            if not self._known.is_set():
+                self._refused = error_named(message)
+                self._known.set()
+        elif isinstance(message, PeerGone) and message.peer == self._hello().peer:
+            log.warning("the broker took this process for gone: joining anew")
+            self._send(self._hello())
         elif isinstance(message, PeerGone):
             try:
                 self._peer_gone(message.peer)

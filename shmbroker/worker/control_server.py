@@ -16,7 +16,7 @@ from shmbroker.control import messages as m
 from shmbroker.control.endpoint import transport_of
 from shmbroker.control.liveness import Watch
 from shmbroker.control.messages import ProcessId
-from shmbroker.control.sockets import Responder
+from shmbroker.control.unix_responder import AnyResponder, require_room
 from shmbroker.errors import BadInput, ChannelError, ProtocolMismatch, describe
 from shmbroker.lane.choice import agreed
 from shmbroker.memory import layout
@@ -30,6 +30,9 @@ log = logging.getLogger(__name__)
 
 REQUEST_WAIT_SECONDS = 0.1
 """How long a request is waited for before the server looks after everything else."""
+
+CHANNEL_FILES = 6
+"""Open files that a channel takes at most: the watch on its client, its segment, twice for a moment, the doorbell, two connections of the zmq lane."""
 
 LIVENESS_SECONDS = 0.5
 """How often the server looks whether clients live; the broker tells of their deaths earlier."""
@@ -47,6 +50,8 @@ class Offer:
     """Of the doorbell that rouses the worker for frames in shared memory."""
     endpoint: str
     """Of the zmq lane."""
+    ensure_named: Callable[[], None] = lambda: None
+    """Makes the doorbell's name anew where it was taken away. Called by the control thread."""
 
 
 class ControlServer:
@@ -60,7 +65,7 @@ class ControlServer:
     def __init__(
         self,
         offer: Offer,
-        responder: Responder,
+        responder: AnyResponder,
         channels: OpenChannels,
         stop: Stop,
         *,
@@ -94,7 +99,7 @@ class ControlServer:
         while not self._stop.requested:
             if self._watchdog is not None:
                 self._watchdog.turning("control")
-            self._responder.socket.poll(int(REQUEST_WAIT_SECONDS * 1000))
+            self._responder.wait(REQUEST_WAIT_SECONDS)
             self._responder.answer_waiting(self._answer)
             while not self._gone.empty():
                 self._channels.drop_client(self._gone.get())
@@ -116,8 +121,10 @@ class ControlServer:
         offer = self._offer
         if opening.service != offer.service:
             raise ChannelError(f"this worker offers {offer.service!r}, not {opening.service!r}")
+        require_room(self._responder, CHANNEL_FILES)
         # fault: before channel opened
         lane, doorbell = agreed(opening.lane, opening.doorbell)
+        offer.ensure_named()
         channel = self._channels.open(opening, lane, doorbell)
         log.info(
             "channel area %d opened by %s (pid %d): lane %s, doorbell %s, control %s",

@@ -17,8 +17,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
-import zmq
-
 from shmbroker.control import endpoint as endpoints
 from shmbroker.control import messages as m
 from shmbroker.control.access import Access
@@ -26,13 +24,14 @@ from shmbroker.control.broker_link import BrokerLink
 from shmbroker.control.curve import ANY_PORT
 from shmbroker.control.joining import ask_broker, peer_name, resolve_instance
 from shmbroker.control.liveness import process_of, this_process
-from shmbroker.control.sockets import Requester, Responder
+from shmbroker.control.sockets import Requester
+from shmbroker.control.unix_responder import responder_at
 from shmbroker.errors import BadInput
-from shmbroker.lane.doorbell import SemaphoreBell
 from shmbroker.lane.outputs import OutSpec
+from shmbroker.lane.own_bell import OwnBell
 from shmbroker.lane.zmq_lane import ZmqWorkerSocket
 from shmbroker.memory import names
-from shmbroker.memory.hold import Hold, unlink_own
+from shmbroker.memory.open_files import require_files, telling_exhaustion
 from shmbroker.settings.load import current
 from shmbroker.systemd import notify
 from shmbroker.trace.writer import Trace
@@ -47,6 +46,9 @@ from shmbroker.worker.open_channels import OpenChannels
 from shmbroker.worker.ops import OpDefinition
 
 log = logging.getLogger(__name__)
+
+SERVING_FILES = 40
+"""Open files that a worker takes at most before its first channel, most of them libzmq's."""
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -157,9 +159,10 @@ class Worker:
 
         After a signal an op has :data:`DRAIN_SECONDS` to finish; then the process ends without it, status 0.
 
-        Raises :class:`BrokerUnreachable` when there is no broker. ``ready`` is called once clients can come.
+        Raises :class:`BrokerUnreachable` when there is no broker, :class:`TooManyOpenFiles`. ``ready`` is called once clients can come.
         """
-        with drained_by_signals(self._stop, self.name), self._joined() as frames:
+        require_files(SERVING_FILES, "Worker.serve()")
+        with telling_exhaustion("Worker.serve()"), drained_by_signals(self._stop, self.name), self._joined() as frames:
             ready()
             notify.ready(f"service {self.service!r} on {self.device}")
             frames.serve_shm()
@@ -180,17 +183,18 @@ class Worker:
             access = Access.of(self.instance)
             context = access.context()
             stack.callback(context.term)
-            bell_name = self._own_bell(context, access, stack)
-            bell = SemaphoreBell(bell_name)
-            stack.callback(bell.close)
+            broker = Requester(context, access.endpoint)
+            stack.callback(broker.close)
+            own_bell = OwnBell(lambda: ask_broker(broker, m.MakeBell(self.id, this_process()), m.Made, self.instance).name)
+            stack.callback(own_bell.close)
             folder = None if access.tcp else endpoints.socket_path(self.instance).parent
             with endpoints.private_sockets(folder) if folder else contextlib.nullcontext():
-                responder = Responder(context, self._own_socket(folder, "worker", stack))
+                responder = responder_at(context, self._own_socket(folder, "worker", stack))
                 stack.callback(responder.close)
                 socket = ZmqWorkerSocket(context, self._own_socket(folder, "lane", stack))
                 stack.callback(socket.close)
             frames = FrameLoop(
-                bell,
+                own_bell.bell,
                 socket,
                 self._stop,
                 spin=self._spin,
@@ -198,7 +202,7 @@ class Worker:
                 watchdog=self._watchdog,
             )
             channels = OpenChannels(self.instance, frames, memory=self._memory, kept_bytes=self._kept_bytes, trace=trace)
-            offer = Offer(self.service, self.name, self.identity, self._ops, bell_name, socket.endpoint)
+            offer = Offer(self.service, self.name, self.identity, self._ops, own_bell.name, socket.endpoint, own_bell.ensure_named)
             server = ControlServer(offer, responder, channels, self._stop, parent=self._parent, watchdog=self._watchdog)
             control = threading.Thread(target=server.serve, name="shmbroker-control", daemon=True)
             hello = functools.partial(self._hello, responder.endpoint)
@@ -213,18 +217,6 @@ class Worker:
             control.start()
             log.info("%s (%s): service %r on %s, ops %s", self.name, self.id, self.service, responder.endpoint, ", ".join(self._ops))
             yield frames
-
-    def _own_bell(self, context: zmq.Context[zmq.Socket[bytes]], access: Access, stack: contextlib.ExitStack) -> str:
-        """The name of a doorbell that the broker makes, held and then unlinked here."""
-        requester = Requester(context, access.endpoint)
-        stack.callback(requester.close)
-        name = ask_broker(requester, m.MakeBell(self.id, this_process()), m.Made, self.instance).name
-        # fault: before bell held
-        hold = Hold.on(names.bell_path(name))
-        # fault: after bell held
-        stack.callback(unlink_own, names.bell_path(name))
-        stack.callback(hold.release)
-        return name
 
     def _own_socket(self, folder: Path | None, kind: str, stack: contextlib.ExitStack) -> str:
         """An endpoint of this worker's alone: a unix socket in ``folder``, else a TCP port."""
