@@ -37,6 +37,7 @@ LETTERS = {
     "A": "The arena",
     "Q": "A queue of frames",
     "D": "Doorbells",
+    "U": "Answering on a unix socket",
     "F": "Frames",
     "C": "Waiting for completions",
     "Z": "Closing",

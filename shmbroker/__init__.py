@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
+import os
 from typing import TYPE_CHECKING
 
+from shmbroker.errors import TooManyOpenFiles
 from shmbroker.version import __version__
 
 if TYPE_CHECKING:
@@ -72,6 +75,7 @@ __all__ = [
     "ShmBrokerError",
     "TensorSpec",
     "TooManyClients",
+    "TooManyOpenFiles",
     "Worker",
     "WorkerDraining",
     "WorkerLost",
@@ -84,7 +88,14 @@ __all__ = [
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module 'shmbroker' has no attribute {name!r}")
-    value: object = getattr(importlib.import_module(_HOME.get(name, "shmbroker.errors")), name)
+    try:
+        value: object = getattr(importlib.import_module(_HOME.get(name, "shmbroker.errors")), name)
+    except (OSError, ImportError) as error:
+        if os.strerror(errno.EMFILE) not in str(error):
+            raise
+        raise TooManyOpenFiles(
+            f"shmbroker.{name} cannot be loaded, as no file can be opened ({error}): close what is not needed, or raise the limit (ulimit -n)"
+        ) from None
     globals()[name] = value
     return value
 

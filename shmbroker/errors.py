@@ -41,6 +41,10 @@ class TooManyClients(ShmBrokerError):
     """As many clients as the broker takes have a segment (``shmbroker serve --max-clients``)."""
 
 
+class TooManyOpenFiles(ShmBrokerError, OSError):
+    """No more files may be opened here, or in the process that was asked (RLIMIT_NOFILE)."""
+
+
 class SegmentError(ShmBrokerError):
     """A segment cannot be used: gone, still being made, of another layout version, or not one of ours."""
 

@@ -26,7 +26,7 @@ from shmbroker.control import endpoint as endpoints
 from shmbroker.control import messages as m
 from shmbroker.control.access import Access
 from shmbroker.control.liveness import age_of
-from shmbroker.control.sockets import Responder
+from shmbroker.control.unix_responder import require_room, responder_at
 from shmbroker.errors import BadInput, ProtocolMismatch, SharedMemoryFull, ShmBrokerError
 from shmbroker.memory import names
 from shmbroker.memory.geometry import Geometry
@@ -40,6 +40,9 @@ from shmbroker.version import __version__
 log = logging.getLogger(__name__)
 
 TICK_SECONDS = 0.5
+
+CLIENT_JOINS_FILES, WORKER_JOINS_FILES, HELLO_FILES = 7, 5, 3
+"""Files that the broker has open for a moment at most while somebody joins, from each of the requests on that this takes."""
 
 FAREWELL_SECONDS = 3.0
 """How long a private broker waits for those that its starter also started."""
@@ -90,15 +93,15 @@ class Broker:
         self._context = access.context()
         try:
             with endpoints.private_sockets(path.parent):
-                self._responder = Responder(self._context, access.endpoint, self._outdated.meet)
-        except zmq.ZMQError as error:
+                self._responder = responder_at(self._context, access.endpoint, self._outdated.meet)
+        except (zmq.ZMQError, OSError) as error:
             self._context.term()
             self._lock.release()
             why = os.strerror(error.errno or 0)
             raise BadInput(f"the broker cannot listen on {access.endpoint}: {why}; choose another --control") from None
         self._poller = zmq.Poller()
-        self._poller.register(self._responder.socket, zmq.POLLIN)
-        self._peers = Peers(self.instance, path.parent, self._poller, self._responder.send)
+        self._poller.register(self._responder.pollable, zmq.POLLIN)
+        self._peers = Peers(self.instance, path.parent, self._poller, self._responder.send, self._responder.connected)
 
     @property
     def endpoint(self) -> str:
@@ -196,6 +199,8 @@ class Broker:
             raise ValueError("names are of printable characters")
         if hello.segment not in ("", names.segment_name(self.instance, hello.peer)):
             raise ValueError(f"{hello.segment!r} is not the segment that this broker makes for {hello.peer}")
+        if not self._peers.knows(hello.peer):
+            require_room(self._responder, HELLO_FILES)
         self._peers.join(sender, hello)
         if hello.segment:
             self._owners[hello.peer] = hello.process  # after a restart the broker learns it only so
@@ -213,6 +218,7 @@ class Broker:
         assert isinstance(request, m.MakeSegment)
         name = names.segment_name(self.instance, _checked_id(request.peer))
         geometry = Geometry(request.arena_bytes, request.channel_count, request.depth)
+        require_room(self._responder, CLIENT_JOINS_FILES)
         self._check_limits(request.process, geometry.total_bytes)
         pid = request.process.pid
         hold = make_segment(name, geometry, instance=self.instance, owner=request.peer, owner_pid=pid, mode=self._mode, gid=self._gid)
@@ -223,6 +229,7 @@ class Broker:
     def _on_make_bell(self, sender: bytes, request: m.AnyMessage) -> m.Message:
         assert isinstance(request, m.MakeBell)
         name = names.bell_name(self.instance, _checked_id(request.peer))
+        require_room(self._responder, WORKER_JOINS_FILES)
         self._peers.hold_until_hello(request.peer, request.process, _make_bell(name, self._mode, self._gid))
         return m.Made(name)
 
@@ -268,7 +275,9 @@ class Broker:
         """Bytes of the segments of ``process``, and how many segments there are in all."""
         segments = [name for name in objects(self.instance) if name.kind == names.SEGMENT]
         self._owners = {name.owner: self._owners[name.owner] for name in segments if name.owner in self._owners}
-        return sum(_file_bytes(name.file) for name in segments if self._owners.get(name.owner) == process), len(segments)
+        nbytes = sum(_file_bytes(name.file) for name in segments if self._owners.get(name.owner) == process)
+        nameless = {peer.hello.peer for peer in self._peers.known() if peer.hello.segment} - {name.owner for name in segments}
+        return nbytes, len(segments) + len(nameless)
 
 
 def _checked_id(peer: str) -> str:

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shmbroker.errors import QuotaExceeded, TooManyClients
+from shmbroker.errors import BadInput, QuotaExceeded, TooManyClients
 from shmbroker.settings.schema import DEFAULTS
 
 DEFAULT_MAX_CLIENTS = DEFAULTS.max_clients
+
+FILES_PER_CLIENT = 3
+"""Two connections and the watch on its process."""
+
+OWN_FILES = 32
+"""What the broker has open for itself, what it keeps in reserve for refusals, and one file to look with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +26,16 @@ class Limits:
 
     max_bytes: int = 0
     max_clients: int = DEFAULT_MAX_CLIENTS
+
+    def check_files(self, limit: int) -> None:
+        """Raise :class:`BadInput` where a process that may have ``limit`` files open cannot serve ``max_clients``."""
+        needed = OWN_FILES + FILES_PER_CLIENT * self.max_clients
+        if needed > limit:
+            raise BadInput(
+                f"--max-clients {self.max_clients} takes {needed} open files, {FILES_PER_CLIENT} for each client, and the hard limit of this process is "
+                f"{limit}: give at most {max(0, limit - OWN_FILES) // FILES_PER_CLIENT}, or raise the limit (ulimit -Hn; systemd: LimitNOFILE=; docker "
+                "run --ulimit nofile=)"
+            )
 
     def check(self, pid: int, asked: int, had: int, clients: int) -> None:
         """Whether process ``pid``, which has ``had`` bytes, may have ``asked`` more, where ``clients`` have a segment already.

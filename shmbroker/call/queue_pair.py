@@ -32,8 +32,15 @@ log = logging.getLogger(__name__)
 class QueuePair:
     """Carries calls to one worker and brings their completions. Thread-safe. It owns the lane's end and the watch on the worker."""
 
-    def __init__(self, service: str, worker: m.WorkerInfo, lane: ShmClientLane | ZmqClientLane, completions: CompletionLoop) -> None:
-        """``completions``: the loop that waits where ``lane``'s completions come in; the pair joins it."""
+    def __init__(
+        self,
+        service: str,
+        worker: m.WorkerInfo,
+        lane: ShmClientLane | ZmqClientLane,
+        completions: CompletionLoop,
+        watch: Watch | None = None,
+    ) -> None:
+        """``completions``: the loop that waits where ``lane``'s completions come in; the pair joins it. ``watch``: on the worker, from now on the pair's."""
         self.worker_name = worker.name
         self.worker_pid = worker.process.pid
         self.lane = lane
@@ -46,7 +53,7 @@ class QueuePair:
         self.nudge = lane.nudge
         """Wake the worker if it sleeps: a frame will follow in a moment."""
         self._service = service
-        self._watch = Watch(worker.process)
+        self._watch = watch or Watch(worker.process)
         self._submit_lock = threading.Lock()
         self._outstanding: dict[int, Call] = {}
         self._last_call_id = 0

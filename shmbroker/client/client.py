@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import atexit
+import functools
 import logging
 import os
 import threading
-import weakref
 from types import TracebackType
 
 import torch
@@ -16,10 +15,12 @@ from shmbroker.arena.arena import Arena
 from shmbroker.arena.cuda_runtime import Cuda
 from shmbroker.arena.device_arena import DeviceArena
 from shmbroker.call.client_memory import ClientMemory
+from shmbroker.client import open_clients
 from shmbroker.client.channel import Channel
 from shmbroker.client.closing import Closing
 from shmbroker.client.failover import FailoverChannel
 from shmbroker.client.opening import Identity, Opener
+from shmbroker.client.own_segment import own_segment, without_a_name
 from shmbroker.client.publisher import Publisher
 from shmbroker.control import messages as m
 from shmbroker.control.access import Access
@@ -27,14 +28,12 @@ from shmbroker.control.broker_link import BrokerLink
 from shmbroker.control.joining import ask_broker, peer_name, resolve_instance
 from shmbroker.control.liveness import this_process
 from shmbroker.control.sockets import Requester
-from shmbroker.errors import BadInput, ChannelError, ShmBrokerError
+from shmbroker.errors import BadInput, ChannelError
 from shmbroker.lane.choice import asked
-from shmbroker.lane.doorbell import SemaphoreBell
+from shmbroker.lane.own_bell import OwnBell
 from shmbroker.memory import layout, names
 from shmbroker.memory.geometry import Geometry
-from shmbroker.memory.hold import Hold, unlink_own
-from shmbroker.memory.segment import Segment
-from shmbroker.memory.stores import store
+from shmbroker.memory.open_files import require_files, telling_exhaustion
 from shmbroker.settings.arguments import seconds, seconds_or_none, whole
 from shmbroker.settings.kinds import Doorbell, Lane
 from shmbroker.settings.load import current
@@ -44,7 +43,8 @@ from shmbroker.version import __version__
 
 log = logging.getLogger(__name__)
 
-_open: weakref.WeakSet[Client] = weakref.WeakSet()
+JOINING_FILES = 32
+"""Open files that a client takes at most before its first channel, most of them libzmq's."""
 
 
 def connect(
@@ -68,20 +68,22 @@ def connect(
 
     The broker is found by unix socket, or by $SHMBROKER_CONTROL and $SHMBROKER_KEYS (``shmbroker serve --control``).
 
-    Raises :class:`BrokerUnreachable`, :class:`SharedMemoryFull`, :class:`QuotaExceeded`, :class:`TooManyClients`, :class:`BadInput`.
+    Raises :class:`BrokerUnreachable`, :class:`SharedMemoryFull`, :class:`QuotaExceeded`, :class:`TooManyClients`, :class:`TooManyOpenFiles`,
+    :class:`BadInput`.
     """
     settings = current()
-    return Client(
-        resolve_instance(instance),
-        arena_bytes=layout.round_up(parse_bytes(settings.arena if arena is None else arena), layout.PAGE),
-        name=peer_name(name),
-        timeout=settings.timeout if timeout is UNSET else seconds_or_none("timeout", timeout),
-        place_timeout=settings.place_timeout if place_timeout is None else seconds("place_timeout", place_timeout),
-        spin=settings.spin * 1e-6 if spin is None else seconds("spin", spin),
-        channel_count=settings.channels if channels is None else channels,
-        depth=settings.depth if depth is None else depth,
-        trace=trace,
-    )
+    with telling_exhaustion("connect()"):
+        return Client(
+            resolve_instance(instance),
+            arena_bytes=layout.round_up(parse_bytes(settings.arena if arena is None else arena), layout.PAGE),
+            name=peer_name(name),
+            timeout=settings.timeout if timeout is UNSET else seconds_or_none("timeout", timeout),
+            place_timeout=settings.place_timeout if place_timeout is None else seconds("place_timeout", place_timeout),
+            spin=settings.spin * 1e-6 if spin is None else seconds("spin", spin),
+            channel_count=settings.channels if channels is None else channels,
+            depth=settings.depth if depth is None else depth,
+            trace=trace,
+        )
 
 
 class Client:
@@ -115,6 +117,22 @@ class Client:
         self._free_areas = list(range(geometry.channel_count))
         self._lock = threading.Lock()
         """Of the two lists above, which any thread may change."""
+        self._again = functools.partial(
+            Client,
+            instance,
+            arena_bytes=arena_bytes,
+            name=name,
+            timeout=timeout,
+            place_timeout=place_timeout,
+            spin=spin,
+            channel_count=channel_count,
+            depth=depth,
+            trace=trace,
+        )
+        self._successor: Client | None = None
+        self._joining = threading.Lock()
+        """Of the successor, and of the doorbell's name."""
+        require_files(JOINING_FILES, "connect()")
         access = Access.of(instance)
         self._closing = closing = Closing(f"client {name}")
         try:
@@ -129,15 +147,17 @@ class Client:
             self._link: BrokerLink | None = None
             # Undone after the holds are released, so that the broker, on our Goodbye, finds nothing held.
             closing.add(self._stop_link)
-            self.segment = self._make_segment(broker, geometry, closing)
+            self.segment = own_segment(broker, instance, self.id, geometry, closing)
             """As it is mapped here."""
-            bell = self._make_bell(broker, closing)
-            self.memory = ClientMemory(self.segment, place_timeout)
-            closing.add(lambda: self.memory.close(self._unusable))
-            self._publisher = Publisher(self.segment, self.memory.arena, lambda: list(self._channels))
+            self._bell = OwnBell(lambda: ask_broker(broker, m.MakeBell(self.id, this_process()), m.Made, instance).name)
+            closing.add(self._give_up_bell)
+            self.memory = self._memory = ClientMemory(self.segment, place_timeout)
+            """Where tensors are placed; the second one is that of this client's own segment."""
+            closing.add(lambda: self._memory.close(self._unusable))
+            self._publisher = Publisher(self.segment, self._memory.arena, lambda: list(self._channels))
             closing.add(self._publisher.close)
-            identity = Identity(instance, self.id, name, bell.name)
-            self._opener = Opener(context, broker, identity, self.segment, bell, spin, told)
+            identity = Identity(instance, self.id, name, self._bell.name)
+            self._opener = Opener(context, broker, identity, self.segment, self._bell.bell, spin, told)
             closing.add(self._opener.close)
             self._link = BrokerLink(context, access.endpoint, self._hello, self._stats, self._peer_gone, self._publisher.publish)
             self._link.start()
@@ -146,34 +166,15 @@ class Client:
         except BaseException:
             closing.close()
             raise
-        _open.add(self)
+        open_clients.add(self)
 
     # --- joining ----------------------------------------------------------------------------------------------------------------------
-
-    def _make_segment(self, broker: Requester, geometry: Geometry, undo: Closing) -> Segment:
-        request = m.MakeSegment(self.id, this_process(), geometry.arena_bytes, geometry.channel_count, geometry.depth)
-        made = ask_broker(broker, request, m.Made, self.instance, timeout=_reserving_seconds(geometry))
-        # fault: before segment held
-        segment = Segment.attach(made.name, hold=True)
-        # fault: after segment held
-        undo.add(store().unlink_own, made.name)
-        undo.add(segment.close)
-        return segment
-
-    def _make_bell(self, broker: Requester, undo: Closing) -> SemaphoreBell:
-        made = ask_broker(broker, m.MakeBell(self.id, this_process()), m.Made, self.instance)
-        hold = Hold.on(names.bell_path(made.name))
-        undo.add(unlink_own, names.bell_path(made.name))
-        undo.add(hold.release)
-        bell = SemaphoreBell(made.name)
-        undo.add(bell.close)
-        return bell
 
     def _hello(self) -> m.Hello:
         return m.Hello(role="client", peer=self.id, process=this_process(), name=self.name, version=__version__, segment=self.segment.name)
 
     def _stats(self) -> m.PeerStats:
-        occupancy = self.arena.occupancy()
+        occupancy = self._memory.arena.occupancy()
         channels = tuple(channel.info() for channel in list(self._channels))
         return m.PeerStats(
             calls=sum(channel.calls for channel in channels),
@@ -277,30 +278,32 @@ class Client:
             raise BadInput(f"a service is named by a string, not by {service!r}")
         wanted = asked(lane, doorbell)
         with self._opener.opening():
-            return self._open(service, wanted, wait, passed_over)
+            reachable = self._reachable()
+            if reachable is self:
+                return self._open(service, wanted, wait, passed_over)
+        return reachable._channel(service, lane, doorbell, wait, passed_over)  # whose own closing ends it
 
     def _open(self, service: str, wanted: tuple[Lane, Doorbell], wait: float, passed_over: frozenset[str]) -> Channel:
         """While it does, closing waits: what it opens is closed too."""
-        worker = self._opener.find(service, wait, passed_over)
         with self._lock:
             if not self._free_areas:
                 raise ChannelError(f"all {len(self._channels)} channels of this client are open: close one, or connect(channels=...)")
             index = self._free_areas.pop()
         try:
-            opened = self._opener.open(service, worker, *wanted, index)
+            opened = self._opener.open_any(service, wait, passed_over, *wanted, index)
         except BaseException:
             with self._lock:
                 self._free_areas.append(index)
             raise
         channel = Channel(
-            self.memory, opened.pair, opened.requester, opened.answer, worker, service, index, self.timeout, on_close=self._forget
+            self._memory, opened.pair, opened.requester, opened.answer, opened.worker, service, index, self.timeout, on_close=self._forget
         )
         with self._lock:
             self._channels.append(channel)
         log.info(
             "channel to %s (pid %d) for %r: lane %s, doorbell %s, control %s",
-            worker.name,
-            worker.process.pid,
+            opened.worker.name,
+            opened.worker.process.pid,
             service,
             channel.lane,
             channel.doorbell,
@@ -311,7 +314,21 @@ class Client:
     @property
     def channels(self) -> tuple[Channel, ...]:
         """Those that are open."""
-        return tuple(self._channels)
+        return (*self._channels, *(self._successor.channels if self._successor is not None else ()))
+
+    def _reachable(self) -> Client:
+        """Itself, or whoever took its place: memory that has lost its name cannot be given one, and nobody else could map it any more."""
+        with self._joining:
+            if self._successor is not None:
+                return self._successor
+            if self.segment.is_named():
+                self._bell.ensure_named()
+                return self
+            log.warning("%s%s", without_a_name(self.segment), "" if self._again.keywords["trace"] is None else "; they are not traced")
+            self._successor = self._again(trace=None)
+            self._successor.memory.device = self.memory.device
+            self.memory = self._successor.memory
+            return self._successor
 
     def _forget(self, channel: Channel) -> None:
         """The channel is closed."""
@@ -327,7 +344,7 @@ class Client:
     def disown(self) -> None:
         """In a forked child: nothing of this client is the child's to use."""
         self._unusable = f"this client belongs to process {self._pid}: connect() anew after a fork"
-        self.memory.refuse(self._unusable)
+        self._memory.refuse(self._unusable)
         for channel in list(self._channels):
             channel.pair.disown(ChannelError(self._unusable))
 
@@ -338,19 +355,25 @@ class Client:
         of its own. When something goes wrong, everything else is closed all the same, and then it is raised.
         """
         self._unusable = self._unusable or "the client is closed"
-        self.memory.refuse(self._unusable)
+        self._memory.refuse(self._unusable)
         if os.getpid() != self._pid:
-            _open.discard(self)
+            open_clients.discard(self)
             return  # the parent's: sockets and threads are not ours to touch
         try:
             self._closing.close()
         finally:
             if self._closing.done:
-                _open.discard(self)
+                open_clients.discard(self)
 
     def _close_channels(self) -> None:
-        for channel in self.channels:
+        for channel in list(self._channels):
             self._closing.add(channel.close)  # done next: each, whatever becomes of the others
+        if self._successor is not None:
+            self._closing.add(self._successor.close)
+
+    def _give_up_bell(self) -> None:
+        for step in self._bell.steps:
+            self._closing.add(step)
 
     def _stop_link(self) -> None:
         if self._link is not None:
@@ -369,27 +392,3 @@ class Client:
     def __repr__(self) -> str:
         state = self._unusable or f"{len(self._channels)} of {self.segment.geometry.channel_count} channels open"
         return f"<Client {self.name!r} of instance {self.instance!r}: arena {self.arena.nbytes} bytes, {state}>"
-
-
-def _reserving_seconds(geometry: Geometry) -> float:
-    """How long making a segment may take: every page is zeroed, at 1 GiB/s or better, on top of the usual patience."""
-    return 5.0 + geometry.total_bytes / 2**30
-
-
-def _disown_all() -> None:
-    for client in list(_open):
-        client.disown()
-
-
-os.register_at_fork(after_in_child=_disown_all)
-
-
-def _close_all() -> None:
-    for client in list(_open):
-        try:
-            client.close()
-        except (ShmBrokerError, OSError) as error:
-            log.debug("closing at exit: %s", error)
-
-
-atexit.register(_close_all)

@@ -18,6 +18,7 @@ from shmbroker.control.access import CONTROL_VARIABLE, UNIX
 from shmbroker.control.joining import INSTANCE_VARIABLE, PRIVATE_INSTANCE
 from shmbroker.errors import BrokerUnreachable
 from shmbroker.memory import names
+from shmbroker.memory.open_files import telling_exhaustion
 from shmbroker.memory.reaper import unlink_all
 from shmbroker.settings.load import variable_of
 
@@ -70,8 +71,13 @@ def local_broker(*, log_level: str = "warning") -> Iterator[LocalBroker]:
     command += ["--until-exit", str(os.getpid()), "--group", ""]  # for this user, whatever the settings say
     # Of settings of the machine that are meant for its own broker, this one would take the port.
     private = {**os.environ, **environment, variable_of("metrics_port"): "0"}
-    # A session of its own: Ctrl-C at the terminal, and a signal to this process's group, are not for it.
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, env=private, start_new_session=True)
+    try:
+        with telling_exhaustion("local_broker()"):
+            # A session of its own: Ctrl-C at the terminal, and a signal to this process's group, are not for it.
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, env=private, start_new_session=True)
+    except BaseException:
+        shutil.rmtree(runtime, ignore_errors=True)
+        raise
     try:
         _await_ready(process)
         os.environ.update(environment)

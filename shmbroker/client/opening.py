@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import time
 from collections.abc import Iterator
@@ -13,17 +14,37 @@ import zmq
 from shmbroker.call.completions import CompletionLoop
 from shmbroker.call.queue_pair import QueuePair
 from shmbroker.control import messages as m
+from shmbroker.control.endpoint import is_left_behind, may_listen
 from shmbroker.control.joining import ask_broker
 from shmbroker.control.liveness import Watch, this_process
 from shmbroker.control.sockets import Requester
-from shmbroker.errors import ChannelError, NoSuchService, ShmBrokerError, WorkerLost
+from shmbroker.errors import (
+    BrokerUnreachable,
+    ChannelError,
+    NoSuchService,
+    PeerRefused,
+    ProtocolMismatch,
+    SegmentError,
+    ShmBrokerError,
+    TooManyOpenFiles,
+    WorkerLost,
+)
 from shmbroker.lane.doorbell import PollingBell, SemaphoreBell
 from shmbroker.lane.shm_lane import CLIENT_SLEEPING, ShmClientLane, clear_channel
 from shmbroker.lane.waiter import Waiter
 from shmbroker.lane.zmq_lane import ZmqClientLane
+from shmbroker.memory.open_files import require_files, telling_exhaustion
 from shmbroker.memory.segment import Segment
 from shmbroker.settings.kinds import Doorbell, Lane
 from shmbroker.trace.writer import Trace
+
+log = logging.getLogger(__name__)
+
+_NOT_THIS_ONE = (ChannelError, SegmentError, ProtocolMismatch, PeerRefused, TooManyOpenFiles, BrokerUnreachable)
+"""Of one worker, and no reason why another one should not do."""
+
+CHANNEL_FILES = 12
+"""Open files that a channel takes at most: its sockets, the watch on its worker, and those that last for a moment."""
 
 _SERVICE_POLL_SECONDS = 0.05
 _CLOSED = "the client is closed"
@@ -128,6 +149,31 @@ class Opener:
                 )
             time.sleep(_SERVICE_POLL_SECONDS)
 
+    def open_any(self, service: str, wait: float, passed_over: frozenset[str], lane: Lane, doorbell: Doorbell, index: int) -> Opened:
+        """:meth:`find` a worker and :meth:`open` a channel to it, or to another one that is there, where that one cannot be reached or refuses.
+
+        Raises what the first one failed with when there is no other.
+        """
+        require_files(CHANNEL_FILES, "a channel")
+        failed: ShmBrokerError | None = None
+        while True:
+            try:
+                worker = self.find(service, wait, passed_over)
+            except NoSuchService:
+                if failed is None:
+                    raise
+                raise failed from None
+            try:
+                with telling_exhaustion("a channel"):
+                    return self.open(service, worker, lane, doorbell, index)
+            except _NOT_THIS_ONE as error:
+                if self._stopped:
+                    raise
+                log.warning("no channel to worker %r (pid %d): %s", worker.name, worker.process.pid, error)
+                failed = failed or error
+                passed_over |= {worker.peer}
+                wait = 0.0
+
     def open(self, service: str, worker: m.WorkerInfo, lane: Lane, doorbell: Doorbell, index: int) -> Opened:
         """Have ``worker`` open a channel on area ``index``. Raises :class:`WorkerLost`, :class:`ChannelError`, and what the worker refuses it with."""
         clear_channel(self._segment, index)
@@ -146,10 +192,14 @@ class Opener:
                 doorbell=doorbell.value,
                 bell=identity.bell_name,
             )
-            watch = Watch(worker.process)
+            # Where its pid tells nothing: the kernel refuses connections to a socket whose owner has died.
+            watch = Watch(worker.process, lambda: not is_left_behind(worker.endpoint))
+            undo.callback(watch.close)
             try:
                 # fault: before channel opened
-                answer = requester.ask(opening, m.ChannelOpened, alive=lambda: watch.alive() and not self._stopped)
+                answer = requester.ask(
+                    opening, m.ChannelOpened, alive=lambda: watch.alive() and may_listen(worker.endpoint) and not self._stopped
+                )
                 # fault: after channel opened
                 end, loop = self._end(answer, index)
             except TimeoutError as error:
@@ -163,10 +213,8 @@ class Opener:
                 if isinstance(error, ShmBrokerError):
                     raise
                 raise ChannelError(f"worker {worker.name!r} (pid {worker.process.pid}) answered what cannot be used: {error}") from None
-            finally:
-                watch.close()
             undo.pop_all()
-        return Opened(worker, answer, requester, self._pair(service, worker, answer, end, loop))
+        return Opened(worker, answer, requester, self._pair(service, worker, answer, end, loop, watch))
 
     def _end(self, answer: m.ChannelOpened, index: int) -> tuple[ShmClientLane | ZmqClientLane, CompletionLoop]:
         """The client's end of the lane that the worker chose, and the loop that waits for what comes out of it."""
@@ -184,12 +232,13 @@ class Opener:
         answer: m.ChannelOpened,
         end: ShmClientLane | ZmqClientLane,
         loop: CompletionLoop,
+        watch: Watch,
     ) -> QueuePair:
         if self._trace is None:
-            return QueuePair(service, worker, end, loop)
+            return QueuePair(service, worker, end, loop, watch)
         from shmbroker.call.traced_queue_pair import TracedQueuePair
 
-        return TracedQueuePair(self._trace, answer.channel, service, worker, end, loop)
+        return TracedQueuePair(self._trace, answer.channel, service, worker, end, loop, watch)
 
     def _loop(self, doorbell: Doorbell) -> CompletionLoop:
         """The waiters on this process's doorbell: one loop for all channels of the shm lane that use it."""

@@ -36,7 +36,9 @@ MAX_GROUP_ID = (1 << 32) - 2
     help="Serve Prometheus' /metrics, and /healthz, on 127.0.0.1; 0: any free port. Default: off, but for a socket that systemd hands over.",
 )
 @click.option("--until-exit", type=int, default=0, metavar="PID", help="End when this process does.")
+@click.pass_context
 def serve(
+    context: click.Context,
     instance: str | None,
     group: str | None,
     control: str | None,
@@ -51,6 +53,7 @@ def serve(
     from shmbroker.broker.limits import Limits
     from shmbroker.client.local_broker import READY_LINE
     from shmbroker.control.joining import resolve_instance
+    from shmbroker.memory.open_files import raise_file_limit
     from shmbroker.settings.sizes import parse_bytes
     from shmbroker.systemd.passed_sockets import passed
 
@@ -58,6 +61,11 @@ def serve(
         print(READY_LINE, flush=True)
 
     limits = Limits(parse_bytes(max_bytes) if max_bytes else 0, max_clients)
+    files = raise_file_limit()
+    if (
+        context.get_parameter_source("max_clients") is not click.core.ParameterSource.DEFAULT
+    ):  # else it serves as many as there are files for
+        limits.check_files(files)
     broker = Broker(resolve_instance(instance), _group_id(group), until_exit, control=control, keys=keys, limits=limits)
     with contextlib.ExitStack() as stack:
         listeners = passed(METRICS_SOCKET)

@@ -28,7 +28,8 @@ from shmbroker.control.messages import (
     open_envelope,
     read_body,
 )
-from shmbroker.errors import BrokerUnreachable, PeerRefused, ProtocolMismatch, ShmBrokerError
+from shmbroker.control.sockets import error_named
+from shmbroker.errors import BrokerUnreachable, ProtocolMismatch, ShmBrokerError
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +68,7 @@ class BrokerLink:
         self._refusal: ShmBrokerError | None = None
         """Why the broker does not take this process."""
         self._known = threading.Event()
+        """The broker has answered the first Hello, be it with a refusal."""
         self._leave_fd = os.eventfd(0, os.EFD_CLOEXEC)
         self._socket = context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 200)  # milliseconds for the Goodbye to go out
@@ -85,7 +87,6 @@ class BrokerLink:
             raise BrokerUnreachable(
                 f"the broker at {self._endpoint} did not answer within {HELLO_SECONDS:g} s: is 'shmbroker serve' running?"
             )
-
         if self._refusal is not None:
             self.stop()
             raise self._refusal
@@ -132,7 +133,10 @@ class BrokerLink:
     def _refused(self, error: ShmBrokerError) -> None:
         """Told once, not at every heartbeat; who has joined works on with those that know it."""
         if self._refusal is None and self._known.is_set():
-            log.warning("not known to the broker any more, and so not found by others, until this process is restarted: %s", error)
+            if isinstance(error, ProtocolMismatch):
+                log.warning("not known to the broker any more, and so not found by others, until this process is restarted: %s", error)
+            else:
+                log.warning("the broker refuses this process, which others may not find until it is taken again: %s", error)
         self._refusal = error
         self._known.set()
 
@@ -153,7 +157,7 @@ class BrokerLink:
             log.warning("the broker sent what cannot be read: %s", error)
             return
         if isinstance(message, Refused):
-            self._refused(PeerRefused(f"the broker does not take this process: {message.type_name}: {message.text}"))
+            self._refused(error_named(message))
             return
         if isinstance(message, Welcome):
             self._refusal = None
@@ -166,6 +170,9 @@ class BrokerLink:
                 self._send(self._hello())
             else:
                 self._refusal = None
+        elif isinstance(message, PeerGone) and message.peer == self._hello().peer:
+            log.warning("the broker took this process for gone: joining anew")
+            self._send(self._hello())
         elif isinstance(message, PeerGone):
             try:
                 self._peer_gone(message.peer)

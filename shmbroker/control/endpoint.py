@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import stat
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from shmbroker.errors import BadInput, BrokerUnreachable
+from shmbroker.memory.open_files import telling_exhaustion
 from shmbroker.settings.load import current
 
 SYSTEM_DIR = Path("/run/shmbroker")
@@ -107,20 +109,36 @@ def may_listen(endpoint: str) -> bool:
 
     Raises :class:`BrokerUnreachable` when this user may not even knock.
     """
+    try:
+        return _knock(endpoint) not in (errno.ENOENT, errno.ECONNREFUSED)
+    except PermissionError:
+        raise BrokerUnreachable(
+            f"user {os.geteuid()} may not connect to {endpoint}: run as the user it belongs to, or start the broker with --group and a "
+            "group that both are in"
+        ) from None
+
+
+def is_left_behind(endpoint: str) -> bool:
+    """True when the kernel says that whoever listened there has ended. False also where the name was taken away, which proves nobody's end."""
+    try:
+        return _knock(endpoint) == errno.ECONNREFUSED
+    except OSError:
+        return False
+
+
+def _knock(endpoint: str) -> int:
+    """Connect and hang up: 0, or the error's number. Raises PermissionError, :class:`TooManyOpenFiles`."""
     transport, _, where = endpoint.partition("://")
     host, _, port = where.rpartition(":")
     family = socket.AF_UNIX if transport == "ipc" else socket.AF_INET6 if host.startswith("[") else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
+    with telling_exhaustion(f"knocking at {endpoint}"):
+        probe = socket.socket(family, socket.SOCK_STREAM)
+    with probe:
         probe.settimeout(KNOCK_SECONDS)
         try:
             probe.connect(where if transport == "ipc" else (host.strip("[]"), int(port)))
-        except (FileNotFoundError, ConnectionRefusedError):
-            return False
         except PermissionError:
-            raise BrokerUnreachable(
-                f"user {os.geteuid()} may not connect to {endpoint}: run as the user it belongs to, or start the broker with --group and a "
-                "group that both are in"
-            ) from None
-        except OSError:
-            pass  # too many at once: somebody is there
-    return True
+            raise
+        except OSError as error:  # without a number: too many at once, so somebody is there
+            return error.errno or errno.ETIMEDOUT
+    return 0

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import re
-
 import msgspec
 
 from shmbroker.control.messages import PROTOCOL_VERSION, Envelope, OutdatedPeer
-
-_PEER_ADDRESS = re.compile(r"localhost:\d+:\d+:(\d+)")
-"""Of a unix socket, as libzmq tells it: user, group and process, by SO_PEERCRED."""
 
 _MOST_CHARACTERS = 100
 """Of what a message says that was never checked."""
@@ -31,14 +26,12 @@ class _Sender(msgspec.Struct):
 _decoder = msgspec.msgpack.Decoder(_Sender)
 
 
-def sender_of(envelope: Envelope, address: str) -> OutdatedPeer:
-    """Who sent a message of another version, as far as it and ``address`` (of its connection) tell. Never raises: the rest is empty, or 0."""
+def sender_of(envelope: Envelope, pid: int = 0) -> OutdatedPeer:
+    """Who sent a message of another version, as far as it and ``pid`` (by its connection) tell. Never raises: the rest is empty, or 0."""
     try:
         told = _decoder.decode(envelope.body)
     except (msgspec.DecodeError, RecursionError):
         told = _Sender()
-    found = _PEER_ADDRESS.fullmatch(address)
-    pid = int(found[1]) if found else 0
     if not pid and told.process is not None and 0 < told.process.pid < 1 << 31:
         pid = told.process.pid
     return OutdatedPeer(_plain(told.role), _plain(told.peer), _plain(told.name), pid, envelope.version)

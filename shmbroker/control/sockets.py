@@ -15,6 +15,7 @@ from shmbroker.control.messages import (
     MAX_MESSAGE_BYTES,
     PROTOCOL_VERSION,
     AnyMessage,
+    Done,
     Message,
     OutdatedPeer,
     Refused,
@@ -24,6 +25,7 @@ from shmbroker.control.messages import (
 )
 from shmbroker.control.outdated import sender_of
 from shmbroker.errors import ChannelError, PeerRefused, ProtocolMismatch, ShmBrokerError
+from shmbroker.memory.open_files import telling_exhaustion
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +55,8 @@ class Requester:
         self._socket = self._connect()
 
     def _connect(self) -> zmq.Socket[bytes]:
-        socket = self._context.socket(zmq.DEALER)
+        with telling_exhaustion(f"asking {self.endpoint}"):
+            socket = self._context.socket(zmq.DEALER)
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.MAXMSGSIZE, 2 * MAX_MESSAGE_BYTES)
         try:
@@ -74,6 +77,8 @@ class Requester:
 
         Raises TimeoutError when none comes, :class:`PeerRefused` with the peer's error, :class:`ProtocolMismatch`.
         """
+        if self._socket.closed:  # for want of a file, when it was last to be made anew
+            self._socket = self._connect()
         number = next(self._numbers)
         self._socket.send(encode(message, number))
         until = time.monotonic() + timeout
@@ -91,7 +96,7 @@ class Requester:
                 log.warning("%s sent something else than a control message: %s", self.endpoint, error)
                 continue
             if isinstance(body, Refused):
-                raise _error_named(body)
+                raise error_named(body)
             if isinstance(body, answer):
                 return body
             raise ProtocolMismatch(f"{self.endpoint} answered {type(message).__name__} with {type(body).__name__}")
@@ -106,7 +111,7 @@ class Requester:
         self._socket.close()
 
 
-def _error_named(refused: Refused) -> ShmBrokerError:
+def error_named(refused: Refused) -> ShmBrokerError:
     """The error that the peer raised, where it is one of ours; else :class:`PeerRefused` with its type and text."""
     kind = getattr(errors, refused.type_name, None)
     if isinstance(kind, type) and issubclass(kind, ShmBrokerError):
@@ -123,60 +128,86 @@ def _refusal(error: BaseException) -> Refused:
     return Refused(type(error).__name__, text[:_ERROR_CHARACTERS].encode("utf-8", "replace").decode())
 
 
-def _address(frame: zmq.Frame) -> str:
-    """Of whoever sent it, as libzmq tells it; empty where it does not."""
+Handle = Callable[[bytes, AnyMessage], Message | None]
+"""``handle(sender, message)`` returns the answer."""
+
+MeetOutdated = Callable[[OutdatedPeer], bool]
+"""Told who speaks another version; returns whether that one is to hear so, where it has not asked and may not listen."""
+
+
+def meet_nobody(peer: OutdatedPeer) -> bool:
+    """Of one that keeps no account of them: each hears so."""
+    return True
+
+
+def answer_to(
+    handle: Handle, sender: bytes, data: bytes, meet_outdated: MeetOutdated = meet_nobody, pid: int = 0
+) -> tuple[Message | None, int]:
+    """What ``handle`` answers to ``data``, or its error as Refused, and the number of the request. ``pid``: of the sender, 0 where nothing tells it."""
+    request = 0
     try:
-        return str(frame.get("Peer-Address"))
-    except zmq.ZMQError:
-        return ""
+        envelope = open_envelope(data)
+        request = envelope.request
+        if envelope.version != PROTOCOL_VERSION and not meet_outdated(sender_of(envelope, pid)) and not request:
+            return None, request  # it was told before
+        return handle(sender, read_body(envelope)), request
+    except (ShmBrokerError, ValueError) as error:
+        return _refusal(error), request
+    except BaseException as error:  # a peer's odd request must not end the thread that serves the others, nor an op's SystemExit
+        log.exception("control request failed")
+        return _refusal(error), request
 
 
 class Responder:
-    """Answers whoever asks. Used by one thread."""
+    """Answers whoever asks, through libzmq. Used by one thread. On unix sockets :class:`UnixResponder` is to be used."""
 
     def __init__(
         self,
         context: zmq.Context[zmq.Socket[bytes]],
         endpoint: str,
-        meet_outdated: Callable[[OutdatedPeer], bool] = lambda peer: True,
+        meet_outdated: MeetOutdated = meet_nobody,
     ) -> None:
-        """``meet_outdated``: told who speaks another version; returns whether that one is to hear so, where it has not asked and may not listen."""
         self._meet_outdated = meet_outdated
         self.socket = context.socket(zmq.ROUTER)
         self.socket.setsockopt(zmq.LINGER, 100)  # milliseconds: the last answer of a process that ends still goes out
         self.socket.setsockopt(zmq.MAXMSGSIZE, 2 * MAX_MESSAGE_BYTES)
+        self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # an error for a message to nobody
         self.socket.bind(endpoint)
         self.endpoint = self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
         """As others are told it: with the port that the kernel chose."""
 
-    def answer_waiting(self, handle: Callable[[bytes, AnyMessage], Message | None]) -> None:
+    @property
+    def pollable(self) -> zmq.Socket[bytes]:
+        """Readable when :meth:`answer_waiting` has something to do."""
+        return self.socket
+
+    def wait(self, seconds: float) -> None:
+        """Block until there is something to do, for ``seconds`` at most."""
+        self.socket.poll(int(seconds * 1000))
+
+    def connected(self, receiver: bytes) -> bool:
+        """Whether that connection is still open: the kernel closes it when its process ends."""
+        try:
+            self.socket.send_multipart([receiver, encode(Done())], zmq.NOBLOCK)  # which says nothing to anybody
+        except zmq.ZMQError as error:
+            return error.errno != zmq.EHOSTUNREACH
+        return True
+
+    def make_room(self, files: int) -> None:
+        """Nothing: libzmq does not tell who has said nothing."""
+
+    def answer_waiting(self, handle: Handle) -> None:
         """Hand messages that have come to ``handle(sender, message)`` and send back what it returns, or its error as Refused."""
         for _ in range(_MESSAGES_AT_ONCE):
             try:
-                parts = self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
+                parts = self.socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
             if len(parts) != 2:
                 continue
-            sender, data = parts[0].bytes, parts[1].bytes
-            request = 0
-            try:
-                envelope = open_envelope(data)
-                request = envelope.request
-                if (
-                    envelope.version != PROTOCOL_VERSION
-                    and not self._meet_outdated(sender_of(envelope, _address(parts[1])))
-                    and not request
-                ):
-                    continue  # it was told before
-                reply = handle(sender, read_body(envelope))
-            except (ShmBrokerError, ValueError) as error:
-                reply = _refusal(error)
-            except BaseException as error:  # a peer's odd request must not end the thread that serves the others, nor an op's SystemExit
-                log.exception("control request failed")
-                reply = _refusal(error)
+            reply, request = answer_to(handle, parts[0], parts[1], self._meet_outdated)
             if reply is not None:
-                self.send(sender, reply, request)
+                self.send(parts[0], reply, request)
 
     def send(self, receiver: bytes, message: Message, request: int = 0) -> None:
         """Send a message to a peer that has written before; dropped when it is gone."""

@@ -77,12 +77,13 @@ class SemaphoreBell:
         except OSError:
             pass  # rung more often than it can count, by somebody who means no good: whoever sleeps on it is awake
 
-    def wait(self, seconds: float) -> None:
-        """Block until rung, for ``seconds`` at most."""
+    def wait(self, seconds: float) -> bool:
+        """Block until rung, for ``seconds`` at most; returns whether it was."""
         try:
             self._semaphore.acquire(seconds)
         except (posix_ipc.BusyError, posix_ipc.SignalError):
-            pass
+            return False
+        return True
 
     def close(self) -> None:
         """Give the semaphore up; its name stays. A second time does nothing."""

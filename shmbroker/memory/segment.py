@@ -60,6 +60,10 @@ class Segment:
             os.close(fd)
         return cls(name, geometry, owner, mapping, held)
 
+    def is_named(self) -> bool:
+        """Whether others can map it by its name; not so once that was taken away. Of a segment that is held."""
+        return self.hold is not None and self.hold.is_at(store().path(self.name))
+
     def close(self) -> None:
         """Give up the hold. The memory is unmapped when the last view of it dies.
 

@@ -16,7 +16,7 @@ from shmbroker.control import messages as m
 from shmbroker.control.endpoint import transport_of
 from shmbroker.control.liveness import Watch
 from shmbroker.control.messages import ProcessId
-from shmbroker.control.sockets import Responder
+from shmbroker.control.unix_responder import AnyResponder, require_room
 from shmbroker.errors import BadInput, ChannelError, ProtocolMismatch, RemoteOpError, describe
 from shmbroker.lane.choice import agreed
 from shmbroker.lane.op_error import pack_op_error
@@ -34,6 +34,9 @@ REQUEST_WAIT_SECONDS = 0.1
 
 OP_ERROR_BYTES = 3072
 """Of an op's error in an answer, which has room for 4096 characters."""
+
+CHANNEL_FILES = 6
+"""Open files that a channel takes at most: the watch on its client, its segment, twice for a moment, the doorbell, two connections of the zmq lane."""
 
 LIVENESS_SECONDS = 0.5
 """How often the server looks whether clients live; the broker tells of their deaths earlier."""
@@ -53,6 +56,8 @@ class Offer:
     """Of the zmq lane."""
     tracebacks: bool = True
     """Whether an op's error carries its traceback to the client."""
+    ensure_named: Callable[[], None] = lambda: None
+    """Makes the doorbell's name anew where it was taken away. Called by the control thread."""
 
 
 class ControlServer:
@@ -66,7 +71,7 @@ class ControlServer:
     def __init__(
         self,
         offer: Offer,
-        responder: Responder,
+        responder: AnyResponder,
         channels: OpenChannels,
         stop: Stop,
         *,
@@ -100,7 +105,7 @@ class ControlServer:
         while not self._stop.requested:
             if self._watchdog is not None:
                 self._watchdog.turning("control")
-            self._responder.socket.poll(int(REQUEST_WAIT_SECONDS * 1000))
+            self._responder.wait(REQUEST_WAIT_SECONDS)
             self._responder.answer_waiting(self._answer)
             while not self._gone.empty():
                 self._channels.drop_client(self._gone.get())
@@ -122,8 +127,10 @@ class ControlServer:
         offer = self._offer
         if opening.service != offer.service:
             raise ChannelError(f"this worker offers {offer.service!r}, not {opening.service!r}")
+        require_room(self._responder, CHANNEL_FILES)
         # fault: before channel opened
         lane, doorbell = agreed(opening.lane, opening.doorbell)
+        offer.ensure_named()
         channel = self._channels.open(opening, lane, doorbell)
         log.info(
             "channel area %d opened by %s (pid %d): lane %s, doorbell %s, control %s",

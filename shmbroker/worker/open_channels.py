@@ -12,6 +12,7 @@ from shmbroker.lane.doorbell import PollingBell, SemaphoreBell
 from shmbroker.lane.shm_lane import ShmWorkerLane
 from shmbroker.lane.zmq_lane import new_token
 from shmbroker.memory import names
+from shmbroker.memory.hold import is_surely_held
 from shmbroker.memory.segment import Segment
 from shmbroker.settings.kinds import Doorbell, Lane
 from shmbroker.trace.writer import Trace
@@ -163,9 +164,10 @@ class OpenChannels:
         self._frames.remove(channel, close)
 
     def drop_client(self, client: str) -> None:
-        """Drop all channels of a client that is gone."""
+        """Drop all channels of a client that the broker says is gone, unless it still holds its doorbell: then the broker is wrong (H5)."""
         for channel in [c for c in self._channels.values() if c.opened.client == client]:
-            self.drop(channel)
+            if not is_surely_held(names.bell_path(channel.opened.bell)):
+                self.drop(channel)
 
     def drop_dead(self) -> None:
         """Drop the channels of processes that have ended."""

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, TypeVar, overload
 
 import torch
-import zmq
 
 from shmbroker.control import endpoint as endpoints
 from shmbroker.control import messages as m
@@ -27,13 +26,14 @@ from shmbroker.control.broker_link import BrokerLink
 from shmbroker.control.curve import ANY_PORT
 from shmbroker.control.joining import ask_broker, peer_name, resolve_instance
 from shmbroker.control.liveness import process_of, this_process
-from shmbroker.control.sockets import Requester, Responder
+from shmbroker.control.sockets import Requester
+from shmbroker.control.unix_responder import responder_at
 from shmbroker.errors import BadInput
-from shmbroker.lane.doorbell import SemaphoreBell
 from shmbroker.lane.outputs import OutSpec
+from shmbroker.lane.own_bell import OwnBell
 from shmbroker.lane.zmq_lane import ZmqWorkerSocket
 from shmbroker.memory import names
-from shmbroker.memory.hold import Hold, unlink_own
+from shmbroker.memory.open_files import require_files, telling_exhaustion
 from shmbroker.settings.arguments import seconds
 from shmbroker.settings.load import current
 from shmbroker.systemd import notify
@@ -50,6 +50,9 @@ from shmbroker.worker.ops import OpDefinition, warm_up
 from shmbroker.worker.own_log import told_on_stderr
 
 log = logging.getLogger(__name__)
+
+SERVING_FILES = 40
+"""Open files that a worker takes at most before its first channel, most of them libzmq's."""
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -186,9 +189,15 @@ class Worker:
         After a signal an op has :data:`DRAIN_SECONDS` to finish; then the process ends without it, status 0.
 
         That it is ready, and each call that fails, is logged; on standard error where the program has not set up logging (``log_level`` of the settings).
-        Raises :class:`BrokerUnreachable` when there is no broker. ``ready`` is called once clients can come.
+        Raises :class:`BrokerUnreachable` when there is no broker, :class:`TooManyOpenFiles`. ``ready`` is called once clients can come.
         """
-        with told_on_stderr(current().log_level), drained_by_signals(self._stop, self.name), self._joined() as frames:
+        require_files(SERVING_FILES, "Worker.serve()")
+        with (
+            telling_exhaustion("Worker.serve()"),
+            told_on_stderr(current().log_level),
+            drained_by_signals(self._stop, self.name),
+            self._joined() as frames,
+        ):
             log.info(
                 "%s is ready: service %r on instance %r, ops %s", self.name, self.service, self.instance, ", ".join(self._ops) or "none"
             )
@@ -214,17 +223,18 @@ class Worker:
             access = Access.of(self.instance)
             context = access.context()
             stack.callback(context.term)
-            bell_name = self._own_bell(context, access, stack)
-            bell = SemaphoreBell(bell_name)
-            stack.callback(bell.close)
+            broker = Requester(context, access.endpoint)
+            stack.callback(broker.close)
+            own_bell = OwnBell(lambda: ask_broker(broker, m.MakeBell(self.id, this_process()), m.Made, self.instance).name)
+            stack.callback(own_bell.close)
             folder = None if access.tcp else endpoints.socket_path(self.instance).parent
             with endpoints.private_sockets(folder) if folder else contextlib.nullcontext():
-                responder = Responder(context, self._own_socket(folder, "worker", stack))
+                responder = responder_at(context, self._own_socket(folder, "worker", stack))
                 stack.callback(responder.close)
                 socket = ZmqWorkerSocket(context, self._own_socket(folder, "lane", stack))
                 stack.callback(socket.close)
             frames = FrameLoop(
-                bell,
+                own_bell.bell,
                 socket,
                 self._stop,
                 spin=self._spin,
@@ -234,7 +244,16 @@ class Worker:
             channels = OpenChannels(
                 self.instance, frames, memory=self._memory, kept_bytes=self._kept_bytes, trace=trace, tracebacks=self._tracebacks
             )
-            offer = Offer(self.service, self.name, self.identity, self._ops, bell_name, socket.endpoint, self._tracebacks)
+            offer = Offer(
+                self.service,
+                self.name,
+                self.identity,
+                self._ops,
+                own_bell.name,
+                socket.endpoint,
+                tracebacks=self._tracebacks,
+                ensure_named=own_bell.ensure_named,
+            )
             server = ControlServer(offer, responder, channels, self._stop, parent=self._parent, watchdog=self._watchdog)
             control = threading.Thread(target=server.serve, name="shmbroker-control", daemon=True)
             hello = functools.partial(self._hello, responder.endpoint)
@@ -249,18 +268,6 @@ class Worker:
             control.start()
             log.debug("%s (%s) answers on %s", self.name, self.id, responder.endpoint)
             yield frames
-
-    def _own_bell(self, context: zmq.Context[zmq.Socket[bytes]], access: Access, stack: contextlib.ExitStack) -> str:
-        """The name of a doorbell that the broker makes, held and then unlinked here."""
-        requester = Requester(context, access.endpoint)
-        stack.callback(requester.close)
-        name = ask_broker(requester, m.MakeBell(self.id, this_process()), m.Made, self.instance).name
-        # fault: before bell held
-        hold = Hold.on(names.bell_path(name))
-        # fault: after bell held
-        stack.callback(unlink_own, names.bell_path(name))
-        stack.callback(hold.release)
-        return name
 
     def _own_socket(self, folder: Path | None, kind: str, stack: contextlib.ExitStack) -> str:
         """An endpoint of this worker's alone: a unix socket in ``folder``, else a TCP port."""

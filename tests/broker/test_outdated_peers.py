@@ -20,7 +20,7 @@ from shmbroker.control.endpoint import ipc_endpoint
 from shmbroker.control.liveness import this_process
 from shmbroker.control.messages import OutdatedPeer
 from shmbroker.control.outdated import in_words, sender_of
-from shmbroker.control.sockets import Responder
+from shmbroker.control.unix_responder import UnixResponder
 from shmbroker.errors import PeerRefused, ProtocolMismatch
 from tests.conftest import StartChild
 from tests.processes import run, running, wait_until
@@ -103,7 +103,7 @@ def test_who_asks_in_another_version_is_answered_and_who_only_tells_is_answered_
     context: zmq.Context[zmq.Socket[bytes]], short_folder: Path, instance: str
 ) -> None:
     outdated = OutdatedPeers(instance, short_folder)
-    responder = Responder(context, ipc_endpoint(short_folder / "x.sock"), outdated.meet)
+    responder = UnixResponder(short_folder / "x.sock", outdated.meet)
     dealer = context.socket(zmq.DEALER)
     dealer.connect(responder.endpoint)
     beat = of_version(2, m.Heartbeat("0" * 16, m.PeerStats()))
@@ -111,7 +111,7 @@ def test_who_asks_in_another_version_is_answered_and_who_only_tells_is_answered_
         dealer.send(message)
     answers: list[int] = []
     while 8 not in answers:
-        responder.socket.poll(100)
+        responder.wait(0.1)
         responder.answer_waiting(lambda sender, message: None)
         while dealer.poll(0):
             answers.append(m.open_envelope(dealer.recv()).request)
@@ -146,7 +146,7 @@ def test_who_makes_up_ever_new_ones_fills_no_memory(tmp_path: Path, instance: st
 
 @pytest.mark.parametrize("body", [b"", b"\xc1", b"\x80", b"\x81\xa4peer\x01", b"\x81\xa4name\xa2a\n", b"\x92\x01\x02"])
 def test_whatever_a_message_of_another_version_holds_its_sender_is_told_without_an_error(body: bytes) -> None:
-    told = sender_of(m.Envelope(9, 0, msgspec.Raw(body)), "127.0.0.1")
+    told = sender_of(m.Envelope(9, 0, msgspec.Raw(body)))
     assert told == OutdatedPeer("", "", "", 0, 9)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -43,8 +44,17 @@ def poller() -> zmq.Poller:
 
 
 @pytest.fixture
-def peers(instance: str, tmp_path: Path, poller: zmq.Poller, sent: Sent) -> Iterator[Peers]:
-    peers = Peers(instance, tmp_path, poller, lambda receiver, message: sent.append((receiver, message)))
+def closed() -> set[bytes]:
+    """Connections that are no more."""
+    return set()
+
+
+@pytest.fixture
+def peers(instance: str, tmp_path: Path, poller: zmq.Poller, sent: Sent, closed: set[bytes]) -> Iterator[Peers]:
+    def connected(receiver: bytes) -> bool:
+        return receiver not in closed
+
+    peers = Peers(instance, tmp_path, poller, lambda receiver, message: sent.append((receiver, message)), connected)
     yield peers
     for peer in peers.known():
         peers.leave(peer.sender, peer.hello.peer)
@@ -228,20 +238,89 @@ def test_the_poller_wakes_when_a_peer_ends_and_the_others_are_told(
     killed(sitting)
     assert poller.poll(10_000)
     peers.look_after()
-    assert sent == [(b"b", m.PeerGone(dying))]
+    assert sent == [(b"b", m.PeerGone(dying)), (b"a", m.PeerGone(dying))], "itself too, in case that it lives"
     assert [peer.hello.peer for peer in peers.known()] == [other]
     assert not poller.poll(0), "nobody is watched who is gone"
 
 
+ELSEWHERE = m.ProcessId(os.getpid(), 1, namespace=1)
+"""A process of another pid namespace."""
+
+
 @pytest.mark.parametrize("silent", [True, False])
-def test_a_peer_that_cannot_be_watched_lives_as_long_as_it_is_heard(peers: Peers, monkeypatch: pytest.MonkeyPatch, silent: bool) -> None:
-    elsewhere = m.ProcessId(os.getpid(), 1, namespace=1)
+@pytest.mark.parametrize("hung_up", [True, False])
+def test_a_peer_that_can_be_watched_in_no_way_is_gone_when_it_is_silent_and_its_connection_closed(
+    peers: Peers, monkeypatch: pytest.MonkeyPatch, closed: set[bytes], silent: bool, hung_up: bool
+) -> None:
+    """H4: the kernel closes a connection at its process's end; silence alone is no news."""
     peer = names.new_id()
-    peers.join(b"a", hello(peer, elsewhere))
+    peers.join(b"a", hello(peer, ELSEWHERE))
     if silent:
         monkeypatch.setattr(peers_module, "SILENT_SECONDS", 0.0)
+    if hung_up:
+        closed.add(b"a")
     peers.look_after()
-    assert bool(peers.known()) != silent
+    assert bool(peers.known()) != (silent and hung_up)
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["with its name", "whose name was taken away"])
+def test_a_peer_of_another_namespace_lives_as_long_as_it_holds_its_doorbell(
+    peers: Peers, instance: str, monkeypatch: pytest.MonkeyPatch, closed: set[bytes], sent: Sent, named: bool
+) -> None:
+    """H5: however long it is silent, and whatever becomes of names and connections."""
+    monkeypatch.setattr(peers_module, "SILENT_SECONDS", 0.0)
+    peer = names.new_id()
+    path = names.bell_path(names.bell_name(instance, peer))
+    Path(path).touch()
+    hold = Hold.on(path)
+    peers.join(b"a", hello(peer, ELSEWHERE))
+    if not named:
+        os.unlink(path)
+    closed.add(b"a")
+    peers.look_after()
+    assert [one.hello.peer for one in peers.known()] == [peer]
+    assert not sent
+    hold.release()
+    peers.look_after()
+    assert not peers.known()
+    assert not os.path.exists(path)
+    assert sent == [(b"a", m.PeerGone(peer))], "were it wrong, it would say Hello again"
+
+
+def test_a_process_that_lost_its_connection_comes_back_on_another_and_nobody_else_does(peers: Peers, closed: set[bytes]) -> None:
+    peer = names.new_id()
+    peers.join(b"a", hello(peer, this_process()))
+    closed.add(b"a")
+    with pytest.raises(ValueError, match=f"{peer} is somebody else, who lives"):
+        peers.join(b"b", hello(peer, ELSEWHERE))
+    peers.join(b"b", hello(peer, this_process()))
+    assert peers.heard(b"b", peer, STATS)
+
+
+def test_the_broker_holds_what_was_made_anew_for_a_known_process_that_cannot_lock(
+    peers: Peers, instance: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """H4."""
+    owner = names.new_id()
+    peers.join(b"a", hello(owner, this_process(), names.segment_name(instance, owner)))
+    peers.hold_until_hello(owner, this_process(), made(instance, owner))
+    monkeypatch.setattr(peers_module, "HANDOVER_SECONDS", 0.0)
+    peers.look_after()
+    assert is_held(path_of(instance, owner))
+
+
+def test_the_socket_of_a_worker_that_listens_is_left_although_nothing_of_it_has_a_name_in_shared_memory(
+    peers: Peers, instance: str, tmp_path: Path
+) -> None:
+    """As after a logout, with a broker that was started anew and does not know it yet."""
+    path = tmp_path / f"{instance}.worker.{names.new_id()}.sock"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen(0)
+        peers.reap("held by nobody")
+        assert path.exists()
+    peers.reap("held by nobody")
+    assert not path.exists()
 
 
 def test_sockets_of_workers_that_are_no_more_are_taken_away(peers: Peers, instance: str, tmp_path: Path) -> None:

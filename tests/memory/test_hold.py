@@ -8,6 +8,7 @@ import fcntl
 import gc
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ import pytest
 from shmbroker.errors import SegmentError
 from shmbroker.memory import hold as hold_module
 from shmbroker.memory import names
-from shmbroker.memory.hold import Hold, is_held, unlink_if_unheld, unlink_own
+from shmbroker.memory.hold import Hold, HoldWatch, is_held, unlink_if_unheld, unlink_own
 from shmbroker.memory.reaper import reap
 from shmbroker.memory.segment import Segment, make_segment, unlink_segment
 from tests.conftest import END_SECONDS
@@ -274,6 +275,43 @@ def test_attaching_under_a_foreign_exclusive_lock_is_told_and_nothing_is_kept_op
     Segment.attach(name, hold=False).close()
     fcntl.flock(reapers_look, fcntl.LOCK_UN)
     Segment.attach(name, hold=True).close()
+
+
+# --- watching a holder (H5) --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_hold_is_seen_to_end_with_its_process_and_not_with_the_files_name(name: str, instance: str) -> None:
+    """H5."""
+    make_segment(name, SMALL, instance=instance, owner="o", owner_pid=1).release()
+    with holder(HOLDER, name) as process:
+        watch = HoldWatch(path_of(name))
+        os.unlink(path_of(name))
+        os.kill(process.pid, signal.SIGSTOP)
+        assert watch.held()
+        process.kill()
+        process.wait()
+        assert not watch.held()
+
+
+def test_what_nobody_holds_cannot_be_watched_and_watching_keeps_nothing_open(made: str) -> None:
+    before = open_files()
+    watch = HoldWatch(path_of(made))
+    del watch
+    assert open_files() == before
+    unlink_segment(made)
+    with pytest.raises(FileNotFoundError):
+        HoldWatch(path_of(made))
+
+
+def test_a_holder_knows_whether_the_name_is_still_that_of_its_file(name: str, instance: str) -> None:
+    hold = make_segment(name, SMALL, instance=instance, owner="o", owner_pid=1)
+    assert hold.is_at(path_of(name))
+    unlink_segment(name)
+    assert not hold.is_at(path_of(name))
+    other = make_segment(name, SMALL, instance=instance, owner="o", owner_pid=1)
+    assert not hold.is_at(path_of(name)), "another file has the name now"
+    hold.release()
+    other.release()
 
 
 # --- where nothing can be locked (H4): what the broker does about it is in tests/broker ---------------------------------------------------------------------------------------------------

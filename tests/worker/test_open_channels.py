@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from shmbroker.control.liveness import process_of
 from shmbroker.control.messages import OpenChannel
 from shmbroker.errors import ChannelError, SegmentError
+from shmbroker.memory import names
+from shmbroker.memory.hold import Hold
 from shmbroker.settings.kinds import Doorbell, Lane
 from shmbroker.worker.channel import WorkerChannel
 from tests.worker.conftest import GEOMETRY, BareClient, Serving
@@ -108,6 +112,24 @@ def test_a_client_whose_segment_is_gone_is_refused(serving: Serving, client: Bar
     opening = absent.opening(segment=client.segment.name.replace(client.id, absent.id))
     with pytest.raises(SegmentError, match="does not exist"):
         opened(serving, opening)
+
+
+def test_a_client_that_still_holds_its_doorbell_is_not_gone_whatever_the_broker_says(
+    serving: Serving, client: BareClient, log: list[str]
+) -> None:
+    """H5."""
+    path = names.bell_path(names.bell_name(client.instance, client.id))
+    Path(path).touch()
+    hold = Hold.on(path)
+    try:
+        channel = opened(serving, client.opening())
+        serving.channels.drop_client(client.id)
+        assert is_open(serving, channel)
+        hold.release()
+        serving.channels.drop_client(client.id)
+        assert not is_open(serving, channel)
+    finally:
+        os.unlink(path)
 
 
 def test_all_channels_of_a_client_that_is_gone_are_dropped_and_no_other(

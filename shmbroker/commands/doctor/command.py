@@ -64,12 +64,14 @@ def doctor(context: click.Context, instance: str | None, lane: str | None, doorb
 def examine(loaded: Loaded, instance: str, probe: Asked, *, offline: bool) -> Iterator[Check]:
     """All checks, in the order in which one explains the next; ``offline``: those that need no broker."""
     # The broker is started by the same program, and must not pay for any of it.
-    from shmbroker.commands.doctor import cuda, host, memory, peers, software, transport
+    from shmbroker.commands.doctor import cuda, files, host, memory, names, peers, software, transport
 
     settings = loaded.settings
     yield from software.checks(loaded)
     yield from memory.checks(settings, instance)
     report, broker = peers.not_asked() if offline else peers.ask_broker(instance)
+    yield from names.checks(instance, report)
+    yield from files.checks(report)
     yield from host.checks(settings, report)
     yield from cuda.checks(settings)
     yield broker

@@ -96,7 +96,7 @@ def _shared_with_broker(report: m.StatusReport) -> Iterator[Check]:
             "namespaces",
             f"the broker's process {report.pid} is not seen from here: it is in another PID namespace",
             "share the PID namespace (docker run --pid=..., Kubernetes: shareProcessNamespace: true): else the end of a process is noticed by "
-            "its silence, after 10 s",
+            "the lock that it held, after up to 0.5 s",
         )
         return
     except PermissionError:
@@ -117,7 +117,7 @@ def _foreign_peers(report: m.StatusReport) -> Iterator[Check]:
         told = ", ".join(f"{peer.role} {peer.name}" for peer in foreign)
         yield warn(
             "namespaces",
-            f"in another PID namespace than this process: {told}; their end is noticed by their silence, after 10 s",
+            f"in another PID namespace than this process: {told}; their end is noticed by the locks that they held, after up to 0.5 s",
             "share the PID namespace (docker run --pid=..., Kubernetes: shareProcessNamespace: true)",
         )
 
