@@ -29,7 +29,7 @@ from shmbroker.control.messages import (
     read_body,
 )
 from shmbroker.control.sockets import error_named
-from shmbroker.errors import BrokerUnreachable, ProtocolMismatch, ShmBrokerError
+from shmbroker.errors import BrokerUnreachable, PeerRefused, ProtocolMismatch, ShmBrokerError
 
 log = logging.getLogger(__name__)
 
@@ -157,7 +157,10 @@ class BrokerLink:
             log.warning("the broker sent what cannot be read: %s", error)
             return
         if isinstance(message, Refused):
-            self._refused(error_named(message))
+            refusal = error_named(message)
+            if isinstance(refusal, PeerRefused):
+                refusal = PeerRefused(f"the broker does not take this process: {refusal}")
+            self._refused(refusal)
             return
         if isinstance(message, Welcome):
             self._refusal = None
