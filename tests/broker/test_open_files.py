@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
-import signal
 import socket
 import subprocess
 import sys
@@ -111,16 +110,3 @@ def test_so_many_clients_as_are_promised_can_come(instance: str, short_folder: P
     with limited_broker(instance, short_folder, monkeypatch, LIMIT, LIMIT), contextlib.ExitStack() as stack:
         for _ in range(promised):
             stack.enter_context(small_client())
-
-
-def test_a_known_process_that_comes_back_is_taken_however_few_files_there_are(
-    instance: str, short_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with limited_broker(instance, short_folder, monkeypatch, LIMIT, LIMIT) as broker, contextlib.ExitStack() as stack:
-        with contextlib.suppress(shmbroker.TooManyOpenFiles):
-            while True:
-                stack.enter_context(small_client())
-        known = {peer.peer for peer in ask(None).peers}
-        os.kill(broker.pid, signal.SIGSTOP)
-        os.kill(broker.pid, signal.SIGCONT)
-        wait_until(lambda: {peer.peer for peer in ask(None).peers} == known)
