@@ -12,6 +12,7 @@ import torch
 from shmbroker.client import Channel, Client, FailoverChannel, connect
 from shmbroker.errors import BadInput
 from shmbroker.models import ModelSource, model_dtype
+from tee_worker.held_signals import HeldSignals
 from tee_worker.offloading.offload import offload
 from tee_worker.planning.arena_size import arena_bytes
 from tee_worker.planning.own_part import own_part
@@ -98,9 +99,13 @@ def split_run(
     arena = arena_bytes(options.arena, planned, options.pipeline, spare=spare)
     spin_seconds = options.spin * 1e-6
     with (
+        HeldSignals() as signals,
         peers or contextlib.nullcontext(),
         connect(options.instance, arena=arena, name=name, timeout=options.timeout, spin=spin_seconds, trace=options.trace) as client,
     ):
-        channel = open_channel(client, options, wait)
-        offload(model, channel, splits, pipeline=options.pipeline, structure=structure)
-        yield SplitRun(model, structure, splits, channel, options.pipeline)
+        try:
+            channel = open_channel(client, options, wait)
+            offload(model, channel, splits, pipeline=options.pipeline, structure=structure)
+            yield SplitRun(model, structure, splits, channel, options.pipeline)
+        finally:
+            signals.hold()  # until client and peers are closed
