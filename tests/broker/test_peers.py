@@ -50,11 +50,11 @@ def closed() -> set[bytes]:
 
 
 @pytest.fixture
-def peers(instance: str, tmp_path: Path, poller: zmq.Poller, sent: Sent, closed: set[bytes]) -> Iterator[Peers]:
+def peers(instance: str, short_folder: Path, poller: zmq.Poller, sent: Sent, closed: set[bytes]) -> Iterator[Peers]:
     def connected(receiver: bytes) -> bool:
         return receiver not in closed
 
-    peers = Peers(instance, tmp_path, poller, lambda receiver, message: sent.append((receiver, message)), connected)
+    peers = Peers(instance, short_folder, poller, lambda receiver, message: sent.append((receiver, message)), connected)
     yield peers
     for peer in peers.known():
         peers.leave(peer.sender, peer.hello.peer)
@@ -310,10 +310,10 @@ def test_the_broker_holds_what_was_made_anew_for_a_known_process_that_cannot_loc
 
 
 def test_the_socket_of_a_worker_that_listens_is_left_although_nothing_of_it_has_a_name_in_shared_memory(
-    peers: Peers, instance: str, tmp_path: Path
+    peers: Peers, instance: str, short_folder: Path
 ) -> None:
     """As after a logout, with a broker that was started anew and does not know it yet."""
-    path = tmp_path / f"{instance}.worker.{names.new_id()}.sock"
+    path = short_folder / f"{instance}.worker.{names.new_id()}.sock"
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         listener.listen(0)
@@ -323,11 +323,11 @@ def test_the_socket_of_a_worker_that_listens_is_left_although_nothing_of_it_has_
     assert not path.exists()
 
 
-def test_sockets_of_workers_that_are_no_more_are_taken_away(peers: Peers, instance: str, tmp_path: Path) -> None:
+def test_sockets_of_workers_that_are_no_more_are_taken_away(peers: Peers, instance: str, short_folder: Path) -> None:
     living, dead = names.new_id(), names.new_id()
     hold = made(instance, living)
-    sockets = {peer: tmp_path / f"{instance}.control.{peer}.sock" for peer in (living, dead)}
-    foreign = tmp_path / f"other-{instance}.control.{dead}.sock"
+    sockets = {peer: short_folder / f"{instance}.control.{peer}.sock" for peer in (living, dead)}
+    foreign = short_folder / f"other-{instance}.control.{dead}.sock"
     for path in (*sockets.values(), foreign):
         path.touch()
     peers.reap("held by nobody")
