@@ -31,7 +31,9 @@ def test_contiguous_strides_are_those_of_torch(shape: list[int]) -> None:
     assert contiguous_strides(tuple(shape)) == torch.empty(shape).stride()
 
 
-@pytest.mark.parametrize("shape", [3, np.int64(3), (np.int32(3),), [3], np.array([3]), torch.Size([3]), iter((3,))], ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(
+    "shape", [3, np.int64(3), (np.int32(3),), [3], np.array([3]), torch.Size([3]), iter((3,))], ids=lambda value: type(value).__name__
+)
 def test_a_shape_is_a_whole_number_or_some_of_them_also_of_numpy(shape: Any) -> None:
     spec = TensorSpec(shape, torch.float32)
     assert spec.shape == (3,)
