@@ -291,7 +291,8 @@ class CompletionLoop:
 
         A callback may do so in that thread, which then ends when the callback has returned. A second time does nothing.
         """
-        watcher = self._watcher
+        with self._watcher_lock:  # not one that is just being started
+            watcher = self._watcher
         if watcher is not None:
             self._watched.put(None)
             if watcher.ident != get_ident():
