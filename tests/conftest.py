@@ -19,6 +19,9 @@ from shmbroker.memory import names
 from shmbroker.memory.geometry import Geometry
 from shmbroker.memory.segment import Segment, make_segment, unlink_segment
 
+os.environ.pop("COLUMNS", None)
+"""Set by pytest-xdist; programs of tests print as where nobody has set it."""
+
 SegmentOf = Callable[[Geometry], Segment]
 StartChild = Callable[..., ForkProcess]
 InChild = Callable[[Callable[[], None]], None]
