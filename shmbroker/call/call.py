@@ -90,7 +90,8 @@ class Call:
             self.error = self._error_of(Completion(*completion))
             statistics.errors += 1
         elif self.future is not None:
-            self._check_answered_in_time(queued_ns + compute_ns)
+            # A worker's figures are its own claim: it has not answered later than its answer was taken.
+            self._check_answered_in_time(min(self.submitted_ns + queued_ns + compute_ns, taken_ns))
         begun_ns = self.begun_ns
         now = clock_ns()
         rpc_ns = now - begun_ns
@@ -122,9 +123,8 @@ class Call:
         except RuntimeError as error:  # a caller's tensor that was changed in the meantime
             self.error = BadInput(f"op {self.statistics.name!r} was run, and what it wrote cannot be copied back to its inputs: {error}")
 
-    def _check_answered_in_time(self, worker_ns: int) -> None:
-        """Of a call that was not waited for: an answer after the deadline is an error, whenever it is taken. ``worker_ns``: from submission to answer."""
-        answered_ns = self.submitted_ns + worker_ns
+    def _check_answered_in_time(self, answered_ns: int) -> None:
+        """Of a call that was not waited for: an answer after the deadline is an error, whenever it is taken."""
         if self.deadline_ns and answered_ns > self.deadline_ns and self.state is OUTSTANDING:
             self.statistics.errors += 1
             self.error = CallTimeout(
