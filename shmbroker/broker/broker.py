@@ -177,6 +177,8 @@ class Broker:
             time.sleep(0.05)
             self._peers.reap("left by a process that died")
         unlink_all(self.instance)
+        for path in self._socket_path.parent.glob(f"{self.instance}.*.sock"):  # of its workers
+            path.unlink(missing_ok=True)
         self._lock.release()
         with contextlib.suppress(OSError):
             self._socket_path.parent.rmdir()  # if nothing else is in it
