@@ -65,7 +65,7 @@ def test_idle_seconds_count_from_the_last_change(metered: Metered) -> None:
             figures = read_figures(client.segment.name)
             return figures.arena.idle_seconds, figures.channels[0].idle_seconds
 
-        wait_until(lambda: read_figures(client.segment.name).channels[0].calls == 1)
+        wait_until(lambda: [one.calls for one in read_figures(client.segment.name).channels] == [1])
         before = time.monotonic()
         wait_until(lambda: min(idle()) > 0.5)
         double(client.empty((4,)).fill_(1.0))
