@@ -238,7 +238,7 @@ def test_metrics_are_reached_from_outside_of_the_brokers_private_network(running
     assert running.show(BROKER, "PrivateNetwork") == "yes"
 
     def scrape(*options: str) -> str:
-        done = run("curl", "-sS", "--fail", "--max-time", "30", *options)
+        done = run("curl", "-sS", "--fail", "--max-time", "300", *options)
         assert done.returncode == 0, done.stderr + running.logs()
         return done.stdout
 
