@@ -50,7 +50,7 @@ def offload(
     ``split``: of all layers, or of each range of them (``"fused:0-3,layer:4-29"``). ``pipeline``: how many parts of a forward pass (micro-batches of
     several sequences, chunks of one long prompt) are on their way at once, so that both sides compute at the same time.
     ``model.generate()``, caches and sampling stay Hugging Face's. The worker must hold the same model in the same dtype. Raises
-    :class:`BadInput` for a split that is not known, a model that cannot be split so, or a worker with another model. ``structure``: as found
+    :class:`BadInput` for a split that is not known or a model that cannot be split so, :class:`RemoteOpError` for a worker with another model. ``structure``: as found
     by :func:`structure_of` for this split, if it is at hand.
     """
     splits = Splits.named(split)

@@ -127,12 +127,12 @@ def test_a_worker_with_another_model_or_dtype_is_told_at_once(
 ) -> None:
     channel = client.channel(tiny_worker)
     wider = AutoModelForCausalLM.from_config(tiny_llama(intermediate_size=81))
-    with pytest.raises(shmbroker.BadInput, match="is 48 x 80 here, 48 x 81 at the client: start both workers with the same --model"):
+    with pytest.raises(shmbroker.RemoteOpError, match="is 48 x 80 here, 48 x 81 at the client: start both workers with the same --model"):
         offload(wider, channel)
-    with pytest.raises(shmbroker.BadInput, match="is float32 of width 48 here, bfloat16 of width 48 at the client"):
+    with pytest.raises(shmbroker.RemoteOpError, match="is float32 of width 48 here, bfloat16 of width 48 at the client"):
         offload(AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16), channel)
     deeper = AutoModelForCausalLM.from_config(tiny_llama(num_hidden_layers=4))
-    with pytest.raises(shmbroker.BadInput, match=r"has no linear layer 'model\.layers\.3\.self_attn\.q_proj'"):
+    with pytest.raises(shmbroker.RemoteOpError, match=r"has no linear layer 'model\.layers\.3\.self_attn\.q_proj'"):
         offload(deeper, channel, "linear")
     with pytest.raises(shmbroker.BadInput, match="split 'half' is not known; there are: linear, fused, op"):
         offload(wider, channel, "half")

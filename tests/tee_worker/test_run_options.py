@@ -24,7 +24,7 @@ from tests.processes import run
 
 COMMANDS = {"generate": GenerateOptions, "prefill": PrefillOptions, "serve": ServeOptions}
 NEEDED = {"generate": {"model": "m", "prompt": "p"}, "prefill": {}, "serve": {"model": "m"}}
-OF_THE_COMMAND_LINE = {"until_exit", "as_json"}
+OF_THE_COMMAND_LINE = {"until_exit", "as_json", "quiet"}
 RUN = set(RunOptions.__struct_fields__)
 SETTINGS = RUN & set(Settings.__struct_fields__)
 FOUND_LATER = {"instance", "arena"}
