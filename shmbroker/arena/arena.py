@@ -6,7 +6,8 @@ A3  A tensor that lies in a block is found again by its address, also through vi
     address: they are placed anew, which costs nothing to copy).
 A4  When no block is free, placing waits for a release until its deadline, then names the oldest holders.
 A5  A block that a call names (it has the block's ``hold``) is not released before the call lets go, whatever becomes of its tensors: one that
-    is moved to other memory (``share_memory_()``, a multiprocessing queue) dies for its block while it lives on.
+    is moved to other memory (``share_memory_()``, a multiprocessing queue) dies for its block while it lives on. Where a channel is closed over a
+    call, that is when the worker has ended it, or has ended itself.
 
 How the death of a tensor is noticed is told in :mod:`shmbroker.arena.leases`.
 """

@@ -168,6 +168,9 @@ class Broker:
         if self._until_exit:
             self._leave_nothing()
         self._lock.release()
+        if self._until_exit:
+            with contextlib.suppress(OSError):
+                self._socket_path.parent.rmdir()  # if nothing else is in it
         log.info("instance %s: stopped", self.instance)
 
     def _leave_nothing(self) -> None:
@@ -179,9 +182,6 @@ class Broker:
         unlink_all(self.instance)
         for path in self._socket_path.parent.glob(f"{self.instance}.*.sock"):  # of its workers
             path.unlink(missing_ok=True)
-        self._lock.release()
-        with contextlib.suppress(OSError):
-            self._socket_path.parent.rmdir()  # if nothing else is in it
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._stopping = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,8 @@ class ClientMemory:
         self.arena = Arena(segment)
         self.device: DeviceArena | None = None
         self.place_timeout = place_timeout
+        self._parked: dict[str, list[object]] = {}
+        """By worker: holds of blocks that it may still write to, though nobody waits for its answer any more."""
         self._closed = ""
         """Why, in words for its user."""
 
@@ -84,6 +87,14 @@ class ClientMemory:
         """Wait until what was written to the device arena on the current stream is there, for a worker to read."""
         if self.device is not None:
             self.device.written()
+
+    def park(self, worker: str, holds: Iterable[object]) -> None:
+        """Keep blocks from being placed anew until :meth:`unpark`: ``worker`` may still run calls that name them."""
+        self._parked.setdefault(worker, []).extend(holds)
+
+    def unpark(self, worker: str) -> None:
+        """``worker`` is gone."""
+        self._parked.pop(worker, None)
 
     def refuse(self, why: str) -> None:
         """From now on methods raise :class:`ChannelError` with ``why``, the first that was told."""

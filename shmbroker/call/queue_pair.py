@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Sequence, Sized
 
 from shmbroker.call.call import Call, clock_ns
 from shmbroker.call.completions import CompletionLoop, Waitable
@@ -56,6 +56,8 @@ class QueuePair:
         self._watch = watch or Watch(worker.process)
         self._submit_lock = threading.Lock()
         self._outstanding: dict[int, Call] = {}
+        self.unanswered: list[Sequence[object]] = []
+        """The holds of the blocks of calls that were outstanding when the channel was closed, until the worker is known not to run them."""
         self._last_call_id = 0
         self._unknown_completions = 0
         self._lost: ShmBrokerError | None = None
@@ -186,13 +188,18 @@ class QueuePair:
 
         self.completions.alone(end, settle_here=False)
 
-    def lose(self, why: str) -> None:
-        """No call will be answered any more: fail those outstanding."""
+    def lose(self, why: str, *, worker_goes_on: bool = False) -> None:
+        """No call will be answered any more: fail those outstanding.
+
+        ``worker_goes_on``: it may still run one of them, so that the blocks of all stay theirs, in ``unanswered``.
+        """
         with self._submit_lock:
             if self._lost is not None:
                 return
             self._lost = WorkerLost(f"{why}; open a new channel once a worker offers {self._service!r} again")
             lost, self._outstanding = self._outstanding, {}
+        if worker_goes_on:
+            self.unanswered = [call.holds for call in lost.values()]
         for call in lost.values():
             call.fail(WorkerLost(f"op {call.statistics.name!r}, call {call.call_id}: {why} before it answered"))
 
@@ -227,7 +234,7 @@ class QueuePair:
     def stop(self, why: str) -> None:
         """Take no more completions, and fail what is outstanding. When this returns, no thread reads from the lane."""
         self.completions.remove(self)
-        self.completions.alone(lambda: self.lose(why))
+        self.completions.alone(lambda: self.lose(why, worker_goes_on=True))
 
     def close(self) -> None:
         """Let go of the lane and of the watch, after :meth:`stop`."""

@@ -84,6 +84,8 @@ class Channel:
         self._control_lock = threading.Lock()
         self._closed = False
         self._told_lost = False
+        self.goes_on = False
+        """The worker still ran a call of it when it was closed."""
         self._closing = Closing(f"the channel to {worker.name}")
         for step in (lambda: on_close(self), pair.close, self._close_requester, self._tell_worker, self._stop):
             self._closing.add(step)
@@ -264,13 +266,23 @@ class Channel:
         self.pair.stop("the channel was closed")
 
     def _tell_worker(self) -> None:
+        """And wait a moment until it runs no call any more. One that goes on keeps its blocks, and the channel's area, until its worker is gone."""
         if self._told_lost:
             return
+        unanswered, over = self.pair.unanswered, False
+        until = time.monotonic() + CLOSING_SECONDS
         try:
             with self._control_lock:
-                self._requester.ask(m.CloseChannel(self.opened.channel), m.Done, timeout=CLOSING_SECONDS)
+                while not over and (left := until - time.monotonic()) > 0:
+                    closing = m.CloseChannel(self.opened.channel)
+                    over = self._requester.ask(closing, m.ChannelClosed, left, self.pair.alive).over or not unanswered
         except (ShmBrokerError, TimeoutError) as error:
             log.debug("closing channel %d: %s", self.opened.channel, error)
+        if unanswered and not over and self.pair.alive():
+            log.warning("%s still runs a call of a channel that was closed: its blocks stay held until that worker ends", self.peer_text())
+            self.memory.park(self.worker_id, unanswered)
+            self.goes_on = True
+        self.pair.unanswered = []
 
     def _close_requester(self) -> None:
         with self._control_lock:

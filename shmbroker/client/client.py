@@ -16,6 +16,7 @@ from shmbroker.arena.cuda_runtime import Cuda
 from shmbroker.arena.device_arena import DeviceArena
 from shmbroker.call.client_memory import ClientMemory
 from shmbroker.client import open_clients
+from shmbroker.client.areas import Areas
 from shmbroker.client.channel import Channel
 from shmbroker.client.closing import Closing
 from shmbroker.client.failover import FailoverChannel
@@ -114,9 +115,9 @@ class Client:
         self._unusable = ""
         """Why, in words for its user."""
         self._channels: list[Channel] = []
-        self._free_areas = list(range(geometry.channel_count))
+        self._areas = Areas(geometry.channel_count)
         self._lock = threading.Lock()
-        """Of the two lists above, which any thread may change."""
+        """Of the list above, which any thread may change."""
         self._again = functools.partial(
             Client,
             instance,
@@ -183,6 +184,8 @@ class Client:
         )
 
     def _peer_gone(self, peer: str) -> None:
+        self._memory.unpark(peer)
+        self._areas.unpark(peer)
         for channel in list(self._channels):
             if channel.worker_id == peer:
                 channel.pair.peer_gone()
@@ -285,15 +288,13 @@ class Client:
 
     def _open(self, service: str, wanted: tuple[Lane, Doorbell], wait: float, passed_over: frozenset[str]) -> Channel:
         """While it does, closing waits: what it opens is closed too."""
-        with self._lock:
-            if not self._free_areas:
-                raise ChannelError(f"all {len(self._channels)} channels of this client are open: close one, or connect(channels=...)")
-            index = self._free_areas.pop()
+        index = self._areas.take()
+        if index is None:
+            raise ChannelError(f"all {self._areas.count} channels of this client are open: close one, or connect(channels=...)")
         try:
             opened = self._opener.open_any(service, wait, passed_over, *wanted, index)
         except BaseException:
-            with self._lock:
-                self._free_areas.append(index)
+            self._areas.give_back(index)
             raise
         channel = Channel(
             self._memory, opened.pair, opened.requester, opened.answer, opened.worker, service, index, self.timeout, on_close=self._forget
@@ -337,7 +338,10 @@ class Client:
                 self._channels.remove(channel)
                 if os.getpid() == self._pid:
                     self._publisher.clear(channel.index)
-                self._free_areas.append(channel.index)
+                if channel.goes_on:
+                    self._areas.park(channel.index, channel.worker_id)
+                else:
+                    self._areas.give_back(channel.index)
 
     # --- leaving ------------------------------------------------------------------------------------------------------------------------
 

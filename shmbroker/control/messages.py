@@ -261,6 +261,13 @@ class CloseChannel(Message, frozen=True):
     channel: int
 
 
+class ChannelClosed(Message, frozen=True):
+    """Answer to CloseChannel: no frame of the channel is run any more. Until it is ``over`` it can be asked again."""
+
+    over: bool
+    """Whether none is being run either: only then does nobody write into its client's memory."""
+
+
 class Done(Message, frozen=True):
     """It is done."""
 
@@ -338,6 +345,7 @@ AnyMessage = (
     | OpenChannel
     | ChannelOpened
     | CloseChannel
+    | ChannelClosed
     | OpenDeviceArena
     | Done
     | Bind

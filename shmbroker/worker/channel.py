@@ -28,7 +28,7 @@ from shmbroker.worker.kept_calls import about_kept, with_kept
 from shmbroker.worker.kept_tensors import DEFAULT_KEPT_BYTES, KeptTensors
 from shmbroker.worker.mapped_segment import MappedSegment
 from shmbroker.worker.ops import BoundOp, Static
-from shmbroker.worker.prepared_call import ContractBroken, PreparedCall
+from shmbroker.worker.prepared_call import PreparedCall
 
 log = logging.getLogger(__name__)
 
@@ -143,7 +143,7 @@ class WorkerChannel:
             elif not known:
                 prepared.check_copies()
                 self._keep(key, prepared)
-        except ContractBroken as error:
+        except Exception as error:  # ContractBroken; and what an odd tensor makes of the look at it must not end the worker
             return self._failed(call_id, key, queued_ns, begun_ns, error)
         return in_flight or (call_id, 0, queued_ns, compute_ns, b"")
 
@@ -191,7 +191,8 @@ class WorkerChannel:
         kind = tuple([(place.form.dtype, len(place.form.spec.shape)) for place in call.inputs])
         if not op.is_proven(kind) and sum([tensor.nbytes for tensor in inputs]) <= TRIED_BYTES and not self.mapped.memory.asynchronous:
             copies = [tensor.clone() for tensor in inputs]
-            return PreparedCall(op, copies, outputs, arguments, single=single, repeatable=False, originals=inputs, tried_as=kind)
+            unwritten = [tensor.clone() for tensor in copies]  # what the caller does with its tensors meanwhile is not the op's doing
+            return PreparedCall(op, copies, outputs, arguments, single=single, repeatable=False, unwritten=unwritten, tried_as=kind)
         return PreparedCall(op, inputs, outputs, arguments, single=single, repeatable=not call.metadata)
 
     def publish(self) -> None:

@@ -153,9 +153,8 @@ class ControlServer:
             identity=offer.identity,
         )
 
-    def _close_channel(self, request: m.CloseChannel) -> m.Done:
-        self._channels.drop(self._channels.find(request.channel))
-        return m.Done()
+    def _close_channel(self, request: m.CloseChannel) -> m.ChannelClosed:
+        return m.ChannelClosed(self._channels.close_for_client(request.channel))
 
     def _open_device_arena(self, request: m.OpenDeviceArena) -> m.Done:
         self._channels.find(request.channel).mapped.open_device(request.handle, request.nbytes)

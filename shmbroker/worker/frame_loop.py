@@ -93,16 +93,19 @@ class FrameLoop:
             self._zmq_thread = threading.Thread(target=self.serve_zmq, name="shmbroker-zmq-lane", daemon=True)
             self._zmq_thread.start()
 
-    def remove(self, channel: WorkerChannel, close: Callable[[], None]) -> None:
-        """Run no more frames of ``channel``, and then ``close()``, while no call runs."""
+    def remove(self, channel: WorkerChannel, close: Callable[[], None]) -> threading.Event:
+        """Run no more frames of ``channel``, and then ``close()``, while no call runs. Returns what is set when that is done."""
         self._by_token.pop(channel.token, None)
+        over = threading.Event()
 
         def removed() -> None:
             self._forget_lane(channel)
             with self._running:
                 close()
+            over.set()
 
         self.change(removed)
+        return over
 
     def join(self) -> None:
         """Wait until the zmq thread, where there is one, has ended. After :meth:`add_zmq` can be called no more."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+import threading
 
 from shmbroker.control.liveness import Watch
 from shmbroker.control.messages import OpenChannel
@@ -23,6 +24,9 @@ from shmbroker.worker.kept_tensors import DEFAULT_KEPT_BYTES, KeptTensors
 from shmbroker.worker.mapped_segment import MappedSegment
 
 log = logging.getLogger(__name__)
+
+OVER_SECONDS = 0.05
+"""How long a client that closes a channel is kept waiting, and everybody else with it, for a call that still runs; then it asks again."""
 
 
 class OpenChannels:
@@ -53,6 +57,8 @@ class OpenChannels:
         """By number, which is random and told only to the client: whoever knows it may bind on the channel and close it."""
         self._mapped: dict[str, MappedSegment] = {}
         """By name, those that have users."""
+        self._leaving: dict[int, threading.Event] = {}
+        """By number, of channels that their clients have closed while a call ran: what is set when that has ended."""
         self._done = ChannelCounters()
         """Of channels that are closed."""
 
@@ -142,10 +148,27 @@ class OpenChannels:
 
     # --- dropping -----------------------------------------------------------------------------------------------------------------------
 
+    def close_for_client(self, number: int) -> bool:
+        """Drop the channel of this number; whether no call of it runs any more. Asked again, whether that has ended meanwhile.
+
+        Raises :class:`ChannelError` when there is none, or its end was told.
+        """
+        if number not in self._leaving:
+            self._leaving = {one: over for one, over in self._leaving.items() if not over.is_set()}  # of clients that asked no more
+            self._leaving[number] = self._drop(self.find(number))
+        over = self._leaving[number].wait(OVER_SECONDS)
+        if over:
+            del self._leaving[number]
+        return over
+
     def drop(self, channel: WorkerChannel) -> None:
         """Close a channel, and its segment with the last one on it. A second time does nothing."""
-        if self._channels.pop(channel.number, None) is None:
-            return
+        if channel.number in self._channels:
+            self._drop(channel)
+
+    def _drop(self, channel: WorkerChannel) -> threading.Event:
+        """Of one that is open. Returns what is set when none of its calls runs any more."""
+        del self._channels[channel.number]
         opened, counters = channel.opened, channel.counters
         log.info("channel area %d of %s closed after %d calls", opened.index, opened.client_name, counters.calls)
         self._done.calls += counters.calls
@@ -161,7 +184,7 @@ class OpenChannels:
             if unused:
                 mapped.close()
 
-        self._frames.remove(channel, close)
+        return self._frames.remove(channel, close)
 
     def drop_client(self, client: str) -> None:
         """Drop all channels of a client that the broker says is gone, unless it still holds its doorbell: then the broker is wrong (H5)."""

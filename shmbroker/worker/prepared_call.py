@@ -34,10 +34,11 @@ class PreparedCall:
     """A frame that was checked, with its tensors: when the same one comes again, byte for byte, it need only be run.
 
     Each tensor has a version counter and a storage of its own, so what the op did with it is seen by counters alone. ``repeatable``: per-call arguments
-    lie behind what a frame is recognised by. ``originals``: the inputs are copies of these, to try out a call of the kind ``tried_as``.
+    lie behind what a frame is recognised by. ``unwritten``: of inputs that are copies, to try out a call of
+    the kind ``tried_as``, what they were.
     """
 
-    __slots__ = ("_originals", "_watched", "inputs", "op", "repeatable", "run", "tried_as")
+    __slots__ = ("_unwritten", "_watched", "inputs", "op", "repeatable", "run", "tried_as")
 
     def __init__(
         self,
@@ -48,7 +49,7 @@ class PreparedCall:
         *,
         single: bool,
         repeatable: bool,
-        originals: Sequence[torch.Tensor] = (),
+        unwritten: Sequence[torch.Tensor] = (),
         tried_as: object = None,
     ) -> None:
         self.op = op
@@ -56,7 +57,7 @@ class PreparedCall:
         self.run: Callable[[], object] = op.prepare(self.inputs, outputs, arguments, single=single)
         self.repeatable = repeatable
         self.tried_as = tried_as
-        self._originals = originals
+        self._unwritten = unwritten
         self._watched: tuple[_Watched, ...] = ()
 
     def watch(self) -> None:
@@ -96,9 +97,9 @@ class PreparedCall:
 
     def check_copies(self) -> None:
         """After a run on copies: look closer, at what no counter tells (writes through NumPy, a storage or a DLPack capsule that is kept)."""
-        for index, original in enumerate(self._originals):
+        for index, before in enumerate(self._unwritten):
             copy = self.inputs[index]
-            if not _same_bytes(copy, original):
+            if not _same_bytes(copy, before):
                 raise self._wrote(index)
             if _is_held(copy):
                 gc.collect()

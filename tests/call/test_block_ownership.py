@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +11,9 @@ import torch.multiprocessing as mp
 
 import shmbroker
 from shmbroker import BadInput
+from shmbroker.client import channel as channels
 from shmbroker.client.channel import Channel
+from tests.processes import submissions_taken, wait_until, worker_process
 
 Move = Callable[[torch.Tensor], object]
 
@@ -112,3 +115,58 @@ def test_blocks_are_free_again_when_call_and_capture_have_ended(channel: Channel
     assert future.result().sum().item() == 6.0 * 1024
     del future
     assert client.arena.occupancy().blocks == 0
+
+
+def test_who_closes_a_channel_waits_for_its_running_call_and_nobodys_tensor_is_written(client: shmbroker.Client, channel: Channel) -> None:
+    """A5, of a call that nobody waits for any more."""
+    sleep = channel.bind("sleep", seconds=0.4)
+    b = client.empty((1024,)).fill_(3.0)
+    sleep(b)
+    future = sleep.submit(b)
+    taken = channel.lane != "shm"
+    wait_until(lambda: taken or submissions_taken(channel) == 2)
+    channel.close()
+    with pytest.raises(shmbroker.WorkerLost, match="the channel was closed before it answered"):
+        future.result()
+    del future, b
+    others = [client.empty((1024,)).fill_(-index) for index in range(64)]
+    time.sleep(0.8)  # it would be over by then
+    assert all(bool((other == -index).all()) for index, other in enumerate(others))
+    del others
+    assert client.arena.occupancy().blocks == 0
+
+
+def test_a_call_that_outlasts_its_closed_channel_keeps_blocks_and_area_until_its_worker_ends(
+    broker: shmbroker.LocalBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A5."""
+    monkeypatch.setattr(channels, "CLOSING_SECONDS", 0.2)
+    with worker_process("slow") as process, shmbroker.connect(arena="1M", channels=2) as client:
+        channel = client.channel("slow")
+        sleep = channel.bind("sleep", seconds=3600.0)
+        future = sleep.submit(client.empty((1024,)).fill_(3.0))
+        wait_until(lambda: submissions_taken(channel) == 1)
+        channel.close()
+        with pytest.raises(shmbroker.WorkerLost):
+            future.result()
+        del future
+        assert client.arena.occupancy().blocks == 2
+        other = client.channel("slow")
+        assert other.index != channel.index, "its queues may still be written to"
+        with pytest.raises(shmbroker.ChannelError, match="all 2 channels of this client are open"):
+            client.channel("slow")
+        process.kill()
+        wait_until(lambda: client.arena.occupancy().blocks == 0)
+        other.close()
+    with worker_process("slow") as process, shmbroker.connect(arena="1M", channels=1) as client:
+        client.channel("slow").close()
+        client.channel("slow").close()
+
+
+def test_what_a_caller_does_with_an_input_meanwhile_is_not_taken_for_the_ops_doing(channel: Channel) -> None:
+    sleep = channel.bind("sleep", seconds=0.3)
+    b = channel.memory.empty((1024,)).fill_(3.0)
+    future = sleep.submit(b)  # the first call of its kind: on a copy
+    wait_until(lambda: channel.lane != "shm" or submissions_taken(channel) == 1)
+    b.fill_(4.0)
+    assert future.result().shape == (1024,)

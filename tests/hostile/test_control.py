@@ -81,6 +81,7 @@ MESSAGES: list[m.Message] = [
     m.GetStatus(),
     m.OpenChannel(ME, "name", PROCESS, f"/shmbroker.x.segment.{ME}", 0, "test", "shm", "sem", f"/shmbroker.x.bell.{ME}"),
     m.CloseChannel(1),
+    m.ChannelClosed(True),
     m.OpenDeviceArena(1, b"\0" * 64, 4096),
     m.Bind(1, "double", {"a": [1, "x", None, {"b": 2.5}]}),
     m.AskOutSpec(1, 1, (m.SpecInfo((1, 2), "float32"),), {"a": 1}),
@@ -364,7 +365,7 @@ def test_requests_for_a_channel_before_it_is_open_or_after_it_is_closed_are_refu
     assert isinstance(opened, m.ChannelOpened)
     assert isinstance(to_worker.ask(m.AskOutSpec(opened.channel, 1, (), {})), m.Refused)
     assert isinstance(to_worker.ask(m.Bind(opened.channel, "double", {})), m.Bound)
-    assert isinstance(to_worker.ask(m.CloseChannel(opened.channel)), m.Done)
+    assert isinstance(to_worker.ask(m.CloseChannel(opened.channel)), m.ChannelClosed)
     for late in (m.CloseChannel(opened.channel), m.Bind(opened.channel, "double", {}), m.AskOutSpec(opened.channel, 1, (), {})):
         assert isinstance(to_worker.ask(late), m.Refused)
 
@@ -378,7 +379,7 @@ def test_an_area_opened_again_has_one_channel_the_last(to_worker: Wire, client: 
         assert isinstance(last, m.ChannelOpened)
         assert isinstance(to_worker.ask(m.CloseChannel(before.channel)), m.Refused)
     wait_until(lambda: worker.files() <= files)
-    assert isinstance(to_worker.ask(m.CloseChannel(last.channel)), m.Done)
+    assert isinstance(to_worker.ask(m.CloseChannel(last.channel)), m.ChannelClosed)
 
 
 NAMES = ["", "/", "/x\0y", "/" + "x" * 250, "/../../etc/passwd", "/dev/shm/x", "x", "/shmbroker.x.segment.0123456789abcdef"]
@@ -407,7 +408,7 @@ def test_questions_of_shapes_that_no_frame_could_carry_are_refused(to_worker: Wi
         answer = to_worker.ask(m.AskOutSpec(opened.channel, bound.op_id, inputs, arguments))
         assert isinstance(answer, m.Refused)
         assert answer.type_name in ("BadInput", "RemoteOpError")
-    assert isinstance(to_worker.ask(m.CloseChannel(opened.channel)), m.Done)
+    assert isinstance(to_worker.ask(m.CloseChannel(opened.channel)), m.ChannelClosed)
 
 
 @contextlib.contextmanager

@@ -100,7 +100,7 @@ def test_a_channel_is_opened_bound_called_and_closed(
         submit(end, bound(serving.channels.find(opened.channel), double), 1)
         assert next_completion(end)[0] == 1
         end.close()
-    answering.requester.ask(m.CloseChannel(opened.channel), m.Done)
+    answering.requester.ask(m.CloseChannel(opened.channel), m.ChannelClosed)
     with pytest.raises(ChannelError, match="is not open on this worker"):
         answering.bind(opened.channel, "double")
 
