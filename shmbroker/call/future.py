@@ -38,12 +38,21 @@ class WatchedFuture(concurrent.futures.Future[Result]):
         """Whether the outcome was taken over. Looks for nothing."""
         return super().done()
 
-    def outcome(self) -> Result:
-        """What was taken over: the outputs, or the error raised, a new one each time."""
-        error = super().exception(0)
+    def result(self, timeout: float | None = None) -> Result:
+        """The outputs. Raises the call's error, a new one each time; TimeoutError when they are not there after ``timeout`` seconds."""
+        error = self.exception(timeout)
         if error is not None:
             raise anew(error)
         return super().result(0)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """The call's error, or None. Raises TimeoutError when it is not done after ``timeout`` seconds."""
+        self.fetch(timeout)
+        return super().exception(0)
+
+    def fetch(self, timeout: float | None) -> None:
+        """Wait for the outcome, and take it over. Raises TimeoutError when it is not there after ``timeout`` seconds."""
+        raise NotImplementedError
 
     def done(self) -> bool:
         """Whether the call is done, or its deadline has passed. Looks for its completion, and does not wait for it."""
@@ -120,17 +129,8 @@ class CallFuture(WatchedFuture):
         if self._call.state is not DONE:
             self._call.plan.carrier.completions.watch(self._call)
 
-    def result(self, timeout: float | None = None) -> Result:
-        """The outputs. Raises the call's error; TimeoutError when they are not there after ``timeout`` seconds."""
-        self._wait(timeout)
-        return self.outcome()
-
-    def exception(self, timeout: float | None = None) -> BaseException | None:
-        """The call's error, or None. Raises TimeoutError when it is not done after ``timeout`` seconds."""
-        self._wait(timeout)
-        return super().exception(0)
-
-    def _wait(self, timeout: float | None) -> None:
+    def fetch(self, timeout: float | None) -> None:
+        """As of any watched future."""
         call = self._call
         if not self.settled():
             if not call.plan.carrier.wait(call, timeout):

@@ -21,7 +21,7 @@ from shmbroker.call.report import Report
 from shmbroker.call.statistics import OpStatistics
 from shmbroker.client.channel import Channel
 from shmbroker.client.failover_op import FailoverOp
-from shmbroker.errors import BadInput, NoSuchService, ShmBrokerError, WorkerLost
+from shmbroker.errors import BadInput, NoSuchService, ShmBrokerError, WorkerLost, anew
 from shmbroker.lane.outputs import OutSpec
 
 log = logging.getLogger(__name__)
@@ -101,11 +101,11 @@ class FailoverChannel:
         """Have another worker take over from ``lost``, unless one has already. Raises ``error``'s kind when none comes in time."""
         with self._lock:
             if self._closed:
-                raise error
+                raise anew(error) from None
             if self.channel is not lost:
                 return
             if self.memory.refused:
-                raise error
+                raise anew(error) from None
             log.warning("%s; looking for another worker that offers %r", error, self.service)
             self._replace(lost, error, self.patience)
 
@@ -121,7 +121,7 @@ class FailoverChannel:
         self.channel = found
         if self._closed:  # meanwhile: whoever closed did not know of it
             found.close()
-            raise error
+            raise anew(error) from None
         self.failovers += 1
         log.warning(
             "worker %r (pid %d) took over after %.2f s", self.channel.worker_name, self.channel.worker_pid, time.monotonic() - begun
@@ -164,7 +164,7 @@ class FailoverChannel:
                 self._passed_over.add(found.worker_id)
                 found.close()
             if self._closed or self.memory.refused:
-                raise error
+                raise anew(error) from None
             if time.monotonic() >= until:
                 raise WorkerLost(
                     f"{error}; none took over within {self.patience:g} s{refused}: start one, or wait longer (--failover)"

@@ -6,6 +6,7 @@ then somebody else may wait for it, or nobody.
 
 from __future__ import annotations
 
+import concurrent.futures
 import threading
 import time
 from collections.abc import Callable
@@ -13,7 +14,6 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 
-from shmbroker.call.call import Result
 from shmbroker.call.future import CallFuture, WatchedFuture
 from shmbroker.call.remote_op import CapturedCall, RemoteOp
 from shmbroker.client.channel import Channel
@@ -229,23 +229,14 @@ class FailoverFuture(WatchedFuture):
         self._attempt = attempt
         self._watch(attempt)
 
-    def result(self, timeout: float | None = None) -> Result:
-        """As :meth:`CallFuture.result`."""
-        self._wait(timeout)
-        return self.outcome()
-
-    def exception(self, timeout: float | None = None) -> BaseException | None:
-        """As :meth:`CallFuture.exception`."""
-        self._wait(timeout)
-        return super().exception(0)
-
-    def _wait(self, timeout: float | None) -> None:
+    def fetch(self, timeout: float | None) -> None:
+        """As of any watched future. ``timeout`` is for all attempts together."""
         until = None if timeout is None else time.monotonic() + timeout
         attempt = self._attempt
         if attempt is not None:
             attempt[1].exception(timeout)
             self._over(attempt)
-        super().exception(None if until is None else max(0.0, until - time.monotonic()))
+        concurrent.futures.Future.exception(self, None if until is None else max(0.0, until - time.monotonic()))
 
 
 def _settled() -> NoReturn:
