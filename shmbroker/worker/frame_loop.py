@@ -107,6 +107,11 @@ class FrameLoop:
         self.change(removed)
         return over
 
+    def finish_running(self) -> None:
+        """Wait until the call that runs is answered. Once a stop was requested, none is begun any more."""
+        with self._running:
+            pass
+
     def join(self) -> None:
         """Wait until the zmq thread, where there is one, has ended. After :meth:`add_zmq` can be called no more."""
         if self._zmq_thread is not None:
@@ -211,7 +216,7 @@ class FrameLoop:
 
     def _run_messages_until_stopped(self) -> None:
         while True:
-            stopping = self._stop.requested
+            stopping = self._stop.requested  # of this turn: what had come when it was requested is answered in the next one
             if self._watchdog is not None:
                 self._watchdog.turning("zmq lane")
             self._socket.wait(ZMQ_WAIT_SECONDS)
@@ -219,16 +224,16 @@ class FrameLoop:
                 taken = self._socket.take()
                 if taken is None:
                     break
-                self._run_message(*taken, stopping)
+                self._run_message(*taken)
                 taken = None
             if stopping:
                 return
 
-    def _run_message(self, token: bytes, frame: bytes, stopping: bool) -> None:
+    def _run_message(self, token: bytes, frame: bytes) -> None:
         with self._running:
             channel = self._by_token.get(token)
-            completion = None if channel is None else completed(channel.run_frame(frame, stopping))
+            completion = None if channel is None else completed(channel.run_frame(frame, self._stop.requested))
+            if completion is not None:
+                self._socket.complete(token, completion)
         if completion is None:
             log.warning("a frame with a token that no channel has was dropped")
-        else:
-            self._socket.complete(token, completion)

@@ -264,6 +264,8 @@ class Worker:
             stack.callback(frames.join)
             stack.callback(control.join)
             stack.callback(link.stop)
+            # And clients, which then place other tensors in the blocks of calls that were not answered, after the last of them has run.
+            stack.callback(frames.finish_running)
             stack.callback(self.stop)
             control.start()
             log.debug("%s (%s) answers on %s", self.name, self.id, responder.endpoint)

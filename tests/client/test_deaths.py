@@ -20,6 +20,7 @@ import shmbroker
 from shmbroker.commands.status import as_dict
 from shmbroker.control.status import ask
 from shmbroker.memory.reaper import objects
+from shmbroker.monitoring.figures import read_figures
 from tests.processes import run, running, submissions_taken, wait_until, worker_process
 
 CLIENT = "import shmbroker, sys; c = shmbroker.connect(arena='1M'); x = c.empty((4,)); print('ready', flush=True); sys.stdin.read()"
@@ -284,3 +285,15 @@ def test_a_channel_that_is_opened_while_another_threads_call_runs_is_served_mean
         assert slow_call.is_alive(), "answered while the other call still ran"
         first.close()
         slow_call.join()
+
+
+@pytest.mark.parametrize("lane", ["shm", "zmq"])
+def test_a_worker_that_is_told_to_stop_finishes_the_running_call_before_it_leaves(broker: shmbroker.LocalBroker, lane: str) -> None:
+    """Else its client would take it for gone, and place other tensors where the call still writes (A5)."""
+    with worker_process("leaving") as process, shmbroker.connect(arena="1M") as client:
+        channel = client.channel("leaving", lane=lane)
+        future = channel.bind("sleep", seconds=1.5).submit(client.empty((1024,)).fill_(3.0))
+        wait_until(lambda: [one.run_calls for one in read_figures(client.segment.name).channels] == [1])
+        process.send_signal(signal.SIGTERM)
+        assert future.result().tolist() == [3.0] * 1024
+        assert process.wait(60) == 0
