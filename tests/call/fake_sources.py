@@ -8,13 +8,13 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 
-from shmbroker.call.completions import release_waiter
+from shmbroker.call.completions import CompletionLoop, release_waiter
 from shmbroker.call.state import DONE, OUTSTANDING, CallState
 from shmbroker.lane.python_ends import Receiver
-from tests.threads import STUCK_SECONDS
+from tests.threads import STUCK_SECONDS, InThread
 
 
-def _nothing() -> None:
+def do_nothing() -> None:
     """Do nothing."""
 
 
@@ -22,7 +22,7 @@ class FakeCall:
     """A call to be waited for. :attr:`following` is set as soon as a thread waits for it behind a leader; right before, ``on_follow`` is called."""
 
     def __init__(
-        self, deadline_ns: int = 0, on_finish: Callable[[], object] = _nothing, on_follow: Callable[[], object] = _nothing
+        self, deadline_ns: int = 0, on_finish: Callable[[], object] = do_nothing, on_follow: Callable[[], object] = do_nothing
     ) -> None:
         self.state: CallState = OUTSTANDING
         self.deadline_ns = deadline_ns
@@ -71,7 +71,7 @@ class FakeSource:
 
     receivers: tuple[Receiver, ...] = ()
 
-    def __init__(self, look: Callable[[], None] = _nothing) -> None:
+    def __init__(self, look: Callable[[], None] = do_nothing) -> None:
         self.look = look
         self.readers: list[int] = []
         """The thread of each drain."""
@@ -268,3 +268,24 @@ class WatchedLock:
 
     def __exit__(self, *error: object) -> None:
         self.release()
+
+
+def waiting(loop: CompletionLoop, call: FakeCall, deadline_ns: int = 0) -> InThread[bool]:
+    """A thread that waits for ``call``."""
+    return InThread(lambda: loop.wait(call, deadline_ns))
+
+
+def followers(loop: CompletionLoop, calls: list[FakeCall]) -> list[InThread[bool]]:
+    """A thread that waits for each, behind a leader that there is already."""
+    threads = [waiting(loop, call) for call in calls]
+    for call in calls:
+        assert call.following.wait(STUCK_SECONDS)
+    return threads
+
+
+class Trouble(Exception):
+    """Raised where it is least wanted."""
+
+
+def raise_trouble() -> None:
+    raise Trouble

@@ -1,4 +1,4 @@
-"""Waiting for completions, by one thread and by many, with sources and doorbells in the test's hand. Invariants C1 to C5.
+"""Waiting for completions, by one thread and by many, with sources and doorbells in the test's hand. Invariants C1 to C4.
 
 Where a word from one thread must reach another, ``RECHECK_SECONDS`` is raised above the test's own deadline: a lost word then ends the test.
 """
@@ -14,22 +14,20 @@ from shmbroker.call import completions
 from shmbroker.call.completions import CompletionLoop
 from shmbroker.call.state import DONE
 from shmbroker.lane.doorbell import RECHECK_SECONDS
-from tests.call.fake_sources import Blocked, Clock, FakeCall, FakeFuture, FakeSource, HandRungBell, WatchedLocks
+from tests.call.fake_sources import (
+    Blocked,
+    Clock,
+    FakeCall,
+    FakeSource,
+    HandRungBell,
+    Trouble,
+    WatchedLocks,
+    do_nothing,
+    followers,
+    raise_trouble,
+    waiting,
+)
 from tests.threads import STUCK_SECONDS, InThread
-
-
-def waiting(loop: CompletionLoop, call: FakeCall, deadline_ns: int = 0) -> InThread[bool]:
-    """A thread that waits for ``call``."""
-    return InThread(lambda: loop.wait(call, deadline_ns))
-
-
-def followers(loop: CompletionLoop, calls: list[FakeCall]) -> list[InThread[bool]]:
-    """A thread that waits for each, behind a leader that there is already."""
-    threads = [waiting(loop, call) for call in calls]
-    for call in calls:
-        assert call.following.wait(STUCK_SECONDS)
-    return threads
-
 
 # --- one thread reads for all (C1) -----------------------------------------------------------------------------------------------------
 
@@ -232,18 +230,6 @@ def test_a_leader_whose_deadline_has_passed_hands_the_lead_on_too(
     assert follower.join()
 
 
-class Trouble(Exception):
-    """Raised where it is least wanted."""
-
-
-def _raise() -> None:
-    raise Trouble
-
-
-def _nothing() -> None:
-    pass
-
-
 @pytest.mark.usefixtures("no_recheck")
 @pytest.mark.parametrize("where", ["drain", "check_peer", "block"])
 def test_an_error_of_a_leader_leaves_the_lead_to_the_next(loop: CompletionLoop, bell: HandRungBell, source: FakeSource, where: str) -> None:
@@ -253,13 +239,13 @@ def test_an_error_of_a_leader_leaves_the_lead_to_the_next(loop: CompletionLoop, 
     blocked = bell.next_blocked()
     (follower,) = followers(loop, [other])
     if where != "block":
-        source.look = _raise
+        source.look = raise_trouble
     if where == "drain":
         source.answer(FakeCall())
     blocked.wake(Trouble() if where == "block" else None)
     with pytest.raises(Trouble):
         leader.join()
-    source.look = _nothing
+    source.look = do_nothing
     blocked = bell.next_blocked()
     assert blocked.thread == follower.ident
     source.answer(other)
@@ -271,23 +257,23 @@ def test_an_error_of_a_leader_leaves_the_lead_to_the_next(loop: CompletionLoop, 
 def test_an_error_leaves_nobody_in_the_lead(source: FakeSource, how: str) -> None:
     loop = CompletionLoop(lambda ready, receivers, seconds: ready())
     loop.add(source)
-    source.look = _raise
+    source.look = raise_trouble
     if "vain" not in how:
         source.answer(FakeCall())
     uses: dict[str, Callable[[], object]] = {
         "wait": lambda: loop.wait(FakeCall(), 1),
         "wait_any": lambda: loop.wait_any(1.0),
         "wait_any in vain": lambda: loop.wait_any(1.0),
-        "alone": lambda: loop.alone(_raise),
+        "alone": lambda: loop.alone(raise_trouble),
         "check_peers": loop.check_peers,
     }
     with pytest.raises(Trouble):
         uses[how]()
-    source.look = _nothing
+    source.look = do_nothing
     call = FakeCall()
     source.answer(call)
     assert InThread(lambda: loop.wait(call, 0)).join()
-    InThread(lambda: loop.alone(_nothing)).join()
+    InThread(lambda: loop.alone(do_nothing)).join()
 
 
 # --- nobody waits for long at once (C3) ------------------------------------------------------------------------------------------------
@@ -534,7 +520,7 @@ def test_a_source_is_removed_when_nobody_reads_from_it_any_more(bell: HandRungBe
     assert removing.running
     go_on.set()
     removing.join()
-    source.look = _raise
+    source.look = raise_trouble
     source.answer(FakeCall())
     other.answer(call)
     bell.next_blocked().wake()
@@ -543,158 +529,3 @@ def test_a_source_is_removed_when_nobody_reads_from_it_any_more(bell: HandRungBe
     assert (len(source.readers), source.checked) == (1, 0)
     loop.remove(source)  # a second time does nothing
     assert other.checked == 1
-
-
-# --- what is done with completions (C5) ------------------------------------------------------------------------------------------------
-
-
-def _attached(loop: CompletionLoop, callback: Callable[[], object]) -> tuple[FakeCall, FakeFuture]:
-    """A call with a future."""
-    future = FakeFuture(callback)
-    return FakeCall(on_finish=lambda: loop.settle_later(future)), future
-
-
-@pytest.mark.usefixtures("no_recheck")
-def test_a_futures_callback_may_call_and_wait_and_close(loop: CompletionLoop, bell: HandRungBell, source: FakeSource) -> None:
-    """C5: the thread that took the completion has given up the lead, so it can have it anew, and be alone."""
-    inner = FakeCall()
-
-    def callback() -> None:
-        assert loop.wait(inner, 0)
-        loop.alone(lambda: order.append("alone"))
-        order.append("called back")
-
-    order: list[str] = []
-    call, future = _attached(loop, callback)
-    leader = waiting(loop, call)
-    blocked = bell.next_blocked()
-    source.answer(call)
-    blocked.wake()
-    blocked = bell.next_blocked()
-    assert blocked.thread == leader.ident
-    source.answer(inner)
-    blocked.wake()
-    assert leader.join()
-    assert (order, future.settled) == (["alone", "called back"], 1)
-
-
-@pytest.mark.usefixtures("no_recheck")
-def test_while_a_callback_runs_others_completions_are_taken(loop: CompletionLoop, bell: HandRungBell, source: FakeSource) -> None:
-    """C2, C5: the lead was handed on before it began."""
-    called, go_on = threading.Event(), threading.Event()
-
-    def callback() -> None:
-        called.set()
-        assert go_on.wait(STUCK_SECONDS)
-
-    call, _ = _attached(loop, callback)
-    other = FakeCall()
-    leader = waiting(loop, call)
-    blocked = bell.next_blocked()
-    (follower,) = followers(loop, [other])
-    source.answer(call)
-    blocked.wake()
-    assert called.wait(STUCK_SECONDS)
-    blocked = bell.next_blocked()
-    assert blocked.thread == follower.ident
-    source.answer(other)
-    blocked.wake()
-    assert follower.join()
-    assert leader.running
-    go_on.set()
-    assert leader.join()
-
-
-@pytest.mark.parametrize("how", ["wait", "wait_any", "alone", "check_peers"])
-def test_futures_are_settled_whenever_the_lead_is_given_up_once_each_and_in_order(source: FakeSource, how: str) -> None:
-    """C5: by whoever has finished their calls, whatever it was after."""
-    loop = CompletionLoop(lambda ready, receivers, seconds: ready())
-    loop.add(source)
-    order: list[int] = []
-
-    def callback(number: int) -> None:
-        order.append(number)
-        before = source.checked
-        loop.check_peers()
-        assert source.checked > before, "the lead is still taken"
-
-    attached = [_attached(loop, lambda number=number: callback(number)) for number in range(4)]
-    calls = [call for call, _ in attached]
-
-    def finish() -> None:
-        source.look = _nothing
-        for call in calls:
-            call.finish()
-        assert order == [], "not in the midst of reading"
-
-    source.look = finish
-    last = FakeCall()
-    if how in ("wait", "wait_any"):
-        source.answer(last)
-    uses: dict[str, Callable[[], object]] = {
-        "wait": lambda: loop.wait(last, 0),
-        "wait_any": lambda: loop.wait_any(1.0),
-        "alone": lambda: loop.alone(finish),
-        "check_peers": loop.check_peers,
-    }
-    InThread(uses[how]).join()
-    assert order == [0, 1, 2, 3]
-    assert [future.settled for _, future in attached] == [1] * 4
-
-
-# --- a look, which waits for nothing ----------------------------------------------------------------------------------------------------
-
-
-def test_who_looks_takes_what_there_is_and_settles_it_and_never_blocks(
-    loop: CompletionLoop, bell: HandRungBell, source: FakeSource
-) -> None:
-    loop.look()
-    assert (source.readers, source.checked) == ([], 1), "nothing there: the peer may be dead"
-    call = FakeCall(on_finish=lambda: loop.settle_later(future))
-    future = FakeFuture(lambda: None)
-    source.answer(call)
-    loop.look()
-    assert (call.done, future.settled, bell.nobody_else) == (True, 1, True)
-
-
-def test_who_looks_leaves_it_to_the_leader_where_there_is_one(loop: CompletionLoop, bell: HandRungBell, source: FakeSource) -> None:
-    """C1."""
-    own = FakeCall()
-    leader = waiting(loop, own)
-    blocked = bell.next_blocked()
-    source.answer(own)
-    loop.look()
-    assert source.readers == []
-    blocked.wake()
-    assert leader.join()
-    assert source.readers == [leader.ident]
-
-
-def test_an_error_amid_a_look_leaves_nobody_in_the_lead(loop: CompletionLoop, source: FakeSource) -> None:
-    source.look = _raise
-    with pytest.raises(Trouble):
-        loop.look()
-    source.look = _nothing
-    InThread(lambda: loop.alone(_nothing)).join()
-
-
-def test_callbacks_of_what_became_done_alone_are_run_in_the_background_where_that_is_asked_for(
-    loop: CompletionLoop, source: FakeSource
-) -> None:
-    """C5: the thread that keeps a client known to its broker has no time for them."""
-    threads: list[int] = []
-    settled = threading.Event()
-    future = FakeFuture(lambda: (threads.append(threading.get_ident()), settled.set()))
-    loop.alone(lambda: loop.settle_later(future), settle_here=False)
-    assert settled.wait(STUCK_SECONDS)
-    assert threads != [threading.get_ident()]
-    loop.close()
-    loop.close()
-
-
-def test_a_callback_may_close_the_loop_in_the_background(loop: CompletionLoop, source: FakeSource) -> None:
-    """C5."""
-    closed = threading.Event()
-    future = FakeFuture(lambda: (loop.close(), closed.set()))
-    loop.alone(lambda: loop.settle_later(future), settle_here=False)
-    assert closed.wait(STUCK_SECONDS)

@@ -1,0 +1,191 @@
+"""The published layout as literal tables: offsets, sizes, codes and constants. They change only where the layout does."""
+
+from __future__ import annotations
+
+import ctypes
+
+from shmbroker.memory.layout import (
+    ArenaStatistics,
+    ChannelHeader,
+    ChannelStatistics,
+    CompletionFrame,
+    PicturedBlock,
+    SegmentHeader,
+    SubmissionFrame,
+    TensorDescriptor,
+)
+
+Structure = type[ctypes.LittleEndianStructure]
+
+LINE_PAIR = 128
+"""Bytes that x86-64 fetches together: two cache lines."""
+
+GOLDEN_SIZES: dict[Structure, int] = {
+    SegmentHeader: 4096,
+    PicturedBlock: 24,
+    ArenaStatistics: 1632,
+    ChannelStatistics: 1024,
+    ChannelHeader: 512,
+    TensorDescriptor: 152,
+    SubmissionFrame: 2048,
+    CompletionFrame: 1024,
+}
+
+# structure: field, offset, bytes. Other programs and other releases read these places: a change here is a new layout version.
+GOLDEN_FIELDS: dict[Structure, list[tuple[str, int, int]]] = {
+    SegmentHeader: [
+        ("magic", 0, 8),
+        ("version", 8, 4),
+        ("byte_order", 12, 4),
+        ("total_bytes", 16, 8),
+        ("arena_offset", 24, 8),
+        ("arena_bytes", 32, 8),
+        ("channels_offset", 40, 8),
+        ("channel_bytes", 48, 8),
+        ("channel_count", 56, 4),
+        ("alignment", 60, 4),
+        ("submission_depth", 64, 4),
+        ("submission_slot_bytes", 68, 4),
+        ("completion_depth", 72, 4),
+        ("completion_slot_bytes", 76, 4),
+        ("instance", 80, 32),
+        ("owner", 112, 32),
+        ("maker_pid", 144, 4),
+        ("owner_pid", 148, 4),
+        ("made_at_ns", 152, 8),
+        ("statistics_offset", 160, 8),
+        ("statistics_bytes", 168, 8),
+        ("reserved0", 176, 80),
+        ("client_sleeping", 256, 8),
+        ("reserved1", 264, 248),
+        ("arena", 512, 1632),
+        ("reserved2", 2144, 1952),
+    ],
+    PicturedBlock: [
+        ("offset", 0, 8),
+        ("nbytes", 8, 8),
+        ("placed_ns", 16, 8),
+    ],
+    ArenaStatistics: [
+        ("revision", 0, 8),
+        ("published_ns", 8, 8),
+        ("held_bytes", 16, 8),
+        ("held_blocks", 24, 8),
+        ("high_water_bytes", 32, 8),
+        ("largest_free_bytes", 40, 8),
+        ("placed_blocks", 48, 8),
+        ("waits", 56, 8),
+        ("full", 64, 8),
+        ("copied_bytes", 72, 8),
+        ("cursor", 80, 8),
+        ("block_count", 88, 8),
+        ("blocks", 96, 1536),
+    ],
+    ChannelStatistics: [
+        ("revision", 0, 8),
+        ("published_ns", 8, 8),
+        ("opened_ns", 16, 8),
+        ("calls", 24, 8),
+        ("errors", 32, 8),
+        ("sent_bytes", 40, 8),
+        ("received_bytes", 48, 8),
+        ("call_ns", 56, 8),
+        ("copied_bytes", 64, 8),
+        ("outstanding", 72, 8),
+        ("lane", 80, 8),
+        ("doorbell", 88, 8),
+        ("worker", 96, 32),
+        ("service", 128, 64),
+        ("buckets", 192, 512),
+        ("reserved0", 704, 64),
+        ("worker_revision", 768, 8),
+        ("worker_published_ns", 776, 8),
+        ("run_calls", 784, 8),
+        ("failed_calls", 792, 8),
+        ("compute_ns", 800, 8),
+        ("queued_ns", 808, 8),
+        ("reserved1", 816, 208),
+    ],
+    ChannelHeader: [
+        ("reserved0", 0, 128),
+        ("completions_taken", 128, 8),
+        ("reserved1", 136, 120),
+        ("submissions_taken", 256, 8),
+        ("reserved2", 264, 120),
+        ("worker_sleeping", 384, 8),
+        ("reserved3", 392, 120),
+    ],
+    TensorDescriptor: [
+        ("offset", 0, 8),
+        ("nbytes", 8, 8),
+        ("dtype", 16, 1),
+        ("ndim", 17, 1),
+        ("space", 18, 1),
+        ("flags", 19, 1),
+        ("reserved", 20, 4),
+        ("shape", 24, 64),
+        ("strides", 88, 64),
+    ],
+    SubmissionFrame: [
+        ("sequence", 0, 8),
+        ("call_id", 8, 8),
+        ("deadline_ns", 16, 8),
+        ("submitted_ns", 24, 8),
+        ("generations", 32, 48),
+        ("op_id", 80, 4),
+        ("input_count", 84, 2),
+        ("output_count", 86, 2),
+        ("flags", 88, 4),
+        ("metadata_bytes", 92, 4),
+        ("tensors", 96, 1824),
+        ("metadata", 1920, 128),
+    ],
+    CompletionFrame: [
+        ("sequence", 0, 8),
+        ("call_id", 8, 8),
+        ("status", 16, 4),
+        ("reserved0", 20, 4),
+        ("text_bytes", 24, 4),
+        ("reserved1", 28, 4),
+        ("queued_ns", 32, 8),
+        ("compute_ns", 40, 8),
+        ("reserved2", 48, 16),
+        ("body", 64, 960),
+    ],
+}
+
+GOLDEN_CONSTANTS = {
+    "LAYOUT_VERSION": 3,
+    "BYTE_ORDER_MARK": 0x01020304,
+    "ALIGNMENT": 256,
+    "MAX_DIMS": 8,
+    "MAX_TENSORS": 12,
+    "METADATA_BYTES": 128,
+    "TEXT_BYTES": 960,
+    "BUCKETS": 64,
+    "FIRST_BUCKET": 19,
+    "PICTURED_BLOCKS": 64,
+}
+
+# Codes are never reused: lines may be added here, none may change or go.
+GOLDEN_DTYPE_CODES = {
+    "FLOAT32": 1,
+    "FLOAT64": 2,
+    "FLOAT16": 3,
+    "BFLOAT16": 4,
+    "INT8": 5,
+    "INT16": 6,
+    "INT32": 7,
+    "INT64": 8,
+    "UINT8": 9,
+    "BOOL": 10,
+    "FLOAT8_E4M3FN": 11,
+    "FLOAT8_E5M2": 12,
+    "UINT16": 13,
+    "UINT32": 14,
+    "UINT64": 15,
+    "COMPLEX64": 16,
+    "COMPLEX128": 17,
+}
+GOLDEN_SPACES = {"SEGMENT": 0, "DEVICE": 1, "KEPT": 2}
+GOLDEN_STATUSES = {"OK": 0, "OP_ERROR": 1, "BAD_FRAME": 2, "EXPIRED": 3, "DRAINING": 4}
