@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -36,15 +37,17 @@ with shmbroker.local_broker() as broker:
         children = [subprocess.Popen([sys.executable, "-c", "import shmbroker, sys; c = shmbroker.connect(arena='1M'); print('ready', flush=True); sys.stdin.read()"],
                                      stdin=subprocess.PIPE, stdout=subprocess.PIPE)]
         children[0].stdout.readline()
-    print("held", broker.instance, broker.pid, os.environ["SHMBROKER_RUNTIME_DIR"], *[child.pid for child in children], flush=True)
-    while True:
-        try:
-            line = sys.stdin.readline()
-            if line.strip() == "end" or not line:
-                break
-            print("answer", double(torch.ones(1)).item(), repr(broker), flush=True)
+    said = ["held", broker.instance, broker.pid, os.environ["SHMBROKER_RUNTIME_DIR"], *[child.pid for child in children]]
+    ended = False
+    while not ended:
+        try:  # all that a Ctrl-C may meet: it is sent once "held" or an answer was read
+            while not ended:
+                print(*said, flush=True)
+                line = sys.stdin.readline()
+                ended = line.strip() == "end" or not line
+                said = [] if ended else ["answer", double(torch.ones(1)).item(), repr(broker)]
         except KeyboardInterrupt:
-            print("interrupted", flush=True)
+            said = ["interrupted"]
 print("left", flush=True)
 """
 """Holds a broker, with a client of its own and a worker in a thread, as a notebook does; says what it is told to."""
@@ -65,9 +68,19 @@ class Holder:
         os.write(self._write, text.encode())
 
     def wait_for(self, word: str) -> str:
-        while word not in (line := self._lines.readline()):
-            assert line, f"it ended before it said {word!r}"
-        return line
+        said: list[str] = []
+        while not said or word not in said[-1]:
+            said.append(self._line())
+            assert said[-1], f"it ended before it said {word!r}: {''.join(said)}"
+        return said[-1]
+
+    def _line(self) -> str:
+        try:
+            return self._lines.readline()
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            return ""  # how a terminal tells that nobody has it open on the other side
 
     def left(self) -> list[str]:
         """Of its broker, in shared memory and elsewhere."""

@@ -243,7 +243,8 @@ def test_metrics_are_reached_from_outside_of_the_brokers_private_network(running
         return done.stdout
 
     pid = running.main_pid(BROKER)
-    assert 'shmbroker_peers{role="worker"} 1.0' in scrape(f"http://127.0.0.1:{port}/metrics")
+    # The worker joins the broker that was started anew when it has seen that it is another.
+    wait_until(lambda: 'shmbroker_peers{role="worker"} 1.0' in scrape(f"http://127.0.0.1:{port}/metrics"))
     assert scrape("--unix-socket", str(running.path("/run/shmbroker-metrics.sock")), "http://localhost/healthz") == "ok\n"
     running.signal(BROKER, "KILL")
     assert "shmbroker_uptime_seconds" in scrape(f"http://127.0.0.1:{port}/metrics"), "who asks meanwhile waits for the next one"
