@@ -75,7 +75,7 @@ def test_a_worker_that_is_older_than_its_broker_is_named_until_it_is_restarted(f
         assert (told["role"], told["pid"], told["version"]) == ("worker", worker.pid, BEFORE)
         wait_until(lambda: "until this process is restarted: the peer speaks version" in said.read_text())
         worker.terminate()
-        assert worker.wait(60) == 0
+        assert worker.wait(300) == 0
         wait_until(lambda: json.loads(command("status", "--json"))["outdated"] == [])
         assert log.read_text().count("restart it") == 1
         assert said.read_text().count("not known to the broker any more") == 1

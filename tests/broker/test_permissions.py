@@ -178,11 +178,11 @@ def test_users_of_one_group_work_together_and_others_can_do_nothing(
 
     with broker_process(instance, "--group", str(GROUP)):
         worker = start_child(as_worker)
-        wait_until(lambda: bool(ask(None).peers), 10.0)
+        wait_until(lambda: bool(ask(None).peers))
         in_child(as_member)
-        wait_until(lambda: kinds() == ["bell"], 5.0)  # what the member could not unlink itself, being the broker's, the broker reaped
+        wait_until(lambda: kinds() == ["bell"])  # what the member could not unlink itself, being the broker's, the broker reaped
         member = start_child(as_sitting_member)
-        wait_until(lambda: len(ask(None).peers) == 2, 10.0)
+        wait_until(lambda: len(ask(None).peers) == 2)
         sockets = worker_and_broker_sockets(runtime, instance)
         for path in [*sockets, *(Path(name.path) for name in objects(instance))]:
             found = path.stat()
@@ -194,7 +194,7 @@ def test_users_of_one_group_work_together_and_others_can_do_nothing(
         worker.terminate()
         worker.join()
         assert worker.exitcode == 0
-        wait_until(lambda: not kinds() and len(list(runtime.glob("*.sock"))) == 1, 5.0)
+        wait_until(lambda: not kinds() and len(list(runtime.glob("*.sock"))) == 1)
 
 
 def test_a_member_of_the_group_cannot_take_away_what_is_anothers(

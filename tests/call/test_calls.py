@@ -151,7 +151,7 @@ def test_several_threads_call_on_one_channel(channel: Channel) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(300)
         assert not thread.is_alive()
     assert not wrong
 

@@ -19,17 +19,17 @@ def test_submitted_calls_complete_as_futures_in_any_order_of_asking(channel: Cha
     op = channel.bind("scale", factor=2.0)
     futures = [op.submit(torch.full((3,), float(number))) for number in range(20)]
     for number in reversed(range(20)):
-        assert futures[number].result(timeout=10).tolist() == [2.0 * number] * 3
+        assert futures[number].result(timeout=120).tolist() == [2.0 * number] * 3
 
 
 def test_futures_work_with_concurrent_futures_and_asyncio(channel: Channel) -> None:
     op = channel.bind("scale", factor=2.0)
     futures = [op.submit(torch.full((1,), float(number))) for number in range(8)]
-    done, pending = concurrent.futures.wait(futures, timeout=20)
+    done, pending = concurrent.futures.wait(futures, timeout=120)
     assert (len(done), len(pending)) == (8, 0)
     called = threading.Event()
     op.submit(torch.ones(1)).add_done_callback(lambda future: called.set())
-    assert called.wait(20)
+    assert called.wait(300)
 
     async def gather() -> list[torch.Tensor]:
         return await asyncio.gather(*[op.submit(torch.full((1,), float(number))) for number in range(8)])
@@ -50,7 +50,7 @@ def test_a_future_that_is_awaited_or_has_a_callback_keeps_its_deadline(channel: 
     called = threading.Event()
     future = slow.submit(torch.ones(1), timeout=0.1)
     future.add_done_callback(lambda future: (told.append(future.exception()), called.set()))
-    assert called.wait(20)
+    assert called.wait(300)
     assert isinstance(told[0], shmbroker.CallTimeout)
     assert channel.outstanding == 2
     channel.close()
@@ -73,7 +73,7 @@ def test_a_future_that_nobody_holds_lets_its_tensors_go_at_once(channel: Channel
                 concurrent.futures.wait([future], 10)
             assert future.result().sum() == 200
             del future
-        wait_until(lambda: channel.memory.arena.occupancy().blocks == before, 10.0)  # the background thread has to see it too
+        wait_until(lambda: channel.memory.arena.occupancy().blocks == before)  # the background thread has to see it too
     finally:
         gc.enable()
 
@@ -86,13 +86,13 @@ def test_a_callback_may_make_calls_and_wait_for_them(channel: Channel) -> None:
 
     def call_again(future: concurrent.futures.Future[torch.Tensor]) -> None:
         outcomes.append(double(future.result()).sum().item())
-        outcomes.append(double.submit(future.result()).result(10).sum().item())
+        outcomes.append(double.submit(future.result()).result(300).sum().item())
         done.set()
 
-    for ask in (lambda future: done.wait(10), lambda future: future.result(10)):
+    for ask in (lambda future: done.wait(300), lambda future: future.result(300)):
         done.clear()
         future = double.submit(torch.ones(4))
         future.add_done_callback(call_again)
         ask(future)
-        assert done.wait(10)
+        assert done.wait(300)
     assert outcomes == [16.0] * 4

@@ -18,7 +18,7 @@ from tests.peers import LANES
 from tests.processes import wait_until
 
 AnyChannel = Channel | FailoverChannel
-SECONDS = 30.0
+SECONDS = 120.0
 """In which whatever is waited for must have come: many times what it takes."""
 
 

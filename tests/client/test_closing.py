@@ -18,7 +18,7 @@ from shmbroker.memory.reaper import objects
 from tests.processes import run, wait_until
 from tests.threads import InThread
 
-SECONDS = 40.0
+SECONDS = 200.0
 
 
 @pytest.fixture

@@ -57,7 +57,7 @@ def test_a_killed_client_leaves_nothing_behind(broker: shmbroker.LocalBroker) ->
         assert kinds(broker.instance) == ["bell", "segment"]
         process.kill()
         process.wait()
-        wait_until(lambda: not kinds(broker.instance), 2.0)
+        wait_until(lambda: not kinds(broker.instance))
     finally:
         process.kill()
         process.communicate()
@@ -85,7 +85,7 @@ def test_callers_of_a_killed_worker_are_told_and_the_client_goes_on_with_another
                 with pytest.raises(shmbroker.WorkerLost, match="open a new channel once a worker offers 'mortal' again"):
                     die(x)
                 channel.close()
-            wait_until(lambda: not ask(None).peers[1:], 5.0)
+            wait_until(lambda: not ask(None).peers[1:])
             with worker_process("mortal"):
                 assert client.channel("mortal", lane=lane).bind("double")(x).tolist() == [2.0] * 4
 
@@ -101,7 +101,7 @@ def test_calls_go_on_without_the_broker_and_everyone_is_known_to_the_next_one(br
         with running(sys.executable, "-m", "shmbroker", "serve", "--instance", broker.instance) as second:
             assert second.stdout is not None
             assert second.stdout.readline() == b"ready\n"
-            wait_until(lambda: sorted(peer.role for peer in ask(None).peers) == ["client", "worker"], 5.0)
+            wait_until(lambda: sorted(peer.role for peer in ask(None).peers) == ["client", "worker"])
             assert double(x).tolist() == [2.0] * 4
             assert "bell segment" in " ".join(kinds(broker.instance))
 
@@ -111,10 +111,10 @@ def test_a_worker_finishes_what_runs_when_it_is_told_to_stop(broker: shmbroker.L
         channel = client.channel("test")
         slow = channel.bind("sleep", seconds=0.5)
         future = slow.submit(torch.ones(2))
-        wait_until(lambda: submissions_taken(channel) == 1, 5.0)
+        wait_until(lambda: submissions_taken(channel) == 1)
         process.send_signal(signal.SIGTERM)
-        assert future.result(timeout=10).tolist() == [1.0, 1.0]
-        assert process.wait(10) == 0
+        assert future.result(timeout=120).tolist() == [1.0, 1.0]
+        assert process.wait(300) == 0
 
 
 @pytest.mark.parametrize("op", ["sleep", "compute"])
@@ -125,10 +125,10 @@ def test_a_worker_that_is_told_to_stop_does_not_wait_for_an_op_without_end(broke
         futures = [channel.bind(op, seconds=3600.0).submit(torch.ones(2)), channel.bind("add").submit(torch.ones(2))]
         wait_until(lambda: submissions_taken(channel) >= 1)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0
+        assert process.wait(300) == 0
         for future in futures:
             with pytest.raises((shmbroker.WorkerLost, shmbroker.WorkerDraining)):
-                future.result(timeout=60)
+                future.result(timeout=300)
     wait_until(lambda: not list(objects(broker.instance)))
 
 
@@ -145,7 +145,7 @@ def test_status_lists_workers_services_segments_and_channels(broker: shmbroker.L
             report: dict[str, object] = json.loads(done.stdout)
             return report
 
-        wait_until(lambda: len(ask(None).peers[1].stats.channels) == 2 and all(c.calls for c in ask(None).peers[1].stats.channels), 10.0)
+        wait_until(lambda: len(ask(None).peers[1].stats.channels) == 2 and all(c.calls for c in ask(None).peers[1].stats.channels))
         status = told()
         assert status["broker"]["pid"] == broker.pid  # type: ignore[index]
         assert [worker["pid"] for worker in status["workers"]] == [process.pid]  # type: ignore[index, attr-defined]
@@ -213,7 +213,7 @@ def test_a_broker_that_dies_with_its_starter_leaves_nothing(tmp_path: Path) -> N
     instance, pid = process.stdout.readline().split()
     process.kill()
     process.communicate()
-    wait_until(lambda: not Path(f"/proc/{pid}").exists(), 10.0)
+    wait_until(lambda: not Path(f"/proc/{pid}").exists())
     assert kinds(instance) == []
 
 
@@ -253,8 +253,8 @@ def test_a_client_that_closed_gives_its_memory_back_at_both_ends_and_the_worker_
             client.close()
             client.close()
         assert broker.instance not in "".join(line for line in maps_of(os.getpid()).splitlines() if "segment" in line)
-        wait_until(lambda: "segment" not in maps_of(process.pid), 5.0)
-        wait_until(lambda: [peer.stats.calls for peer in ask(None).peers] == [3], 5.0)
+        wait_until(lambda: "segment" not in maps_of(process.pid))
+        wait_until(lambda: [peer.stats.calls for peer in ask(None).peers] == [3])
 
 
 def test_a_demo_that_is_killed_leaves_nothing() -> None:
@@ -296,4 +296,4 @@ def test_a_worker_that_is_told_to_stop_finishes_the_running_call_before_it_leave
         wait_until(lambda: [one.run_calls for one in read_figures(client.segment.name).channels] == [1])
         process.send_signal(signal.SIGTERM)
         assert future.result().tolist() == [3.0] * 1024
-        assert process.wait(60) == 0
+        assert process.wait(300) == 0

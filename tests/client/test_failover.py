@@ -15,7 +15,7 @@ import shmbroker
 from shmbroker.control.status import ask
 from tests.processes import freeze, wait_until, worker_process
 
-SECONDS = 60.0
+SECONDS = 200.0
 
 
 def workers_of(service: str) -> int:

@@ -34,7 +34,7 @@ with shmbroker.local_broker() as broker:
     double = client.channel("test").bind("double")
     children = []
     if "child" in sys.argv:
-        children = [subprocess.Popen([sys.executable, "-c", "import shmbroker, sys; c = shmbroker.connect(arena='1M'); print('ready', flush=True); sys.stdin.read()"],
+        children = [subprocess.Popen([sys.executable, "-c", "import shmbroker, time; c = shmbroker.connect(arena='1M'); print('ready', flush=True); time.sleep(1800)"],
                                      stdin=subprocess.PIPE, stdout=subprocess.PIPE)]
         children[0].stdout.readline()
     said = ["held", broker.instance, broker.pid, os.environ["SHMBROKER_RUNTIME_DIR"], *[child.pid for child in children]]

@@ -39,7 +39,7 @@ client = shmbroker.connect(arena="1M")
 op = client.channel("test", lane=sys.argv[1]).bind("double")
 print("ready", flush=True)
 for line in sys.stdin:
-    print(op(torch.full((2,), float(line)), timeout=20).tolist(), flush=True)
+    print(op(torch.full((2,), float(line)), timeout=300).tolist(), flush=True)
 """
 
 HOLDS_THE_INTERPRETER = """

@@ -66,7 +66,7 @@ def test_watched_for_programs_it_is_a_line_for_each_look(broker: shmbroker.Local
                     break
         assert before["broker"]["pid"] == now["broker"]["pid"] == broker.pid
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 0
+        assert process.wait(300) == 0
 
 
 @pytest.mark.parametrize("key", [b"q", b"\x03"], ids=["q", "ctrl-c"])
@@ -93,7 +93,7 @@ def test_watched_on_a_terminal_it_lives_until_a_key_and_outlives_its_broker(inst
         try:
             wait_until(lambda: shown(f"broker pid {broker.pid}".encode()))
             broker.terminate()
-            broker.wait(60)
+            broker.wait(300)
             wait_until(lambda: shown(b"no broker answers"))
             with broker_process(instance) as another:
                 wait_until(lambda: shown(f"broker pid {another.pid}".encode()))

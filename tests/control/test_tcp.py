@@ -330,7 +330,7 @@ def test_ipv6_loopback_works_too_where_there_is_any(tmp_path: Path) -> None:
     requester = Requester(context, responder.endpoint)
     assert may_listen(responder.endpoint)
     answering = threading.Thread(
-        target=lambda: responder.socket.poll(5000) and responder.answer_waiting(lambda sender, message: m.Welcome("1"))
+        target=lambda: responder.socket.poll(300_000) and responder.answer_waiting(lambda sender, message: m.Welcome("1"))
     )
     answering.start()
     assert requester.ask(m.GetStatus(), m.Welcome).epoch == "1"

@@ -27,7 +27,7 @@ UINT64_MAX = (1 << 64) - 1
 FIRST_BYTE = 8
 """Of what a producer writes into a slot: the word before is the sequence number."""
 
-TRANSFER_SECONDS = 60.0
+TRANSFER_SECONDS = 300.0
 """In which all frames between two processes must have passed: many times what it takes."""
 
 

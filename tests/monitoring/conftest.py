@@ -21,7 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from shmbroker.client.local_broker import stop_process
 from tests.processes import PROGRAMS, worker_process
 
-SCRAPE_SECONDS = 30.0
+SCRAPE_SECONDS = 120.0
 
 
 @dataclass

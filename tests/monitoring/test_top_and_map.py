@@ -106,7 +106,7 @@ def test_top_lives_in_a_terminal_until_a_key(metered: Metered, key: bytes) -> No
                     shown += os.read(ours, 65536)
                 except OSError:
                     break
-        assert process.wait(20) == 0, shown.decode()
+        assert process.wait(300) == 0, shown.decode()
         assert shown.count(b"instance") >= 3
     finally:
         if process.poll() is None:

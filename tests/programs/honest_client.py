@@ -26,7 +26,7 @@ torch.set_num_threads(1)
 calls = failed = wrong = 0
 first = ""
 generator = torch.Generator().manual_seed(0)
-with shmbroker.connect(arena="4M", name="honest", timeout=20.0) as client:
+with shmbroker.connect(arena="4M", name="honest", timeout=300.0) as client:
     service = sys.argv[1]
     lanes = [("shm", "sem"), ("shm", "poll"), ("zmq", "auto")]
     channels = [client.channel(service, lane=lane, doorbell=doorbell) for lane, doorbell in lanes]

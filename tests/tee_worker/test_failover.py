@@ -130,7 +130,7 @@ def test_futures_and_captured_calls_are_sent_again_too(broker: shmbroker.LocalBr
         called: list[bool] = []
         futures[0].add_done_callback(lambda future: called.append(torch.equal(future.result(), expected)))
         kill_worker(channel)
-        assert all(torch.equal(future.result(30), expected) for future in futures)
+        assert all(torch.equal(future.result(120), expected) for future in futures)
         wait_until(lambda: called == [True], 10.0)
         assert torch.equal(captured.replay(), expected)
         assert channel.failovers == 1

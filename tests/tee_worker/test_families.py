@@ -69,7 +69,7 @@ def client(broker: shmbroker.LocalBroker, checkpoint: Path, dtype: torch.dtype) 
     ready = threading.Event()
     thread = threading.Thread(target=lambda: torch.no_grad()(worker.serve)(ready.set))
     thread.start()
-    assert ready.wait(30)
+    assert ready.wait(120)
     try:
         with shmbroker.connect(arena="32M") as client:
             yield client

@@ -86,7 +86,7 @@ def test_serve_starts_what_it_needs_which_ends_with_it(talking: Path, server: Se
     assert instance.startswith(f"local-{server.process.pid}-")
     assert len(broker_and_worker) == 2
     server.process.send_signal(number)
-    assert server.process.wait(60) == (-number if number is signal.SIGKILL else 0)
+    assert server.process.wait(300) == (-number if number is signal.SIGKILL else 0)
     wait_until(lambda: not any(map(lives, broker_and_worker)))
     if number is signal.SIGKILL:
         reap(instance)

@@ -46,12 +46,12 @@ def traced_calls(tmp_path: Path, service: str, lane: str, doorbell: str) -> tupl
             add(client.copy_in(outside), term=SECRET_ARGUMENT)
             futures = [sleep.submit(client.copy_in(outside)) for _ in range(4)]
             for future in futures:
-                future.result(60)
+                future.result(300)
             captured = scale.capture(outside)
             captured.replay()
             called = channel.report().total.calls
         worker.send_signal(signal.SIGTERM)
-        assert worker.wait(60) == 0
+        assert worker.wait(300) == 0
     assert called == 7
     return mine, its
 
@@ -195,7 +195,7 @@ def test_after_kill_9_the_file_is_there_and_valid(broker: shmbroker.LocalBroker,
         wait_until(lambda: its.read_text().count('"run scale"') == 200)
         scale(x)
         os.kill(worker.pid, signal.SIGKILL)
-        worker.wait(60)
+        worker.wait(300)
         assert len([event for event in events(its) if event["name"] == "run scale"]) >= 200
         with pytest.raises(WorkerLost):
             scale(x)

@@ -38,7 +38,7 @@ __all__ = ["broker"]
 
 GEOMETRY = Geometry(arena_bytes=1 << 16, channel_count=4, depth=4)
 FORM = TensorSpec((4,), torch.float32)
-SECONDS = 20.0
+SECONDS = 120.0
 """In which whatever is waited for must have come: many times what it takes."""
 
 _numbers = itertools.count()

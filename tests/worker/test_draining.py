@@ -14,7 +14,7 @@ from shmbroker.worker.draining import Stop, drained_by_signals
 from tests.conftest import InChild, StartChild
 from tests.processes import wait_until
 
-SECONDS = 20.0
+SECONDS = 120.0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -37,7 +37,7 @@ def plain_worker(said: Path, before: str = "") -> Iterator[subprocess.Popen[byte
         yield process
     finally:
         process.terminate()
-        process.wait(60)
+        process.wait(300)
         assert process.stdout is not None
         process.stdout.close()
 
