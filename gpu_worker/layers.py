@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from shmbroker.errors import BadInput
-from shmbroker.models import decoder_layers, halves_of
+from shmbroker.models import cache_parameter, decoder_layers, halves_of, rotary_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,7 +33,7 @@ class Layers:
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
         self._layers = [layer for _, layer in decoder_layers(model)]
-        self._rotary: nn.Module | None = getattr(model.get_decoder(), "rotary_emb", None)  # type: ignore[no-untyped-call]
+        self._rotary = rotary_of(model)
         self._by_type = self._rotary is not None and "layer_type" in inspect.signature(self._rotary.forward).parameters
         self._types: Sequence[str] = getattr(model.config.get_text_config(), "layer_types", None) or ()
         self._turned: dict[tuple[str, ...], tuple[torch.Tensor, Any]] = {}
@@ -53,14 +53,16 @@ class Layers:
         """The op of a layer's feed-forward."""
         module = self._half(layer, "feed_forward")
         width = self._model.config.get_text_config().hidden_size
-        tried = module(torch.zeros(1, 1, width, dtype=self._model.dtype, device=self._model.device))
+        refusal = f"the feed-forward of {type(self._layer(layer)).__name__} is more than a function of its input: use split 'layer' or 'op'"
+        try:
+            tried = _first(module(torch.zeros(1, 1, width, dtype=self._model.dtype, device=self._model.device)))
+        except TypeError as error:
+            raise BadInput(refusal) from error
         if not isinstance(tried, torch.Tensor) or tried.shape != (1, 1, width):
-            raise BadInput(
-                f"the feed-forward of {type(self._layer(layer)).__name__} is more than a function of its input: use split 'layer' or 'op'"
-            )
+            raise BadInput(refusal)
 
         def run(hidden: torch.Tensor, *, out: torch.Tensor) -> None:
-            out.copy_(module(hidden))
+            out.copy_(_first(module(hidden)))
 
         return run
 
@@ -82,8 +84,16 @@ class Layers:
 
     def _with_session(self, layer: int, module: nn.Module, channel_state: dict[str, Any]) -> Callable[..., None]:
         caches: dict[int, DynamicCache] = channel_state.setdefault(_CACHES, {})
-        parameters = set(inspect.signature(module.forward).parameters)
+        parameters = inspect.signature(module.forward).parameters
+        takes_cache = cache_parameter(module)
+        demanded = [
+            name for name, one in list(parameters.items())[1:] if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD
+        ]
         kind = (self._types[layer],) if self._by_type else ()
+        if "position_embeddings" in parameters and self._rotary is None:
+            raise BadInput(
+                f"where {type(self._model).__name__} makes the rotary embeddings of its layers could not be told: use split 'op', 'fused' or 'linear'"
+            )
 
         def run(
             hidden: torch.Tensor,
@@ -99,15 +109,16 @@ class Layers:
             cache = self._cache(caches, number, layer, past) if number else None
             positions = self._positions(position_ids)
             arguments: dict[str, Any] = {
+                **dict.fromkeys(demanded),
                 "attention_mask": mask[0] if mask else None,
                 "position_ids": positions,
-                "past_key_values": cache,
                 "use_cache": cache is not None,
             }
+            if takes_cache is not None:
+                arguments[takes_cache] = cache
             if "position_embeddings" in parameters:
                 arguments["position_embeddings"] = self._embedded(hidden, positions, kind)
-            result = module(hidden, **{name: value for name, value in arguments.items() if name in parameters})
-            out.copy_(result[0] if isinstance(result, tuple) else result)
+            out.copy_(_first(module(hidden, **{name: value for name, value in arguments.items() if name in parameters})))
 
         return run
 
@@ -141,3 +152,8 @@ class Layers:
                 "is gone, or a call of it failed; start the generation anew"
             )
         return cache
+
+
+def _first(result: Any) -> Any:
+    """What a module computed, of all that it returns."""
+    return result[0] if isinstance(result, tuple) else result

@@ -3,20 +3,33 @@
 None of it imports transformers before a model is made.
 """
 
-from shmbroker.models.checkpoint import Checkpoint, model_dtype
-from shmbroker.models.parts import LayerHalves, decoder_layers, features, halves_of, is_linear, tee_part, weight_and_bias
+from shmbroker.models.checkpoint import Checkpoint, missing_shapes, model_dtype
+from shmbroker.models.parts import (
+    LayerHalves,
+    cache_parameter,
+    decoder_layers,
+    features,
+    halves_of,
+    is_linear,
+    rotary_of,
+    tee_part,
+    weight_and_bias,
+)
 from shmbroker.models.source import ModelSource, model_source
 
 __all__ = [
     "Checkpoint",
     "LayerHalves",
     "ModelSource",
+    "cache_parameter",
     "decoder_layers",
     "features",
     "halves_of",
     "is_linear",
+    "missing_shapes",
     "model_dtype",
     "model_source",
+    "rotary_of",
     "tee_part",
     "weight_and_bias",
 ]

@@ -7,7 +7,9 @@ Hugging Face's own loading then reads exactly the weights that are left, with al
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,9 +99,11 @@ class Checkpoint:
 
     def model(self, dtype: torch.dtype, keep: Keep | None = None) -> PreTrainedModel:
         """The causal language model with the parameters that ``keep`` names (all of them without it); the others are None."""
-        partial = partial_model(self.config(), keep)
+        kind = causal_model(self.config())
         with self._readable():
-            loaded: Any = partial.from_pretrained(self.folder, dtype=dtype, output_loading_info=True, **self._where)
+            loaded: Any = (kind if keep is None else partial_model(kind, keep)).from_pretrained(
+                self.folder, dtype=dtype, output_loading_info=True, **self._where
+            )
         model, found = loaded
         missing = sorted([*found["missing_keys"], *[str(key) for key in found["mismatched_keys"]]])
         if missing:
@@ -108,7 +112,7 @@ class Checkpoint:
                 f"first {missing[0]!r}; config and weights are not of one model"
             )
         if keep is not None:
-            restore_buffers(model, keep)
+            fill_buffers(model, kind)
         return cast("PreTrainedModel", model)
 
     @contextlib.contextmanager
@@ -121,21 +125,20 @@ class Checkpoint:
             raise BadInput(f"model {self.name!r} cannot be read: {type(error).__name__}: {short}") from error
 
 
-def partial_model(config: PretrainedConfig, keep: Keep | None) -> type[PreTrainedModel]:
-    """The class of the causal language model of ``config``, whose instances have the parameters that ``keep`` names.
-
-    Raises :class:`BadInput` when there is none.
-    """
+def causal_model(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The class of the causal language model of ``config``. Raises :class:`BadInput` when there is none."""
     from transformers import AutoModelForCausalLM
 
     try:
         kind: type[PreTrainedModel] = AutoModelForCausalLM._model_mapping[type(config)]  # type: ignore[assignment]
     except KeyError:
         raise BadInput(f"{type(config).__name__} is not the configuration of a causal language model") from None
-    return kind if keep is None else _partial(kind, keep)
+    return kind
 
 
-def _partial(kind: type[PreTrainedModel], keep: Keep) -> type[PreTrainedModel]:
+def partial_model(kind: type[PreTrainedModel], keep: Keep) -> type[PreTrainedModel]:
+    """``kind``, but its instances have only the parameters that ``keep`` names."""
+
     class Partial(kind):  # type: ignore[valid-type, misc]
         """Keeps the modules that it is told to; what a checkpoint holds for the others is passed over."""
 
@@ -154,19 +157,58 @@ def _partial(kind: type[PreTrainedModel], keep: Keep) -> type[PreTrainedModel]:
     return Partial
 
 
-def restore_buffers(model: PreTrainedModel, keep: Keep) -> None:
-    """Give modules without parameters the buffers back that no checkpoint holds: they are made anew with the weights, which these lack."""
-    for module in model.modules():
-        if not keep(model, module) and list(module.buffers(recurse=False)):
-            rows = max(getattr(module, "padding_idx", None) or 0, 0) + 1
-            module.register_parameter("weight", torch.nn.Parameter(torch.empty(rows, 1, dtype=model.dtype), requires_grad=False))
-            module._is_hf_initialized = False  # type: ignore[assignment]
-            model._init_weights(module)  # type: ignore[no-untyped-call]
-            hollow(module)
+def fill_buffers(model: PreTrainedModel, kind: type[PreTrainedModel]) -> None:
+    """Give a model that was made without memory the buffers that no checkpoint holds, as the classes' own code makes them.
+
+    A model of the same configuration is made for them, whose parameters have no memory. Raises :class:`BadInput` for a buffer that so has no value.
+    """
+    with _parameters_on_meta():
+        made = dict(kind._from_config(copy.deepcopy(model.config), dtype=model.dtype).named_buffers())  # type: ignore[no-untyped-call]
+    for name, module in model.named_modules():
+        for own in module._non_persistent_buffers_set:
+            buffer, filled = module._buffers[own], made.get(f"{name}.{own}".lstrip("."))
+            if buffer is None:
+                continue
+            if filled is None or filled.is_meta or filled.shape != buffer.shape:
+                raise BadInput(
+                    f"the buffer {own!r} of {name!r} is in no checkpoint, and {kind.__name__} does not make it: load the whole model"
+                )
+            module._buffers[own] = filled.to(buffer.dtype)
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """For the duration, a parameter of a model that this thread makes has a shape and no memory, and is not initialized."""
+    from transformers.initialization import no_init_weights
+
+    register, here = torch.nn.Module.register_parameter, threading.get_ident()
+
+    def register_on_meta(self: torch.nn.Module, name: str, param: torch.nn.Parameter | None) -> None:
+        if param is not None and threading.get_ident() == here:
+            param = torch.nn.Parameter(param.to("meta"), param.requires_grad)
+        register(self, name, param)
+
+    torch.nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    try:
+        with no_init_weights():
+            yield
+    finally:
+        torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+SHAPES = "_shmbroker_shapes"
+"""Where a hollow module keeps the shapes of the parameters that it has no longer."""
+
+
+def missing_shapes(module: torch.nn.Module) -> dict[str, torch.Size]:
+    """The shapes of a module's own parameters that were not loaded here."""
+    return getattr(module, SHAPES, {})
 
 
 def hollow(module: torch.nn.Module) -> None:
-    """Take a module's own parameters away; its sizes stay. It can no longer be called."""
-    for name in list(module._parameters):
+    """Take a module's own parameters away; their shapes stay. It can no longer be called."""
+    shapes = {name: parameter.shape for name, parameter in module._parameters.items() if parameter is not None}
+    setattr(module, SHAPES, shapes)
+    for name in shapes:
         module.register_parameter(name, None)
     module._is_hf_initialized = True  # type: ignore[assignment]

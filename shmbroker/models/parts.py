@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,15 +14,46 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+CACHE_NAMES = ("past_key_values", "layer_past", "past_key_value")
+"""What modules call the cache that they are given, where they do not declare that it is one."""
+
+_CACHE = re.compile(r"\b\w*Cache\b")
+
+
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer: ``nn.Linear``, or GPT-2's ``Conv1D``, which is one with its weight the other way round."""
-    return isinstance(module, nn.Linear) or _is_conv1d(module)
+    """Whether a module computes ``x @ weight.T + bias`` and nothing else: an ``nn.Linear``, or GPT-2's ``Conv1D``, whose weight lies the other way round.
+
+    A subclass that computes otherwise (one that quantizes, say), a weight of another kind than a matrix of floating-point numbers, and a module with
+    something hooked onto it are none: they stay where they are.
+    """
+    kind = _plain_kind(module)
+    if kind is None or _hooked(module):
+        return False
+    weight = module._parameters.get("weight", module)
+    if weight is None:  # it was not loaded here
+        return True
+    size = features(module) if kind is not nn.Linear else tuple(reversed(features(module)))
+    return (
+        isinstance(weight, torch.Tensor)
+        and type(weight) in (nn.Parameter, torch.Tensor)
+        and weight.is_floating_point()
+        and weight.itemsize > 1  # below, a number needs its scale
+        and tuple(weight.shape) == size
+    )
 
 
-def _is_conv1d(module: nn.Module) -> bool:
+def _plain_kind(module: nn.Module) -> type[nn.Module] | None:
+    """``nn.Linear`` or ``Conv1D``, where the module's ``forward`` is theirs."""
     from transformers.pytorch_utils import Conv1D
 
-    return isinstance(module, Conv1D)
+    for kind in (nn.Linear, Conv1D):
+        if isinstance(module, kind) and type(module).forward is kind.forward and "forward" not in vars(module):
+            return kind
+    return None
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or hasattr(module, "parametrizations"))
 
 
 def features(module: nn.Module) -> tuple[int, int]:
@@ -60,11 +92,24 @@ def halves_of(layer: nn.Module) -> LayerHalves | None:
     None where a layer is made otherwise.
     """
     children = dict(layer.named_children())
-    attentions = [name for name, child in children.items() if "past_key_values" in inspect.signature(child.forward).parameters]
+    attentions = [name for name, child in children.items() if cache_parameter(child) is not None]
     others = [name for name, child in children.items() if name not in attentions and (is_linear(child) or any(child.children()))]
     if len(attentions) != 1 or len(others) != 1 or is_linear(children[others[0]]):
         return None
     return LayerHalves(attentions[0], others[0])
+
+
+def cache_parameter(module: nn.Module) -> str | None:
+    """The parameter by which a module is given the cache: the one that is declared to be a ``Cache``, else the one that is named as it is in most models."""
+    parameters = inspect.signature(module.forward).parameters
+    declared = [name for name, parameter in parameters.items() if _CACHE.search(str(parameter.annotation))]
+    return declared[0] if declared else next((name for name in CACHE_NAMES if name in parameters), None)
+
+
+def rotary_of(model: PreTrainedModel) -> nn.Module | None:
+    """What turns positions into rotary embeddings, once for all layers; None where there is none."""
+    found: nn.Module | None = getattr(model.get_decoder(), "rotary_emb", None)  # type: ignore[no-untyped-call]
+    return found
 
 
 def gpu_part(model: PreTrainedModel, module: nn.Module) -> bool:

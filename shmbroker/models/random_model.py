@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from shmbroker.errors import BadInput
-from shmbroker.models.checkpoint import Keep, partial_model
+from shmbroker.models.checkpoint import Keep, causal_model, partial_model
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -88,7 +88,8 @@ class RandomModel:
         from transformers.initialization import no_init_weights
 
         config = self.config()
-        kind: Any = partial_model(config, keep)
+        whole = causal_model(config)
+        kind: Any = whole if keep is None else partial_model(whole, keep)
         with no_init_weights():  # memory that is not written costs nothing: what the other side has is never made here
             model = cast("PreTrainedModel", kind._from_config(config, dtype=dtype))
         with torch.no_grad():

@@ -13,6 +13,7 @@ from torch import nn
 
 from shmbroker.errors import BadInput
 from tee_worker.offloading.remote_modules import SplitAttention
+from tee_worker.planning.layer_arguments import ABOUT_OUTPUTS
 from tee_worker.planning.splits import Split, Splits
 from tee_worker.planning.structure import Structure
 
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
 NAME = "shmbroker_split"
 ATTRIBUTE = "shmbroker_attention"
 """Where an attention module keeps its :class:`SplitAttention`."""
+
+
+KNOWN = frozenset({"position_ids", "cache_position", "use_cache", "sliding_window", "output_attentions", "output_hidden_states", "is_causal"})
+"""Arguments that change nothing of what is computed here: positions are in query and key, windows and causality in the mask."""
 
 
 def split_attention_forward(
@@ -34,13 +39,17 @@ def split_attention_forward(
     dropout: float = 0.0,
     softcap: float | None = None,
     **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """As Hugging Face calls it: query ``[batch, heads, tokens, head_dim]``, an additive mask or None."""
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """As Hugging Face calls it: query ``[batch, heads, tokens, head_dim]``, a mask of numbers or booleans, or None."""
     attention: SplitAttention = getattr(module, ATTRIBUTE)
-    refused = [name for name in ("position_bias", "s_aux") if kwargs.get(name) is not None]
+    refused = [name for name, given in kwargs.items() if given is not None and given is not False and name not in KNOWN | ABOUT_OUTPUTS]
     if refused or dropout:
-        raise BadInput(f"split 'op' does not know how to apply {', '.join(refused) or 'dropout'}: use split 'fused' for this model")
-    return attention(query, key, value, attention_mask, query.shape[-1] ** -0.5 if scaling is None else scaling, softcap), None
+        raise BadInput(f"split 'op' does not know how to apply {', '.join(refused) or 'dropout'}: use split 'fused' or 'linear' for this model")
+    if attention_mask is None and query.shape[2] > 1 and kwargs.get("is_causal") is not False:
+        raise BadInput("split 'op': this model gives its attention no mask over several tokens: use split 'fused' or 'linear'")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    wanted = bool(kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False))
+    return attention(query, key, value, attention_mask, scale, softcap, weights=wanted)
 
 
 def install_split_attention(model: PreTrainedModel, products: SplitAttention, structure: Structure, splits: Splits) -> None:
@@ -54,6 +63,8 @@ def install_split_attention(model: PreTrainedModel, products: SplitAttention, st
     modules = dict(model.named_modules())
     model.set_attn_implementation(NAME)
     for part in structure.attentions:
+        if structure.moves_whole(part.name, splits):
+            continue
         module = modules[part.name]
         if structure.split_of(part.name, splits) is Split.OP:
             setattr(module, ATTRIBUTE, products)

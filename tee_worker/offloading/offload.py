@@ -10,7 +10,7 @@ from torch import nn
 from shmbroker.arena import NAME_OF
 from shmbroker.client import Bindable
 from shmbroker.errors import BadInput
-from shmbroker.models import ops
+from shmbroker.models import ops, rotary_of
 from shmbroker.settings import DEFAULTS
 from tee_worker.offloading.attention import install_split_attention
 from tee_worker.offloading.baton import Baton
@@ -73,6 +73,8 @@ def offload(
     _replace(model, structure.embedding, remote_embedding(embedding, rows, structure.dtype))
     sessions = _move_layers(model, channel, structure, splits)
     for projection in structure.projections:
+        if structure.moves_whole(projection.names[0], splits):
+            continue
         if len(projection.names) == 1 or structure.split_of(projection.names[0], splits) is Split.LINEAR:
             for name, width in zip(projection.names, projection.out_features, strict=True):
                 _replace(model, name, _linear(channel, ops.LINEAR, name, projection.in_features, width))
@@ -98,18 +100,20 @@ def _move_layers(model: PreTrainedModel, channel: Bindable, structure: Structure
     from tee_worker.offloading.remote_layers import RemoteAttention, RemoteFeedForward, RemoteLayer, become, make_remote
     from tee_worker.offloading.sessions import Sessions
 
-    sessions = Sessions(channel.memory, model.config, remote)
+    sessions = Sessions(channel.memory, model.config, remote, rotary_of(model))
     for index in sorted(remote):
         layer = model.get_submodule(structure.layers[index])
         if of_layers[index] is Split.LAYER:
-            make_remote(layer, RemoteLayer, channel.bind(ops.FULL_LAYER, out_spec=ops.full_layer, layer=index), index, sessions)
+            whole = channel.bind(ops.FULL_LAYER, out_spec=ops.full_layer, layer=index)
+            make_remote(layer, RemoteLayer, whole, index, sessions, structure.returns[index].layer)
             continue
         halves = structure.halves[index]
         assert halves is not None
         attending = channel.bind(ops.ATTENTION_BLOCK, out_spec=ops.attention_block, layer=index)
-        make_remote(layer.get_submodule(halves.attention), RemoteAttention, attending, index, sessions)
+        returns = structure.returns[index]
+        make_remote(layer.get_submodule(halves.attention), RemoteAttention, attending, index, sessions, returns.attention)
         feeding = channel.bind(ops.MLP_BLOCK, out_spec=ops.mlp_block, layer=index)
-        become(layer.get_submodule(halves.feed_forward), RemoteFeedForward, feeding)
+        become(layer.get_submodule(halves.feed_forward), RemoteFeedForward, feeding, returns.feed_forward)
     return sessions
 
 

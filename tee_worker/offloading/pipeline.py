@@ -106,7 +106,8 @@ class Pipeline:
     def _caches_of(self, cache: Cache, count: int) -> list[DynamicCache]:
         from transformers.cache_utils import DynamicCache
 
-        from tee_worker.offloading.remote_cache import IN_MICRO_BATCHES, counted, is_plain
+        from tee_worker.offloading.remote_cache import IN_MICRO_BATCHES, counted
+        from tee_worker.planning.layer_arguments import is_plain
 
         caches = self._micro_batches.get(cache)
         if caches is None:
@@ -129,7 +130,7 @@ class Pipeline:
         from transformers.cache_utils import DynamicCache
 
         from tee_worker.offloading.chunk_cache import Turns, chunk_cache
-        from tee_worker.offloading.remote_cache import is_plain
+        from tee_worker.planning.layer_arguments import is_plain
 
         kept = cache
         if cache is None:

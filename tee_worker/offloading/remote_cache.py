@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from shmbroker.errors import BadInput
 
@@ -64,8 +64,3 @@ def counted(like: Any, refusal: str) -> Counted:
     if isinstance(like, DynamicSlidingWindowLayer):
         return CountedWindow(refusal, int(like.sliding_window))
     return Counted(refusal)
-
-
-def is_plain(cache: Cache) -> bool:
-    """Whether ``cache`` keeps keys and values in the way of :class:`DynamicCache`, and no other state."""
-    return type(cache) is DynamicCache and all(isinstance(layer, DynamicLayer) for layer in cache.layers)

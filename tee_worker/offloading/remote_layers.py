@@ -10,6 +10,7 @@ from torch import nn
 
 from shmbroker.client import Op
 from tee_worker.offloading.sessions import Sessions
+from tee_worker.planning.layer_arguments import LayerSignature
 
 
 class _Remote(nn.Module):
@@ -18,52 +19,46 @@ class _Remote(nn.Module):
     op: Op
     index: int
     sessions: Sessions
-    signature: inspect.Signature
+    signature: LayerSignature
+    results: int | None
+    """How many values the module returns as a tuple, the first of which is computed; None: that one alone."""
 
-    def _run(self, hidden_states: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-        if args:
-            kwargs.update(self.signature.bind(hidden_states, *args, **kwargs).arguments)
-        cache = kwargs.get("past_key_values") if kwargs.get("use_cache", True) else None
-        return self.sessions.run(self.op, self.index, hidden_states, kwargs.get("position_ids"), kwargs.get("attention_mask"), cache)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """One call; arguments as the module's own."""
+        output = self.sessions.run(self.op, self.index, self.signature.arguments(args, kwargs))
+        return output if self.results is None else (output, *[None] * (self.results - 1))
 
 
 class RemoteLayer(_Remote):
     """A whole decoder layer."""
 
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """One call; arguments as the layer's own."""
-        return self._run(hidden_states, args, kwargs)
-
 
 class RemoteAttention(_Remote):
     """A layer's attention."""
-
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
-        """One call; arguments as the attention's own."""
-        return self._run(hidden_states, args, kwargs), None
 
 
 class RemoteFeedForward(nn.Module):
     """A layer's feed-forward: ``[batch, tokens, width]`` to the same."""
 
     op: Op
+    results: int | None
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor) -> Any:
         """One call."""
         output: torch.Tensor = self.op(hidden_states)
-        return output
+        return output if self.results is None else (output, *[None] * (self.results - 1))
 
 
-def make_remote(module: nn.Module, mixin: type[_Remote], op: Op, index: int, sessions: Sessions) -> None:
+def make_remote(module: nn.Module, mixin: type[_Remote], op: Op, index: int, sessions: Sessions, results: int | None) -> None:
     """Turn a layer, or its attention, into one that is computed elsewhere, and let its weights go."""
-    signature = inspect.signature(module.forward)
-    become(module, mixin, op)
+    signature = LayerSignature(type(module).__name__, inspect.signature(module.forward))
+    become(module, mixin, op, results)
     module.index = index  # type: ignore[assignment]
     module.sessions = sessions  # type: ignore[assignment]
     module.signature = signature  # type: ignore[assignment]
 
 
-def become(module: nn.Module, mixin: type[nn.Module], op: Op) -> None:
+def become(module: nn.Module, mixin: type[nn.Module], op: Op, results: int | None) -> None:
     """Mix ``mixin`` into the class of ``module``, and let its parts go."""
     kind = type(module)
     for name, _ in list(module.named_children()):
@@ -72,3 +67,4 @@ def become(module: nn.Module, mixin: type[nn.Module], op: Op) -> None:
         module.register_parameter(name, None)
     module.__class__ = type(kind.__name__, (mixin, kind), {})
     module.op = op  # type: ignore[assignment]
+    module.results = results  # type: ignore[assignment]

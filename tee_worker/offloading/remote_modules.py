@@ -125,10 +125,13 @@ class SplitAttention:
         mask: torch.Tensor | None,
         scaling: float,
         softcap: float | None = None,
-    ) -> torch.Tensor:
+        *,
+        weights: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attend; the result lies in shared memory.
 
         query ``[batch, heads, tokens, head_dim]``, key and value ``[batch, kv_heads, length, ...]`` to ``[batch, tokens, heads, value_dim]``.
+        ``mask``: what is added to the scores, or booleans, False where a token is not seen. ``weights``: whether to return a copy of those of attention too.
         """
         heads = query.shape[1]
         keys = self._repeated(key, heads)
@@ -137,7 +140,9 @@ class SplitAttention:
         scores.mul_(scaling)
         if softcap is not None:
             scores.div_(softcap).tanh_().mul_(softcap)
-        if mask is not None:
+        if mask is not None and mask.dtype is torch.bool:
+            scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)
+        elif mask is not None:
             scores.add_(mask)
         if scores.dtype is torch.float32:
             torch.softmax(scores, dim=-1, out=scores)
@@ -148,7 +153,7 @@ class SplitAttention:
         # The next projection takes [batch, tokens, heads * width]: laid out so here, it need not be copied in.
         result = self._memory.empty((batch, tokens, heads, width), mixed.dtype)
         result.copy_(mixed.transpose(1, 2))
-        return result
+        return result, scores.clone() if weights else None
 
     def _repeated(self, tensor: torch.Tensor, heads: int) -> torch.Tensor:
         batch, kv_heads, length, width = tensor.shape

@@ -9,12 +9,15 @@ from collections import deque
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, DynamicCache
 
 from shmbroker.client import ClientMemory, Op
 from shmbroker.errors import BadInput
-from tee_worker.offloading.remote_cache import ON_THE_WORKER, counted, is_plain
+from tee_worker.offloading.embedded_positions import EmbeddedPositions
+from tee_worker.offloading.remote_cache import ON_THE_WORKER, counted
+from tee_worker.planning.layer_arguments import LayerArguments, is_plain
 
 _ENDED_AT_ONCE = 4
 """Ended sessions that one call tells of: what a call tells must fit into its frame."""
@@ -23,37 +26,52 @@ _ENDED_AT_ONCE = 4
 class Sessions:
     """What all remote layers of one model share: the sessions by their caches. Thread-safe."""
 
-    def __init__(self, memory: ClientMemory, config: PretrainedConfig, remote: frozenset[int]) -> None:
-        """``remote``: the layers whose keys and values are on the worker."""
+    def __init__(self, memory: ClientMemory, config: PretrainedConfig, remote: frozenset[int], rotary: nn.Module | None) -> None:
+        """``remote``: the layers whose keys and values are on the worker. ``rotary``: what the model embeds positions with."""
         self._memory = memory
         self._config = config
         self._remote = remote
+        self._embedded = EmbeddedPositions(rotary)
         self._numbers: weakref.WeakKeyDictionary[Cache, int] = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
         self._ended: deque[int] = deque()
         self._placed = threading.local()
 
-    def run(
-        self, op: Op, layer: int, hidden: torch.Tensor, position_ids: torch.Tensor | None, mask: torch.Tensor | None, cache: Cache | None
-    ) -> torch.Tensor:
-        """One layer, or its attention: one call."""
+    def run(self, op: Op, layer: int, given: LayerArguments) -> torch.Tensor:
+        """One layer, or its attention: one call. Raises :class:`BadInput` where it cannot be told what its positions are."""
         number = past = 0
         state: Any = None
-        if cache is not None:
-            number = self.number(cache)
-            state = cache.layers[layer]
+        if given.cache is not None:
+            number = self.number(given.cache)
+            state = given.cache.layers[layer]
             state.wait()
             past = state.length
-        if position_ids is None:
-            position_ids = torch.arange(past, past + hidden.shape[1]).expand(hidden.shape[0], -1)
-        inputs = [hidden, self._inside("positions", position_ids), self._session(number, past)]
-        if mask is not None:
-            inputs.append(self._inside("mask", mask))
+        inputs = [given.hidden, self._inside("positions", self._positions(given, past)), self._session(number, past)]
+        if given.mask is not None:
+            inputs.append(self._inside("mask", given.mask))
         arguments: dict[str, Any] = {"ended": self._some_ended()} if self._ended else {}
         output: torch.Tensor = op(*inputs, **arguments)
         if state is not None:
-            state.count(hidden.shape[1])
+            state.count(given.hidden.shape[1])
         return output
+
+    def _positions(self, given: LayerArguments, past: int) -> torch.Tensor:
+        """What the layer's rotary embedding was made of, the model's positions, or the next ones where the layer is given neither, as it has them from its input."""
+        if given.embedded is not None:
+            positions = self._embedded.of(given.embedded)
+            positions = given.positions if positions is None else positions
+            if positions is None:
+                raise BadInput(
+                    "the layer is given position_embeddings, and no positions that they were made of: use split 'op', 'fused' or 'linear'"
+                )
+            return positions
+        if given.positions is not None:
+            return given.positions
+        batch, tokens = given.hidden.shape[:2]
+        known: tuple[tuple[int, int, int], torch.Tensor] | None = getattr(self._placed, "next", None)
+        if known is None or known[0] != (batch, tokens, past):
+            known = self._placed.next = (batch, tokens, past), torch.arange(past, past + tokens).expand(batch, -1)
+        return known[1]
 
     def number(self, cache: Cache) -> int:
         """The session of ``cache``, begun now if it is new. Raises :class:`BadInput` for one that cannot be the worker's."""
@@ -99,12 +117,13 @@ class Sessions:
 
     def _inside(self, what: str, tensor: torch.Tensor) -> torch.Tensor:
         """``tensor`` in shared memory: all layers of a pass are given the same one, which so is copied once."""
-        known = getattr(self._placed, what, None)
-        if known is None or known[0] is not tensor:
-            known = (tensor, self._memory.copy_in(tensor))
+        known: tuple[torch.Tensor, int | None, torch.Tensor] | None = getattr(self._placed, what, None)
+        # What was made in inference mode has no version that tells of a change.
+        version = None if tensor.is_inference() else tensor._version
+        if known is None or known[0] is not tensor or known[1] != version or (version is None and not torch.equal(known[2], tensor)):
+            known = tensor, version, self._memory.copy_in(tensor)
             setattr(self._placed, what, known)
-        inside: torch.Tensor = known[1]
-        return inside
+        return known[2]
 
     def _session(self, number: int, past: int) -> torch.Tensor:
         """The session's tensor, the same one for all layers of a pass."""

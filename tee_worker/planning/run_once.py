@@ -1,0 +1,200 @@
+"""Running a model once without its weights, to see what each of its modules is given and gives.
+
+For one forward pass every linear layer and embedding is replaced by one that returns zeros of the right shape and notes what it was given; parameters
+that are elsewhere are zeros that take no memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from shmbroker.errors import BadInput
+from shmbroker.models import LayerHalves, features, is_linear, missing_shapes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_PROBE = "shmbroker_probe"
+
+LONGEST_REASON = 200
+"""Characters of another library's words that are passed on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """The sizes of one attention module."""
+
+    name: str
+    heads: int
+    key_value_heads: int
+    head_dim: int
+    value_dim: int
+    window: int | None = None
+    """Earlier tokens that its cache keeps, and one; None for all."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinearNote:
+    """One call of a linear layer. The tensor is kept, so that no two of them can have the same id."""
+
+    name: str
+    module: nn.Module
+    given: torch.Tensor
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class CallNote:
+    """One call of a layer, or of one of its halves."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+
+
+@dataclass(slots=True)
+class Notes:
+    """What was seen."""
+
+    linears: list[LinearNote] = field(default_factory=list)
+    attentions: list[Attention] = field(default_factory=list)
+    calls: dict[nn.Module, CallNote] = field(default_factory=dict)
+    """Of layers and their halves: the last one of each."""
+
+
+def run_once(model: PreTrainedModel, layers: Sequence[nn.Module], halves: Sequence[LayerHalves | None]) -> Notes:
+    """A pass over two tokens, with a cache where the model has one. Raises :class:`BadInput` for a model that cannot be run so."""
+    notes = Notes()
+    watched = list(layers)
+    for layer, found in zip(layers, halves, strict=True):
+        watched += [] if found is None else [layer.get_submodule(found.attention), layer.get_submodule(found.feed_forward)]
+    training = model.training
+    model.train(False)  # so that nothing is drawn at random
+    try:
+        with _missing_parameters(model), _noting(model, notes), _watching(watched, notes), torch.no_grad():
+            # Two tokens: one alone takes short cuts in some models.
+            model(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=True)
+    except BadInput:
+        raise
+    except Exception as error:  # a model's own code can raise anything
+        words = " ".join(f"{type(error).__name__}: {error}".split())[:LONGEST_REASON]
+        raise BadInput(
+            f"{type(model).__name__} cannot be run without its weights to find its parts: {_where(model, error)}: {words}"
+        ) from error
+    finally:
+        model.train(training)
+    return notes
+
+
+def _where(model: PreTrainedModel, error: BaseException) -> str:
+    """The innermost module that an error passed through."""
+    names = {id(module): name for name, module in model.named_modules()}
+    found = [names[id(here)] for frame, _ in traceback.walk_tb(error.__traceback__) if id(here := frame.f_locals.get("self")) in names]
+    return (found[-1] if found else "") or "the model itself"
+
+
+@contextlib.contextmanager
+def _watching(modules: Sequence[nn.Module], notes: Notes) -> Iterator[None]:
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        notes.calls[module] = CallNote(args, kwargs, output)
+
+    hooks = [module.register_forward_hook(note, with_kwargs=True) for module in modules]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextlib.contextmanager
+def _missing_parameters(model: PreTrainedModel) -> Iterator[None]:
+    """For the duration, parameters that were not loaded here are zeros without memory. What has stacks of matrices (experts) returns zeros."""
+    filled: list[tuple[nn.Module, str]] = []
+    patched: list[nn.Module] = []
+    for module in model.modules():
+        shapes = {name: shape for name, shape in missing_shapes(module).items() if module._parameters.get(name) is None}
+        if is_linear(module) or module is model.get_input_embeddings():
+            continue
+        if any(len(shape) > 2 for shape in shapes.values()):
+            module.forward = lambda hidden, *args, **kwargs: torch.zeros_like(hidden)
+            patched.append(module)
+            continue
+        for name, shape in shapes.items():
+            zeros = torch.zeros((), dtype=model.dtype).expand(shape)
+            module.register_parameter(name, nn.Parameter(zeros, requires_grad=False))
+            filled.append((module, name))
+    try:
+        yield
+    finally:
+        for module, name in filled:
+            module.register_parameter(name, None)
+        for module in patched:
+            del module.forward
+
+
+@contextlib.contextmanager
+def _noting(model: PreTrainedModel, notes: Notes) -> Iterator[None]:
+    """For the duration, linear layers and embeddings return zeros, and everything is noted."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    names = {module: name for name, module in model.named_modules()}
+
+    def note_attention(
+        module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, **kwargs: object
+    ) -> tuple[torch.Tensor, None]:
+        window = kwargs.get("sliding_window")
+        assert window is None or isinstance(window, int)
+        notes.attentions.append(Attention(names[module], query.shape[1], key.shape[1], query.shape[-1], value.shape[-1], window))
+        return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
+
+    dtype = model.dtype
+    patched: list[nn.Module] = []
+    for name, module in model.named_modules():
+        if is_linear(module):
+            module.forward = _noting_linear(name, module, notes)
+        elif module is model.get_input_embeddings():
+            module.forward = _zero_embedding(module, dtype)
+        else:
+            continue
+        patched.append(module)
+    before = model.config._attn_implementation
+    AttentionInterface.register(_PROBE, note_attention)
+    AttentionMaskInterface.register(_PROBE, _no_mask)
+    try:
+        model.set_attn_implementation(_PROBE)
+        yield
+    finally:
+        model.set_attn_implementation(before)
+        for module in patched:
+            del module.forward
+
+
+def _no_mask(*args: object, **kwargs: object) -> None:
+    return None
+
+
+def _noting_linear(name: str, module: nn.Module, notes: Notes) -> Callable[[torch.Tensor], torch.Tensor]:
+    _, out_features = features(module)
+    (argument,) = list(inspect.signature(type(module).forward).parameters)[1:]
+
+    def forward(*args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
+        x = args[0] if args else kwargs[argument]
+        notes.linears.append(LinearNote(name, module, x, x._version))
+        return x.new_zeros(*x.shape[:-1], out_features)
+
+    return forward
+
+
+def _zero_embedding(module: nn.Module, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
+    def forward(ids: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(*ids.shape, int(module.embedding_dim), dtype=dtype)  # type: ignore[arg-type]
+
+    return forward
