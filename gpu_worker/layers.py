@@ -33,6 +33,7 @@ class Layers:
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
         self._layers = [layer for _, layer in decoder_layers(model)]
+        self._names = [name for name, _ in decoder_layers(model)]
         self._rotary = rotary_of(model)
         self._by_type = self._rotary is not None and "layer_type" in inspect.signature(self._rotary.forward).parameters
         self._types: Sequence[str] = getattr(model.config.get_text_config(), "layer_types", None) or ()
@@ -65,6 +66,14 @@ class Layers:
             out.copy_(_first(module(hidden)))
 
         return run
+
+    def name_of(self, layer: int, half: str | None = None) -> str:
+        """The name in the model of a layer, or of its ``attention`` or ``feed_forward``."""
+        whole = self._layer(layer)
+        if half is None:
+            return self._names[layer]
+        self._half(layer, half)
+        return f"{self._names[layer]}.{getattr(halves_of(whole), half)}"
 
     def _layer(self, layer: int) -> nn.Module:
         if not 0 <= layer < len(self._layers):

@@ -19,16 +19,18 @@ def register(worker: Worker, weights: Weights, device: Device) -> None:
     layers = Layers(weights.model)
 
     @worker.bound_op(ops.EMBED, out_spec=ops.embed)
-    def embed(*, module: str, width: int, dtype: str) -> Callable[..., None]:
+    def embed(*, module: str, width: int, dtype: str, digests: ops.Digests = ops.NO_DIGESTS) -> Callable[..., None]:
         table = weights.embedding(module, width, dtype)
+        weights.check(module, digests)
 
         def run(ids: torch.Tensor, *, out: torch.Tensor) -> None:
             device.rows(table, ids.reshape(-1), out.view(-1, width))
 
         return device.staged(run)
 
-    def linear(*, module: str, in_features: int, out_features: int) -> Callable[..., None]:
+    def linear(*, module: str, in_features: int, out_features: int, digests: ops.Digests = ops.NO_DIGESTS) -> Callable[..., None]:
         layers = [weights.linear(module, in_features, out_features)]
+        weights.check(module, digests)
 
         def run(x: torch.Tensor, *, out: torch.Tensor) -> None:
             device.linear(x.reshape(-1, in_features), layers, [out.view(-1, out_features)])
@@ -39,8 +41,12 @@ def register(worker: Worker, weights: Weights, device: Device) -> None:
     worker.bound_op(ops.LM_HEAD, out_spec=ops.linear)(linear)
 
     @worker.bound_op(ops.BATCH_LINEAR, out_spec=ops.batch_linear)
-    def batch_linear(*, modules: Sequence[str], in_features: int, out_features: Sequence[int]) -> Callable[..., None]:
+    def batch_linear(
+        *, modules: Sequence[str], in_features: int, out_features: Sequence[int], digests: Sequence[ops.Digests] = ()
+    ) -> Callable[..., None]:
         layers = [weights.linear(module, in_features, width) for module, width in zip(modules, out_features, strict=True)]
+        for module, told in zip(modules, digests, strict=False):
+            weights.check(module, told)
 
         def run(x: torch.Tensor, *, out: Sequence[torch.Tensor]) -> None:
             device.linear(x.reshape(-1, in_features), layers, [one.view(-1, one.shape[-1]) for one in out])
@@ -53,13 +59,16 @@ def register(worker: Worker, weights: Weights, device: Device) -> None:
     worker.op(ops.MATMUL, out_spec=ops.matmul)(device.staged(matmul))
 
     @worker.bound_op(ops.FULL_LAYER, out_spec=ops.full_layer)
-    def full_layer(*, layer: int, channel_state: dict[str, Any]) -> Callable[..., None]:
+    def full_layer(*, layer: int, channel_state: dict[str, Any], digests: ops.Digests = ops.NO_DIGESTS) -> Callable[..., None]:
+        weights.check(layers.name_of(layer), digests)
         return device.staged(layers.full_layer(layer, channel_state), READ_ON_HOST)
 
     @worker.bound_op(ops.ATTENTION_BLOCK, out_spec=ops.attention_block)
-    def attention_block(*, layer: int, channel_state: dict[str, Any]) -> Callable[..., None]:
+    def attention_block(*, layer: int, channel_state: dict[str, Any], digests: ops.Digests = ops.NO_DIGESTS) -> Callable[..., None]:
+        weights.check(layers.name_of(layer, "attention"), digests)
         return device.staged(layers.attention_block(layer, channel_state), READ_ON_HOST)
 
     @worker.bound_op(ops.MLP_BLOCK, out_spec=ops.mlp_block)
-    def mlp_block(*, layer: int) -> Callable[..., None]:
+    def mlp_block(*, layer: int, digests: ops.Digests = ops.NO_DIGESTS) -> Callable[..., None]:
+        weights.check(layers.name_of(layer, "feed_forward"), digests)
         return device.staged(layers.mlp_block(layer))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ import torch
 
 from gpu_worker.device import Device
 from shmbroker.errors import BadInput
-from shmbroker.models import ModelSource, is_linear, weight_and_bias
+from shmbroker.models import ModelSource, digests_of, is_linear, weight_and_bias
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,6 +29,8 @@ class Weights:
     """Whose modules the weights are of."""
     linears: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = field(default_factory=dict)
     embeddings: dict[str, torch.Tensor] = field(default_factory=dict)
+    _digests: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Of modules that a client has asked for."""
 
     @classmethod
     def load(cls, source: ModelSource, dtype: torch.dtype, device: Device) -> Weights:
@@ -48,6 +51,26 @@ class Weights:
             elif module is model.get_input_embeddings():
                 weights.embeddings[name] = hold(module.weight)  # type: ignore[arg-type]
         return weights
+
+    def check(self, module: str, told: Mapping[str, str]) -> None:
+        """Raise :class:`BadInput` unless all parameters of ``module`` are those whose digests a client has told, if it has told any."""
+        if not told:
+            return
+        held = self._digests.get(module)
+        if held is None:
+            held = self._digests[module] = digests_of(self.model.get_submodule(module))
+        if held == told:
+            return
+        missing, more = sorted(told.keys() - held.keys()), sorted(held.keys() - told.keys())
+        if missing or more:
+            raise BadInput(
+                f"{module} has other parameters here than at the client: {', '.join(missing) or 'nothing'} only there, {', '.join(more) or 'nothing'} "
+                "only here; an adapter stays in the TEE at splits 'linear', 'fused' and 'op', or is merged into what both load"
+            )
+        other = next(name for name in sorted(held) if held[name] != told[name])
+        raise BadInput(
+            f"{module}.{other} has other values here than at the client (fine-tuned, merged, or of another revision): start both with the same weights"
+        )
 
     @property
     def nbytes(self) -> int:

@@ -4,13 +4,16 @@ None of it imports transformers before a model is made.
 """
 
 from shmbroker.models.checkpoint import Checkpoint, missing_shapes, model_dtype
+from shmbroker.models.digests import digest_of, digests_of
 from shmbroker.models.parts import (
     LayerHalves,
+    adapters,
     cache_parameter,
     decoder_layers,
     features,
     halves_of,
     is_linear,
+    name_without_adapter,
     rotary_of,
     tee_part,
     weight_and_bias,
@@ -21,14 +24,18 @@ __all__ = [
     "Checkpoint",
     "LayerHalves",
     "ModelSource",
+    "adapters",
     "cache_parameter",
     "decoder_layers",
+    "digest_of",
+    "digests_of",
     "features",
     "halves_of",
     "is_linear",
     "missing_shapes",
     "model_dtype",
     "model_source",
+    "name_without_adapter",
     "rotary_of",
     "tee_part",
     "weight_and_bias",

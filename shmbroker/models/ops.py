@@ -1,11 +1,12 @@
 """The ops by which a transformer is split: names and shape rules, imported by both sides so that no shape need be asked.
 
-Every rule is an ``out_spec``: from the inputs' specs and the arguments fixed at bind to the outputs' specs.
+Every rule is an ``out_spec``: from the inputs' specs and the arguments fixed at bind to the outputs' specs. ``digests``: of the parameters that the
+client has of the module, by their names in it; empty where it has none of them. The worker refuses to bind what it holds others of.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from shmbroker.arena.spec import TensorSpec, dtype_named
 from shmbroker.errors import BadInput
@@ -19,22 +20,28 @@ ATTENTION_BLOCK = "attention_block"
 MLP_BLOCK = "mlp_block"
 FULL_LAYER = "full_layer"
 
+Digests = Mapping[str, str]
+
+NO_DIGESTS: Digests = {}
+
 SESSION_WORDS = 2
 """A session's tensor, int64: its number (0 for none), and the tokens that it has seen at the layer."""
 
 
-def embed(ids: TensorSpec, *, module: str, width: int, dtype: str) -> TensorSpec:
+def embed(ids: TensorSpec, *, module: str, width: int, dtype: str, digests: Digests = NO_DIGESTS) -> TensorSpec:
     """``[...]`` token ids, int64, to ``[..., width]`` of ``dtype``: the rows of the embedding ``module``."""
     return TensorSpec((*ids.shape, width), dtype_named(dtype))
 
 
-def linear(x: TensorSpec, *, module: str, in_features: int, out_features: int) -> TensorSpec:
+def linear(x: TensorSpec, *, module: str, in_features: int, out_features: int, digests: Digests = NO_DIGESTS) -> TensorSpec:
     """``[..., in_features]`` to ``[..., out_features]``: ``x @ weight.T + bias`` of the linear layer ``module``."""
     _check_width(x, in_features, module)
     return TensorSpec((*x.shape[:-1], out_features), x.dtype)
 
 
-def batch_linear(x: TensorSpec, *, modules: Sequence[str], in_features: int, out_features: Sequence[int]) -> tuple[TensorSpec, ...]:
+def batch_linear(
+    x: TensorSpec, *, modules: Sequence[str], in_features: int, out_features: Sequence[int], digests: Sequence[Digests] = ()
+) -> tuple[TensorSpec, ...]:
     """``[..., in_features]`` through several linear layers that take the same input, one output each."""
     _check_width(x, in_features, ", ".join(modules))
     return tuple(TensorSpec((*x.shape[:-1], width), x.dtype) for width in out_features)
@@ -47,7 +54,9 @@ def matmul(a: TensorSpec, b: TensorSpec) -> TensorSpec:
     return TensorSpec((*a.shape[:-1], b.shape[-1]), a.dtype)
 
 
-def full_layer(hidden_states: TensorSpec, position_ids: TensorSpec, session: TensorSpec, *mask: TensorSpec, layer: int) -> TensorSpec:
+def full_layer(
+    hidden_states: TensorSpec, position_ids: TensorSpec, session: TensorSpec, *mask: TensorSpec, layer: int, digests: Digests = NO_DIGESTS
+) -> TensorSpec:
     """The decoder layer ``layer``: ``[batch, tokens, width]``, position ids ``[1 or batch, tokens]`` and the session ``[2]``, int64, to ``[batch, tokens, width]``.
 
     ``mask``: none, or one ``[batch, 1, tokens, length]`` as the model's attention takes it. The keys and values of earlier tokens are the worker's.
@@ -69,7 +78,7 @@ attention_block = full_layer
 """The attention of the decoder layer ``layer``, with its projections: as :func:`full_layer`."""
 
 
-def mlp_block(hidden_states: TensorSpec, *, layer: int) -> TensorSpec:
+def mlp_block(hidden_states: TensorSpec, *, layer: int, digests: Digests = NO_DIGESTS) -> TensorSpec:
     """``[batch, tokens, width]`` through the feed-forward of the decoder layer ``layer``."""
     return hidden_states
 

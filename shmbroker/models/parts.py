@@ -99,6 +99,25 @@ def halves_of(layer: nn.Module) -> LayerHalves | None:
     return LayerHalves(attentions[0], others[0])
 
 
+BASE_LAYER = "base_layer"
+"""What adapters (PEFT's) call the module that they stand around."""
+
+
+def name_without_adapter(name: str) -> str:
+    """The name that a module has in the model without adapters."""
+    return ".".join(part for part in name.split(".") if part != BASE_LAYER)
+
+
+def adapters(model: nn.Module) -> dict[nn.Module, str]:
+    """All modules that belong to adapters, with the names of the modules that these stand around."""
+    found: dict[nn.Module, str] = {}
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, BASE_LAYER, None), nn.Module):
+            found[module] = name
+            found.update((inner, name) for child, below in module.named_children() if child != BASE_LAYER for inner in below.modules())
+    return found
+
+
 def cache_parameter(module: nn.Module) -> str | None:
     """The parameter by which a module is given the cache: the one that is declared to be a ``Cache``, else the one that is named as it is in most models."""
     parameters = inspect.signature(module.forward).parameters

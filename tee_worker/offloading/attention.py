@@ -25,7 +25,9 @@ ATTRIBUTE = "shmbroker_attention"
 """Where an attention module keeps its :class:`SplitAttention`."""
 
 
-KNOWN = frozenset({"position_ids", "cache_position", "use_cache", "sliding_window", "output_attentions", "output_hidden_states", "is_causal"})
+KNOWN = frozenset(
+    {"position_ids", "cache_position", "use_cache", "sliding_window", "output_attentions", "output_hidden_states", "is_causal"}
+)
 """Arguments that change nothing of what is computed here: positions are in query and key, windows and causality in the mask."""
 
 
@@ -44,7 +46,9 @@ def split_attention_forward(
     attention: SplitAttention = getattr(module, ATTRIBUTE)
     refused = [name for name, given in kwargs.items() if given is not None and given is not False and name not in KNOWN | ABOUT_OUTPUTS]
     if refused or dropout:
-        raise BadInput(f"split 'op' does not know how to apply {', '.join(refused) or 'dropout'}: use split 'fused' or 'linear' for this model")
+        raise BadInput(
+            f"split 'op' does not know how to apply {', '.join(refused) or 'dropout'}: use split 'fused' or 'linear' for this model"
+        )
     if attention_mask is None and query.shape[2] > 1 and kwargs.get("is_causal") is not False:
         raise BadInput("split 'op': this model gives its attention no mask over several tokens: use split 'fused' or 'linear'")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

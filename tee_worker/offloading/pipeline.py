@@ -56,7 +56,10 @@ class Pipeline:
             name: value for name, value in kwargs.items() if value is not None and name not in ("output_attentions", "output_hidden_states")
         }
         ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
-        wanted = any(kwargs.get(name) for name in ("output_attentions", "output_hidden_states"))
+        wanted = any(
+            getattr(self._config, name, False) if kwargs.get(name) is None else kwargs[name]
+            for name in ("output_attentions", "output_hidden_states")
+        )
         if (
             args
             or wanted
@@ -194,8 +197,11 @@ def _rows(tensor: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
 
 
 def _joined(outputs: Sequence[Any], dim: int, cache: Cache | None) -> Any:
-    """One outcome of several: of tokens (dim 1) or sequences (dim 0)."""
+    """One outcome of several: of tokens (dim 1) or sequences (dim 0). Raises :class:`BadInput` for a field that is not known to be of parts."""
     joined = outputs[-1]
+    more = [name for name, value in joined.items() if value is not None and name not in ("last_hidden_state", "past_key_values")]
+    if more:
+        raise BadInput(f"with --pipeline {', '.join(more)} of a pass would be those of its last part: leave them out, or use --pipeline 1")
     joined.last_hidden_state = torch.cat([output.last_hidden_state for output in outputs], dim=dim)
     joined.past_key_values = cache
     return joined

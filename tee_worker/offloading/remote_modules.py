@@ -3,63 +3,83 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from shmbroker.client import ClientMemory, Op
+from shmbroker.models import features, missing_shapes
+from tee_worker.offloading.weight_elsewhere import WeightElsewhere
 
 
-class RemoteEmbedding(nn.Module):
-    """``[batch, tokens]`` ids, int64, to ``[batch, tokens, width]``."""
+class _Elsewhere(nn.Module):
+    """Mixed in before a module's own class. Its parameters are on the GPU worker; what is known of them can be looked at."""
 
-    def __init__(self, op: Op, width: int) -> None:
-        super().__init__()
-        self.embedding_dim = width
-        self._op = op
+    @property
+    def weight(self) -> Any:
+        """Its shape, dtype and device."""
+        return self.known.get("weight")
+
+    @property
+    def bias(self) -> Any:
+        """As the weight; None where there is none."""
+        return self.known.get("bias")
+
+    known: dict[str, WeightElsewhere]
+
+
+class RemoteRows(_Elsewhere, nn.Embedding):  # type: ignore[override]
+    """An embedding, ``[batch, tokens]`` ids, int64, to ``[batch, tokens, width]``, whose rows are asked for.
+
+    Mixed in below the model's own class, which may do something with them (Gemma scales them).
+    """
+
+    op: Op
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """One call."""
-        rows: torch.Tensor = self._op(ids)
+        rows: torch.Tensor = self.op(ids)
         return rows
 
 
-class RemoteRows(nn.Embedding):
-    """An embedding whose rows are asked for. Mixed in under the model's own class, which may do something with them (Gemma scales them)."""
+class RemoteLinear(_Elsewhere):
+    """``[..., in_features]`` to ``[..., out_features]``."""
 
-    rows: RemoteEmbedding
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """One call."""
-        rows: torch.Tensor = self.rows(ids)
-        return rows
-
-
-def remote_embedding(module: nn.Embedding, rows: RemoteEmbedding, dtype: torch.dtype) -> nn.Module:
-    """``module`` with its rows computed elsewhere: what its class makes of them, it goes on making of them here."""
-    kind = type(module)
-    if kind is nn.Embedding:
-        return rows
-    module.__class__ = type(kind.__name__, (kind, RemoteRows), {})  # the class's super().forward() is RemoteRows.forward now
-    module.rows = rows
-    module.weight = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)  # its dtype is looked at
-    return module
-
-
-class RemoteLinear(nn.Module):
-    """``[..., in_features]`` to ``[..., out_features]``, one call."""
-
-    def __init__(self, op: Op, in_features: int, out_features: int) -> None:
-        super().__init__()
-        self.in_features = in_features
-        self.out_features = out_features
-        self._op = op
+    op: Callable[[torch.Tensor], torch.Tensor]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """One call."""
-        y: torch.Tensor = self._op(x)
+        """One call, or its share of one."""
+        y: torch.Tensor = self.op(x)
         return y
+
+
+def remote_embedding(module: nn.Embedding, name: str, op: Op, dtype: torch.dtype) -> None:
+    """Have the rows of ``module`` computed elsewhere: what its class makes of them, it goes on making of them here."""
+    shape = (module.num_embeddings, module.embedding_dim)
+    module.register_parameter("weight", None)
+    # A class's own super().forward() is RemoteRows.forward then.
+    _become(module, (type(module), RemoteRows) if type(module) is not nn.Embedding else (RemoteRows,))
+    module.op = op  # type: ignore[assignment]
+    module.known = {"weight": WeightElsewhere(f"{name}.weight", shape, dtype)}  # type: ignore[assignment]
+
+
+def remote_linear(module: nn.Module, name: str, op: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype) -> None:
+    """Have the linear layer ``module`` computed elsewhere, by ``op``."""
+    inside, outside = features(module)
+    known = {"weight": WeightElsewhere(f"{name}.weight", (outside, inside) if isinstance(module, nn.Linear) else (inside, outside), dtype)}
+    if "bias" in missing_shapes(module) or module._parameters.get("bias") is not None:
+        known["bias"] = WeightElsewhere(f"{name}.bias", (outside,), dtype)
+    for parameter in ("weight", "bias"):
+        module.register_parameter(parameter, None)
+    _become(module, (RemoteLinear, type(module)))
+    module.op = op  # type: ignore[assignment]
+    module.known = known  # type: ignore[assignment]
+
+
+def _become(module: nn.Module, bases: tuple[type[nn.Module], ...]) -> None:
+    module.__class__ = type(type(module).__name__, bases, {})
 
 
 class FusedCall(threading.local):
@@ -89,21 +109,6 @@ class FusedCall(threading.local):
         if not any(waiting is not None for waiting in self._waiting):
             self._input = None  # all taken: nothing is kept alive between layers
         return ready
-
-
-class FusedLinear(nn.Module):
-    """One of several linear layers that share a call."""
-
-    def __init__(self, call: FusedCall, index: int, in_features: int, out_features: int) -> None:
-        super().__init__()
-        self.in_features = in_features
-        self.out_features = out_features
-        self._call = call
-        self._index = index
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The first of them calls."""
-        return self._call.take(self._index, x)
 
 
 class SplitAttention:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from shmbroker.errors import BadInput
-from shmbroker.models import LayerHalves, features, is_linear, missing_shapes
+from shmbroker.models import LayerHalves, adapters, features, is_linear, missing_shapes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -155,10 +155,10 @@ def _noting(model: PreTrainedModel, notes: Notes) -> Iterator[None]:
         notes.attentions.append(Attention(names[module], query.shape[1], key.shape[1], query.shape[-1], value.shape[-1], window))
         return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
 
-    dtype = model.dtype
+    dtype, added = model.dtype, adapters(model)
     patched: list[nn.Module] = []
     for name, module in model.named_modules():
-        if is_linear(module):
+        if is_linear(module) and module not in added:
             module.forward = _noting_linear(name, module, notes)
         elif module is model.get_input_embeddings():
             module.forward = _zero_embedding(module, dtype)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from shmbroker.errors import BadInput
-from shmbroker.models import LayerHalves, decoder_layers, features, halves_of, is_linear
+from shmbroker.models import LayerHalves, adapters, decoder_layers, features, halves_of, is_linear
 from tee_worker.planning.run_once import Attention, LinearNote, Notes, run_once
 from tee_worker.planning.splits import Split, Splits
 
@@ -92,7 +92,12 @@ def structure_of(model: PreTrainedModel, split: Split | Splits | str = Split.FUS
     of_layers = splits.of_layers(len(layers))
     _check(model, splits, of_layers, halves)
     notes = run_once(model, [layer for _, layer in layers], halves)
+    added = adapters(model)
     for (name, layer), one, found in zip(layers, of_layers, halves, strict=True):
+        if one.stateful and (adapted := next((added[module] for module in layer.modules() if module in added), None)) is not None:
+            raise BadInput(
+                f"split {one.value!r}: {adapted} has an adapter, which would be left out on the GPU worker: use split 'op', 'fused' or 'linear'"
+            )
         _check_whole(name, layer, one, found, notes)
     projections = tuple(_group([note for note in notes.linears if note.module is not head]))
     if not projections and not any(one.stateful for one in of_layers):
