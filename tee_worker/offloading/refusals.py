@@ -35,12 +35,10 @@ def install_refusals(model: PreTrainedModel, dtype: torch.dtype, dropout: str | 
             setattr(model, name, _refusing(name.strip("_"), why))
     seen = weakref.ref(model)
     kind = type(model)
-    if dropout is not None and model.training:
-        raise _no_dropout(dropout)
 
     def train(mode: bool = True) -> Any:
         if mode and dropout is not None:
-            raise _no_dropout(dropout)
+            raise no_dropout(dropout)
         return kind.train(_alive(seen), mode)
 
     def apply(function: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
@@ -73,7 +71,8 @@ def _alive(seen: Callable[[], PreTrainedModel | None]) -> PreTrainedModel:
     return model
 
 
-def _no_dropout(name: str) -> BadInput:
+def no_dropout(name: str) -> BadInput:
+    """The error for a module ``name`` whose dropout would be left out."""
     return BadInput(f"{name} has dropout, which would be left out on the GPU worker: call eval(), or use split 'fused' or 'linear'")
 
 
