@@ -15,12 +15,12 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 import shmbroker
+from benchmarks.families.tiny import served, tiny_family, whole_model
 from gpu_worker.device import CpuDevice
 from shmbroker import BadInput
 from shmbroker.models.checkpoint import Checkpoint
 from tee_worker import Split, offload
 from tee_worker.planning.own_part import own_part
-from tests.tee_worker.in_thread import served, tiny_family, whole_model
 
 IDS = torch.tensor([[5, 17, 3, 88, 41, 2, 60, 9, 33, 71, 12]])
 SPLITS = list(Split)

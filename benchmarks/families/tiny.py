@@ -1,4 +1,4 @@
-"""A GPU worker in a thread of the test, with a tiny model of any family: what crosses is the same as between processes, and starting takes no seconds."""
+"""Tiny models of any family, and a GPU worker for one in a thread: what crosses is the same as between processes, and starting takes no seconds."""
 
 from __future__ import annotations
 
@@ -41,9 +41,10 @@ def lively(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def tiny_family(folder: Path, family: str, **changes: Any) -> Path:
-    """A checkpoint of a family of transformers, tiny."""
+    """A checkpoint of a family of transformers, tiny: of ``SIZES`` but for ``changes``, of which None leaves a size out."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **{**SIZES, **changes})
+    sizes = {name: value for name, value in {**SIZES, **changes}.items() if name not in changes or value is not None}
+    config = AutoConfig.for_model(family, **sizes)
     lively(AutoModelForCausalLM.from_config(config)).save_pretrained(folder)
     return folder
 
