@@ -11,7 +11,7 @@ MINUTES ?= 10
 JOBS ?= 2
 BIN := $(VENV)/bin
 
-.PHONY: run test test-gpu lint types unit bench kill-matrix chaos soak model-check sanitize clean
+.PHONY: run test test-gpu lint types unit bench hostile kill-matrix chaos soak model-check sanitize clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/ready
@@ -47,6 +47,9 @@ bench: $(VENV)/bench
 $(VENV)/bench: $(VENV)/ready
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	touch $@
+
+hostile: $(VENV)/ready
+	HOSTILE_FRAMES=1000000 $(BIN)/python -m pytest tests/hostile
 
 kill-matrix: $(VENV)/ready
 	$(BIN)/python -m tests.faults.matrix

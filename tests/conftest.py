@@ -35,7 +35,15 @@ END_SECONDS = 60.0
 CHILD_SECONDS = 300.0
 """In which what is tried in a child must be done: many times what any of it takes."""
 
+LONGEST = ("tests/systemd/", "tests/tee_worker/", "tests/benchmarks/", "tests/docs/test_tutorial.py", "tests/hostile/")
+"""Files that take minutes. They come first: of those that run side by side, none is begun when all others are at their end."""
+
 _numbers = itertools.count()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, all else in its order."""
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -190,33 +190,34 @@ class Call:
         return CallError(f"op {name!r}, call {self.call_id}: worker {peer!r} answered with unknown status {completion.status}")
 
 
+Places = tuple[tuple[torch.Tensor, int], ...]
+"""Captured tensors, each with the address at which it lay then."""
+
+
 class ReplayedCall(Call):
-    """Another call of a captured one: the same tensors, blocks and frame. ``places``: of the outputs, as :func:`places_of` told them at the capture."""
+    """Another call of a captured one that nobody waits for: the same tensors, blocks and frame. ``written``: its outputs, as they lay at the capture."""
 
-    __slots__ = ("places",)
+    __slots__ = ("written",)
 
-    def __init__(self, like: Call, begun_ns: int, deadline_ns: int, places: list[int]) -> None:
+    def __init__(self, like: Call, begun_ns: int, deadline_ns: int, written: Places) -> None:
         super().__init__(like.plan, like.inputs, like.outputs, begun_ns, deadline_ns, like.holds)
-        self.places = places
+        self.written = written
 
     def result(self) -> Result:
         """As :meth:`Call.result`. Raises :class:`BadInput` when an output does not lie any more where the worker has written it."""
-        if self.error is None and places_of(self.outputs) != self.places:
-            check_places(f"op {self.statistics.name!r}: captured output", self.outputs, self.places)
+        if self.error is None:
+            check_places(f"op {self.statistics.name!r}: captured output", self.written)
         return super().result()
 
 
-def places_of(tensors: Sequence[torch.Tensor]) -> list[int]:
-    """Addresses of captured tensors; another value for one that requires grad."""
-    return [-1 if tensor.requires_grad else tensor.data_ptr() for tensor in tensors]
+def places_of(tensors: Sequence[torch.Tensor]) -> Places:
+    """Where tensors lie."""
+    return tuple((tensor, tensor.data_ptr()) for tensor in tensors)
 
 
-def check_places(what: str, tensors: Sequence[torch.Tensor], places: list[int]) -> None:
-    """Raise :class:`BadInput` when one of ``tensors`` does not lie where it lay when it was captured, or would want a gradient.
-
-    ``places``: the addresses of then. ``what`` names the tensors.
-    """
-    for index, (tensor, place) in enumerate(zip(tensors, places, strict=True)):
+def check_places(what: str, places: Places) -> None:
+    """Raise :class:`BadInput` when a tensor does not lie where it lay when it was captured, or would want a gradient. ``what`` names the tensors."""
+    for index, (tensor, place) in enumerate(places):
         if tensor.data_ptr() != place:
             raise BadInput(
                 f"{what} {index} does not lie where it lay when it was captured (share_memory_(), a multiprocessing queue or set_() gives a tensor "

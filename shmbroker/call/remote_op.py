@@ -11,7 +11,7 @@ import torch
 
 from shmbroker.arena.room import room_for
 from shmbroker.arena.spec import TensorSpec, spec_of
-from shmbroker.call.call import Call, ReplayedCall, Result, check_places, clock_ns, places_of
+from shmbroker.call.call import Call, Places, ReplayedCall, Result, check_places, clock_ns, places_of
 from shmbroker.call.client_memory import as_tensor
 from shmbroker.call.future import CallFuture
 from shmbroker.call.kept import Kept
@@ -295,12 +295,16 @@ class RemoteOp:
             self._plans[key] = plan
         return plan
 
-    def resubmit(self, like: Call, offsets: list[int], generations: list[int], places: list[int], timeout: Timeout) -> Call:
-        """For :class:`CapturedCall`: another call with the same tensors, plan and places; ``places``: addresses of the outputs."""
+    def resubmit(self, like: Call, offsets: list[int], generations: list[int], timeout: Timeout, written: Places | None = None) -> Call:
+        """For :class:`CapturedCall`: another call with the same tensors, plan and places. ``written``: the outputs, for a call that looks after them itself."""
         seconds = self._default_timeout if timeout is _UNSET else timeout
         begun_ns = clock_ns()
         limit_ns = self._limit_ns(seconds)
-        call = ReplayedCall(like, begun_ns, limit_ns and begun_ns + limit_ns, places)
+        deadline_ns = limit_ns and begun_ns + limit_ns
+        if written is None:
+            call = Call(like.plan, like.inputs, like.outputs, begun_ns, deadline_ns, like.holds)
+        else:
+            call = ReplayedCall(like, begun_ns, deadline_ns, written)
         if like.plan.before is not None:
             like.plan.before()
         self._pair.submit(call, like.plan.template, offsets, generations)
@@ -347,7 +351,7 @@ class CapturedCall:
     raises :class:`BadInput`.
     """
 
-    __slots__ = ("_call", "_generations", "_handed", "_offsets", "_op", "_places", "_written", "inputs", "outputs")
+    __slots__ = ("_call", "_generations", "_handed", "_offsets", "_op", "_written", "inputs", "outputs")
 
     def __init__(self, op: RemoteOp, call: Call, offsets: list[int], generations: list[int]) -> None:
         self._op = op
@@ -356,9 +360,8 @@ class CapturedCall:
         self._generations = generations
         self.inputs = tuple(call.inputs)
         self.outputs = tuple(call.outputs)
-        self._handed = tuple(one for one in self.inputs if isinstance(one, torch.Tensor))
+        self._handed = places_of([one for one in self.inputs if isinstance(one, torch.Tensor)])
         """Inputs that are no kept tensors."""
-        self._places = places_of(self._handed)
         self._written = places_of(self.outputs)
 
     def __repr__(self) -> str:
@@ -367,13 +370,21 @@ class CapturedCall:
 
     def replay(self, *, timeout: Timeout = _UNSET) -> Any:
         """Call again and wait: the output tensor, or a tuple of them. Raises as :meth:`RemoteOp.__call__`."""
-        return self._op.wait(self._again(timeout))
+        op = self._op
+        for tensor, place in self._handed:
+            if tensor.data_ptr() != place or tensor.requires_grad:
+                check_places(f"op {op.name!r}: captured input", self._handed)
+        call = op.resubmit(self._call, self._offsets, self._generations, timeout)
+        moved = False
+        for tensor, place in self._written:  # while the worker is at it
+            if tensor.data_ptr() != place or tensor.requires_grad:
+                moved = True
+        result = op.wait(call)
+        if moved:
+            check_places(f"op {op.name!r}: captured output", self._written)
+        return result
 
     def submit(self, *, timeout: Timeout = _UNSET) -> CallFuture:
         """Call again without waiting. The same blocks are used by every replay: wait for one before the next."""
-        return self._op.future_of(self._again(timeout))
-
-    def _again(self, timeout: Timeout) -> Call:
-        if places_of(self._handed) != self._places:
-            check_places(f"op {self._op.name!r}: captured input", self._handed, self._places)
-        return self._op.resubmit(self._call, self._offsets, self._generations, self._written, timeout)
+        check_places(f"op {self._op.name!r}: captured input", self._handed)
+        return self._op.future_of(self._op.resubmit(self._call, self._offsets, self._generations, timeout, self._written))

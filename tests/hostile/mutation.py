@@ -1,4 +1,4 @@
-"""Frames with every field mutated, a queue full at a time: made with NumPy, since a million are wanted and the worker must be the slower one."""
+"""Frames with every field mutated, a queue full at a time: made with NumPy, since many are wanted and the worker must be the slower one."""
 
 from __future__ import annotations
 

@@ -38,7 +38,8 @@ def options(command: str) -> dict[str, click.Option]:
 def given_nothing(command: str) -> dict[str, Any]:
     """What the command is called with."""
     words = [word for name, value in NEEDED[command].items() for word in (f"--{name}", value)]
-    return cli.commands[command].make_context(command, words).params
+    above = click.Context(cli, **cli.context_settings)  # click keeps the help option that a command's first context has asked for
+    return cli.commands[command].make_context(command, words, parent=above).params
 
 
 @pytest.mark.parametrize("command", COMMANDS)
