@@ -31,7 +31,7 @@ REFUSED = {
 def install_refusals(model: PreTrainedModel, dtype: torch.dtype, dropout: str | None) -> None:
     """Have ``model`` refuse these, moving and casting, and training with dropout that would be left out. ``dropout``: the module that has it; None: none."""
     for name, why in REFUSED.items():
-        if hasattr(model, name):
+        if hasattr(model, name) or name.startswith("__"):
             setattr(model, name, _refusing(name.strip("_"), why))
     seen = weakref.ref(model)
     kind = type(model)

@@ -12,20 +12,20 @@ from shmbroker.errors import BadInput
 class WeightElsewhere(torch.Tensor):
     """Tells shape, dtype and device, and refuses to be computed with, copied or saved. It has no memory."""
 
-    name: str
+    parameter_name: str
 
     @staticmethod
     def __new__(cls, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> WeightElsewhere:
         """``name``: the parameter's, for refusals."""
         made: WeightElsewhere = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=torch.device("cpu"))
-        made.name = name
+        made.parameter_name = name
         return made
 
     def __init__(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         super().__init__()
 
     def __repr__(self, **options: Any) -> str:  # type: ignore[override]
-        return f"<WeightElsewhere {self.name!r}: {str(self.dtype).removeprefix('torch.')} {list(self.shape)}, on the GPU worker>"
+        return f"<WeightElsewhere {self.parameter_name!r}: {str(self.dtype).removeprefix('torch.')} {list(self.shape)}, on the GPU worker>"
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -39,7 +39,7 @@ class WeightElsewhere(torch.Tensor):
     def refusal(self, what: str) -> BadInput:
         """The error for who would do something with the weight."""
         return BadInput(
-            f"{self.name} is on the GPU worker, and only its shape, dtype and device are here ({what}): use the model as it was before offload()"
+            f"{self.parameter_name} is on the GPU worker, and only its shape, dtype and device are here ({what}): use the model as it was before offload()"
         )
 
     def __deepcopy__(self, memo: object) -> Any:
