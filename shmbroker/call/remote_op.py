@@ -369,7 +369,10 @@ class CapturedCall:
         return f"<CapturedCall of {self._op!r}: {inputs} to {outputs}>"
 
     def replay(self, *, timeout: Timeout = _UNSET) -> Any:
-        """Call again and wait: the output tensor, or a tuple of them. Raises as :meth:`RemoteOp.__call__`."""
+        """Call again and wait: the output tensor, or a tuple of them. Raises as :meth:`RemoteOp.__call__`.
+
+        A hot path: what looking whether the tensors lie where they lay costs is in docs/performance.md.
+        """
         op = self._op
         for tensor, place in self._handed:
             if tensor.data_ptr() != place or tensor.requires_grad:

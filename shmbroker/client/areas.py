@@ -15,6 +15,12 @@ class Areas:
         """By worker: those of closed channels of which it still ran a call."""
         self._lock = threading.Lock()
 
+    @property
+    def parked(self) -> int:
+        """How many a closed channel still keeps."""
+        with self._lock:
+            return sum(map(len, self._parked.values()))
+
     def take(self) -> int | None:
         """A free one, or None."""
         with self._lock:

@@ -290,7 +290,8 @@ class Client:
         """While it does, closing waits: what it opens is closed too."""
         index = self._areas.take()
         if index is None:
-            raise ChannelError(f"all {self._areas.count} channels of this client are open: close one, or connect(channels=...)")
+            parked = f", {self._areas.parked} of them closed over a call that still runs" if self._areas.parked else ""
+            raise ChannelError(f"all {self._areas.count} channels of this client are open{parked}: close one, or connect(channels=...)")
         try:
             opened = self._opener.open_any(service, wait, passed_over, *wanted, index)
         except BaseException:

@@ -153,7 +153,9 @@ def test_a_call_that_outlasts_its_closed_channel_keeps_blocks_and_area_until_its
         assert client.arena.occupancy().blocks == 2
         other = client.channel("slow")
         assert other.index != channel.index, "its queues may still be written to"
-        with pytest.raises(shmbroker.ChannelError, match="all 2 channels of this client are open"):
+        with pytest.raises(
+            shmbroker.ChannelError, match="all 2 channels of this client are open, 1 of them closed over a call that still runs: close one"
+        ):
             client.channel("slow")
         process.kill()
         wait_until(lambda: client.arena.occupancy().blocks == 0)
