@@ -6,7 +6,6 @@ layer: a worker that does not have exactly these refuses, so an answer is never 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ import torch
 from torch import nn
 
 from shmbroker.errors import BadInput
-from shmbroker.models import cache_parameter, decoder_layers, halves_of, rotary_of
+from shmbroker.models import LayerCall, decoder_layers, first_of, halves_of, rotary_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,8 +34,6 @@ class Layers:
         self._layers = [layer for _, layer in decoder_layers(model)]
         self._names = [name for name, _ in decoder_layers(model)]
         self._rotary = rotary_of(model)
-        self._by_type = self._rotary is not None and "layer_type" in inspect.signature(self._rotary.forward).parameters
-        self._types: Sequence[str] = getattr(model.config.get_text_config(), "layer_types", None) or ()
         self._turned: dict[tuple[str, ...], tuple[torch.Tensor, Any]] = {}
         """The last positions with their rotary embedding, by kind of layer: those of a pass are the same for each of its layers."""
         self._placed: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -56,14 +53,14 @@ class Layers:
         width = self._model.config.get_text_config().hidden_size
         refusal = f"the feed-forward of {type(self._layer(layer)).__name__} is more than a function of its input: use split 'layer' or 'op'"
         try:
-            tried = _first(module(torch.zeros(1, 1, width, dtype=self._model.dtype, device=self._model.device)))
+            tried = first_of(module(torch.zeros(1, 1, width, dtype=self._model.dtype, device=self._model.device)))
         except TypeError as error:
             raise BadInput(refusal) from error
         if not isinstance(tried, torch.Tensor) or tried.shape != (1, 1, width):
             raise BadInput(refusal)
 
         def run(hidden: torch.Tensor, *, out: torch.Tensor) -> None:
-            out.copy_(_first(module(hidden)))
+            out.copy_(first_of(module(hidden)))
 
         return run
 
@@ -93,16 +90,7 @@ class Layers:
 
     def _with_session(self, layer: int, module: nn.Module, channel_state: dict[str, Any]) -> Callable[..., None]:
         caches: dict[int, DynamicCache] = channel_state.setdefault(_CACHES, {})
-        parameters = inspect.signature(module.forward).parameters
-        takes_cache = cache_parameter(module)
-        demanded = [
-            name for name, one in list(parameters.items())[1:] if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD
-        ]
-        kind = (self._types[layer],) if self._by_type else ()
-        if "position_embeddings" in parameters and self._rotary is None:
-            raise BadInput(
-                f"where {type(self._model).__name__} makes the rotary embeddings of its layers could not be told: use split 'op', 'fused' or 'linear'"
-            )
+        call = LayerCall(self._model, layer, module)
 
         def run(
             hidden: torch.Tensor,
@@ -117,17 +105,7 @@ class Layers:
             number, past = session.tolist()
             cache = self._cache(caches, number, layer, past) if number else None
             positions = self._positions(position_ids)
-            arguments: dict[str, Any] = {
-                **dict.fromkeys(demanded),
-                "attention_mask": mask[0] if mask else None,
-                "position_ids": positions,
-                "use_cache": cache is not None,
-            }
-            if takes_cache is not None:
-                arguments[takes_cache] = cache
-            if "position_embeddings" in parameters:
-                arguments["position_embeddings"] = self._embedded(hidden, positions, kind)
-            out.copy_(_first(module(hidden, **{name: value for name, value in arguments.items() if name in parameters})))
+            out.copy_(call(hidden, positions, mask[0] if mask else None, cache, self._embedded))
 
         return run
 
@@ -161,8 +139,3 @@ class Layers:
                 "is gone, or a call of it failed; start the generation anew"
             )
         return cache
-
-
-def _first(result: Any) -> Any:
-    """What a module computed, of all that it returns."""
-    return result[0] if isinstance(result, tuple) else result

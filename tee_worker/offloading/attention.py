@@ -13,7 +13,7 @@ from torch import nn
 
 from shmbroker.errors import BadInput
 from tee_worker.offloading.remote_modules import SplitAttention
-from tee_worker.planning.layer_arguments import ABOUT_OUTPUTS
+from tee_worker.planning.run_once import unknown_arguments
 from tee_worker.planning.splits import Split, Splits
 from tee_worker.planning.structure import Structure
 
@@ -25,26 +25,21 @@ ATTRIBUTE = "shmbroker_attention"
 """Where an attention module keeps its :class:`SplitAttention`."""
 
 
-KNOWN = frozenset(
-    {"position_ids", "cache_position", "use_cache", "sliding_window", "output_attentions", "output_hidden_states", "is_causal"}
-)
-"""Arguments that change nothing of what is computed here: positions are in query and key, windows and causality in the mask."""
-
-
 def split_attention_forward(
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: torch.Tensor | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """As Hugging Face calls it: query ``[batch, heads, tokens, head_dim]``, a mask of numbers or booleans, or None."""
+    """As Hugging Face calls it: query ``[batch, heads, tokens, head_dim]``, a mask of numbers or booleans, or None, sinks ``[heads]``."""
     attention: SplitAttention = getattr(module, ATTRIBUTE)
-    refused = [name for name, given in kwargs.items() if given is not None and given is not False and name not in KNOWN | ABOUT_OUTPUTS]
+    refused = unknown_arguments(kwargs)
     if refused or dropout:
         raise BadInput(
             f"split 'op' does not know how to apply {', '.join(refused) or 'dropout'}: use split 'fused' or 'linear' for this model"
@@ -53,7 +48,7 @@ def split_attention_forward(
         raise BadInput("split 'op': this model gives its attention no mask over several tokens: use split 'fused' or 'linear'")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     wanted = bool(kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False))
-    return attention(query, key, value, attention_mask, scale, softcap, weights=wanted)
+    return attention(query, key, value, attention_mask, scale, softcap, sinks=s_aux, weights=wanted)
 
 
 def install_split_attention(model: PreTrainedModel, products: SplitAttention, structure: Structure, splits: Splits) -> None:

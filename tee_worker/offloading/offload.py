@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from shmbroker.arena import NAME_OF
+from shmbroker.arena import NAME_OF, TensorSpec
 from shmbroker.client import Bindable, Op
 from shmbroker.errors import BadInput
 from shmbroker.models import digests_of, name_without_adapter, ops, rotary_of
@@ -18,6 +18,7 @@ from tee_worker.offloading.attention import install_split_attention
 from tee_worker.offloading.baton import Baton
 from tee_worker.offloading.passing_channel import PassingChannel
 from tee_worker.offloading.pipeline import Pipeline
+from tee_worker.offloading.placed import place_without_parameters
 from tee_worker.offloading.refusals import dropout_in, install_refusals, no_dropout
 from tee_worker.offloading.remote_modules import FusedCall, SplitAttention, remote_embedding, remote_linear
 from tee_worker.offloading.self_check import SelfCheck, has_weights
@@ -80,6 +81,7 @@ def offload(
         Pipeline(model, pipeline, baton, moves.sessions).install()
     model.requires_grad_(False)
     install_refusals(model, structure.dtype, dropout)
+    place_without_parameters(model, structure.dtype)
     if expected is not None:
         expected.compare(model)
     return Offloaded(model, structure, splits)
@@ -96,6 +98,8 @@ class _Moves:
         self._splits = splits
         self._told = told
         self._moves: list[Callable[[], None]] = []
+        self._bound: set[str] = set()
+        """Linear layers: one that runs several times in a pass is replaced once."""
         self.sessions: Sessions | None = None
         """Of what moves as a whole; None where nothing does."""
 
@@ -136,6 +140,9 @@ class _Moves:
         self._moves.append(functools.partial(remote_embedding, module, name, op, dtype))
 
     def _bind_linear(self, op: str, name: str, in_features: int, out_features: int) -> None:
+        if name in self._bound:
+            return
+        self._bound.add(name)
         module = self._model.get_submodule(name)
         bound = self._channel.bind(
             op,
@@ -172,7 +179,7 @@ class _Moves:
         from tee_worker.offloading.remote_layers import RemoteAttention, RemoteFeedForward, RemoteLayer, become, make_remote
         from tee_worker.offloading.sessions import Sessions
 
-        sessions = self.sessions = Sessions(self._channel.memory, self._model.config, remote, rotary_of(self._model))
+        sessions = self.sessions = Sessions(self._channel.memory, self._model.config, remote, rotary_of(self._model), structure.advice)
         for index in sorted(remote):
             layer, returns = self._model.get_submodule(structure.layers[index]), structure.returns[index]
             if of_layers[index] is Split.LAYER:
@@ -187,7 +194,7 @@ class _Moves:
             feeding = self._bind_whole(ops.MLP_BLOCK, ops.mlp_block, index, feed_forward)
             self._moves.append(functools.partial(become, feed_forward, RemoteFeedForward, feeding, returns.feed_forward))
 
-    def _bind_whole(self, op: str, out_spec: Callable[..., object], index: int, module: nn.Module) -> Op:
+    def _bind_whole(self, op: str, out_spec: Callable[..., TensorSpec], index: int, module: nn.Module) -> Op:
         return self._channel.bind(op, out_spec=out_spec, layer=index, digests=self._digests(module))
 
 

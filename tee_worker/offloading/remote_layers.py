@@ -51,7 +51,7 @@ class RemoteFeedForward(nn.Module):
 
 def make_remote(module: nn.Module, mixin: type[_Remote], op: Op, index: int, sessions: Sessions, results: int | None) -> None:
     """Turn a layer, or its attention, into one that is computed elsewhere, and let its weights go."""
-    signature = LayerSignature(type(module).__name__, inspect.signature(module.forward))
+    signature = LayerSignature(type(module).__name__, inspect.signature(module.forward), sessions.advice)
     become(module, mixin, op, results)
     module.index = index  # type: ignore[assignment]
     module.sessions = sessions  # type: ignore[assignment]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from shmbroker.client import ClientMemory, Op
-from shmbroker.models import features, missing_shapes
+from shmbroker.models import features, missing_parameters
 from tee_worker.offloading.weight_elsewhere import WeightElsewhere
 
 
@@ -69,7 +69,7 @@ def remote_linear(module: nn.Module, name: str, op: Callable[[torch.Tensor], tor
     """Have the linear layer ``module`` computed elsewhere, by ``op``."""
     inside, outside = features(module)
     known = {"weight": WeightElsewhere(f"{name}.weight", (outside, inside) if isinstance(module, nn.Linear) else (inside, outside), dtype)}
-    if "bias" in missing_shapes(module) or module._parameters.get("bias") is not None:
+    if "bias" in missing_parameters(module) or module._parameters.get("bias") is not None:
         known["bias"] = WeightElsewhere(f"{name}.bias", (outside,), dtype)
     for parameter in ("weight", "bias"):
         module.register_parameter(parameter, None)
@@ -131,12 +131,14 @@ class SplitAttention:
         scaling: float,
         softcap: float | None = None,
         *,
+        sinks: torch.Tensor | None = None,
         weights: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attend; the result lies in shared memory.
 
         query ``[batch, heads, tokens, head_dim]``, key and value ``[batch, kv_heads, length, ...]`` to ``[batch, tokens, heads, value_dim]``.
-        ``mask``: what is added to the scores, or booleans, False where a token is not seen. ``weights``: whether to return a copy of those of attention too.
+        ``mask``: what is added to the scores, or booleans, False where a token is not seen. ``sinks`` ``[heads]``: scores of a
+        token that every one sees and that has no value. ``weights``: whether to return a copy of those of attention too.
         """
         heads = query.shape[1]
         keys = self._repeated(key, heads)
@@ -149,7 +151,9 @@ class SplitAttention:
             scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)
         elif mask is not None:
             scores.add_(mask)
-        if scores.dtype is torch.float32:
+        if sinks is not None:
+            _softmax_with_sinks(scores, sinks)
+        elif scores.dtype is torch.float32:
             torch.softmax(scores, dim=-1, out=scores)
         else:
             scores.copy_(torch.softmax(scores, dim=-1, dtype=torch.float32))
@@ -165,3 +169,10 @@ class SplitAttention:
         room = self._memory.empty((batch, heads, length, width), tensor.dtype)
         room.view(batch, kv_heads, heads // kv_heads, length, width).copy_(tensor[:, :, None])
         return room
+
+
+def _softmax_with_sinks(scores: torch.Tensor, sinks: torch.Tensor) -> None:
+    """In place, ``[batch, heads, tokens, length]``: what the sink of its head takes of each row is left out, so a row's sum is below 1."""
+    wide = scores.float()
+    total = torch.logaddexp(torch.logsumexp(wide, dim=-1, keepdim=True), sinks.float().view(1, -1, 1, 1))
+    scores.copy_(wide.sub_(total).exp_())

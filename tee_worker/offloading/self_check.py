@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from shmbroker.errors import BadInput, ShmBrokerError
-from shmbroker.models import missing_shapes
+from shmbroker.models import missing_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,7 +31,7 @@ Seen = list[tuple[str, torch.Tensor]]
 
 def has_weights(model: PreTrainedModel) -> bool:
     """Whether all parameters are here, so that the whole model can be run."""
-    return not any(missing_shapes(module) for module in model.modules()) and not any(one.is_meta for one in model.parameters())
+    return not any(missing_parameters(module) for module in model.modules()) and not any(one.is_meta for one in model.parameters())
 
 
 class SelfCheck:
@@ -100,7 +100,7 @@ def _run(model: PreTrainedModel, layers: Sequence[str], tokens: Sequence[int] | 
 def _watching(layers: Sequence[tuple[str, nn.Module]], seen: Seen) -> Iterator[None]:
     def note(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            first = output[0] if isinstance(output, tuple) else output
+            first = output[0] if isinstance(output, tuple | list) else output
             seen.append((name, first.float().clone()))
 
         return hook

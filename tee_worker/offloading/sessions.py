@@ -26,9 +26,12 @@ _ENDED_AT_ONCE = 4
 class Sessions:
     """What all remote layers of one model share: the sessions by their caches. Thread-safe."""
 
-    def __init__(self, memory: ClientMemory, config: PretrainedConfig, remote: frozenset[int], rotary: nn.Module | None) -> None:
-        """``remote``: the layers whose keys and values are on the worker. ``rotary``: what the model embeds positions with."""
+    def __init__(
+        self, memory: ClientMemory, config: PretrainedConfig, remote: frozenset[int], rotary: nn.Module | None, advice: str
+    ) -> None:
+        """``remote``: the layers whose keys and values are on the worker. ``rotary``: what the model embeds positions with. ``advice``: of refusals."""
         self._memory = memory
+        self.advice = advice
         self._config = config
         self._remote = remote
         self._embedded = EmbeddedPositions(rotary)
@@ -61,9 +64,7 @@ class Sessions:
             positions = self._embedded.of(given.embedded)
             positions = given.positions if positions is None else positions
             if positions is None:
-                raise BadInput(
-                    "the layer is given position_embeddings, and no positions that they were made of: use split 'op', 'fused' or 'linear'"
-                )
+                raise BadInput(f"the layer is given position_embeddings, and no positions that they were made of: {self.advice}")
             return positions
         if given.positions is not None:
             return given.positions
@@ -94,7 +95,7 @@ class Sessions:
             )
         if not is_plain(cache):
             raise BadInput(
-                "at splits 'block' and 'layer' only caches of keys and values are known; this model keeps another state: use split 'op'"
+                f"at splits 'block' and 'layer' only caches of keys and values are known; this model keeps another state: {self.advice}"
             )
         if any(cache.get_seq_length(layer) for layer in self._remote if layer < len(cache.layers)):
             raise BadInput(

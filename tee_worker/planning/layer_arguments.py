@@ -9,17 +9,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from shmbroker.errors import BadInput
-from tee_worker.planning.run_once import CallNote
-
-ABOUT_OUTPUTS = frozenset(
-    {"use_cache", "cache_position", "output_hidden_states", "return_dict", "logits_to_keep", "num_items_in_batch", "labels"}
-)
-"""Arguments that change nothing of what a layer computes: whether there is a cache is seen by the cache, where it ends by its length."""
+from tee_worker.planning.run_once import ABOUT_OUTPUTS, CallNote
 
 EMBEDDED = "position_embeddings"
+
+_PLAIN = (CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer)
+"""What a cache layer that keeps keys and values, and no other state, is made of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +37,10 @@ class LayerArguments:
 class LayerSignature:
     """The parameters of a layer's ``forward``."""
 
-    def __init__(self, kind: str, signature: inspect.Signature) -> None:
-        """``kind``: what refusals call it."""
+    def __init__(self, kind: str, signature: inspect.Signature, advice: str = "") -> None:
+        """``kind``: what refusals call it. ``advice``: what they say to do."""
         self._kind = kind
+        self._advice = f": {advice}" if advice else ""
         self._signature = signature
         self._first = next(iter(signature.parameters))
         self._defaults = {name: one.default for name, one in signature.parameters.items()}
@@ -55,7 +54,7 @@ class LayerSignature:
             if what is None:
                 continue
             if what in found and found[what] is not value:
-                raise BadInput(f"{self._kind} is given two of one kind ({what}): use split 'op', 'fused' or 'linear'")
+                raise BadInput(f"{self._kind} is given two of one kind ({what}){self._advice}")
             found[what] = value
         return LayerArguments(found["hidden"], found.get("positions"), found.get("embedded"), found.get("mask"), found.get("cache"))
 
@@ -74,43 +73,53 @@ class LayerSignature:
             return "embedded"
         if isinstance(value, bool | int | float | str) and value == self._defaults.get(name):
             return None
-        raise BadInput(
-            f"{self._kind} is given {name} ({_shown(value)}), which cannot be handed to the GPU worker: use split 'op', 'fused' or 'linear'"
-        )
+        raise BadInput(f"{self._kind} is given {name} ({_shown(value)}), which cannot be handed to the GPU worker{self._advice}")
 
     def _is_var(self, name: str) -> bool:
         parameter = self._signature.parameters.get(name)
         return parameter is not None and parameter.kind is inspect.Parameter.VAR_KEYWORD
 
 
-def check_whole(name: str, module: nn.Module, note: CallNote | None) -> None:
-    """See that a layer, or an attention, can be computed elsewhere by what it was given in one call. Raises :class:`BadInput`."""
+def check_whole(name: str, module: nn.Module, note: CallNote | None, *, rotary: bool) -> None:
+    """See that a layer, or an attention, can be computed elsewhere by what it was given in one call. Raises :class:`BadInput`.
+
+    ``rotary``: whether it is known what the model makes rotary embeddings with.
+    """
     if note is None:
-        raise BadInput(f"{name} was not run: use split 'op', 'fused' or 'linear'")
+        raise BadInput(f"{name} was not run")
+    if not rotary and EMBEDDED in inspect.signature(module.forward).parameters:
+        raise BadInput(f"where the model makes the rotary embeddings that {name} is given could not be told")
     given = LayerSignature(name, inspect.signature(module.forward)).arguments(note.args, note.kwargs)
     if given.cache is None:
-        raise BadInput(
-            f"{name} is given no cache of keys and values, which would be kept by the GPU worker: use split 'op', 'fused' or 'linear'"
-        )
+        raise BadInput(f"{name} is given no cache of keys and values, which would be kept by the GPU worker")
     if not is_plain(given.cache):
-        raise BadInput(
-            f"{name} keeps another state than keys and values ({type(given.cache).__name__}), which the GPU worker cannot keep: use split 'op', "
-            "'fused' or 'linear'"
-        )
+        raise BadInput(f"{name} keeps another state than keys and values ({_state(given.cache)}), which the GPU worker cannot keep")
     if not isinstance(_first_of(note.output), torch.Tensor):
-        raise BadInput(f"{name} returns a {type(note.output).__name__}, which is not known here: use split 'op', 'fused' or 'linear'")
+        raise BadInput(f"{name} returns a {type(note.output).__name__}, which is not known here")
 
 
 def check_feed_forward(name: str, note: CallNote | None) -> None:
     """The same of a feed-forward, which is given one tensor. Raises :class:`BadInput`."""
     given = [] if note is None else [value for value in [*note.args, *note.kwargs.values()] if value is not None]
     if note is None or len(given) != 1 or not isinstance(given[0], torch.Tensor) or not isinstance(_first_of(note.output), torch.Tensor):
-        raise BadInput(f"{name} is more than a function of one tensor: use split 'layer', 'op', 'fused' or 'linear'")
+        raise BadInput(f"{name} is more than a function of one tensor")
 
 
 def is_plain(cache: Cache) -> bool:
     """Whether ``cache`` keeps keys and values in the way of :class:`DynamicCache`, and no other state."""
-    return type(cache) is DynamicCache and all(isinstance(layer, DynamicLayer) for layer in cache.layers)
+    return type(cache) is DynamicCache and all(_is_plain_layer(layer) for layer in cache.layers)
+
+
+def _is_plain_layer(layer: object) -> bool:
+    """Of keys and values alone. What counts them for a split model is derived of these too."""
+    kind = type(layer)
+    return issubclass(kind, DynamicLayer) and all(base in _PLAIN for base in kind.__mro__ if base.__module__.startswith("transformers."))
+
+
+def _state(cache: Cache) -> str:
+    """What a cache that is not plain is."""
+    odd = next((layer for layer in cache.layers if not _is_plain_layer(layer)), None)
+    return type(cache if odd is None or type(cache) is not DynamicCache else odd).__name__
 
 
 def _first_of(output: Any) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,15 +17,27 @@ import torch
 from torch import nn
 
 from shmbroker.errors import BadInput
-from shmbroker.models import LayerHalves, adapters, features, is_linear, missing_shapes
+from shmbroker.models import LayerHalves, adapters, features, is_linear, missing_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _PROBE = "shmbroker_probe"
 
+_LARGE = 1 << 20
+"""Elements of a parameter that is stood in for without memory: some models look at small ones in ways that need it."""
+
 LONGEST_REASON = 200
 """Characters of another library's words that are passed on."""
+
+
+ABOUT_OUTPUTS = frozenset(
+    {"use_cache", "cache_position", "output_hidden_states", "return_dict", "logits_to_keep", "num_items_in_batch", "labels"}
+)
+"""Arguments that change nothing of what a layer computes: whether there is a cache is seen by the cache, where it ends by its length."""
+
+_OF_ATTENTION = frozenset({"position_ids", "sliding_window", "output_attentions", "is_causal", "s_aux"})
+"""Those of an attention that are in its other arguments (positions in query and key, windows and causality in the mask), or computed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +51,10 @@ class Attention:
     value_dim: int
     window: int | None = None
     """Earlier tokens that its cache keeps, and one; None for all."""
+    unknown: tuple[str, ...] = ()
+    """Arguments that it was given beyond those that attention is known to have."""
+    masked: bool = True
+    """Whether it was given a mask over several tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +95,7 @@ def run_once(model: PreTrainedModel, layers: Sequence[nn.Module], halves: Sequen
     training = model.training
     model.train(False)  # so that nothing is drawn at random
     try:
-        with _missing_parameters(model), _noting(model, notes), _watching(watched, notes), torch.no_grad():
+        with _stand_ins(model), _noting(model, notes), _watching(watched, notes), torch.no_grad():
             # Two tokens: one alone takes short cuts in some models.
             model(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=True)
     except BadInput:
@@ -115,44 +131,62 @@ def _watching(modules: Sequence[nn.Module], notes: Notes) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _missing_parameters(model: PreTrainedModel) -> Iterator[None]:
-    """For the duration, parameters that were not loaded here are zeros without memory. What has stacks of matrices (experts) returns zeros."""
-    filled: list[tuple[nn.Module, str]] = []
-    patched: list[nn.Module] = []
+def _stand_ins(model: PreTrainedModel) -> Iterator[None]:
+    """For the duration, parameters that were not loaded here, or are to be moved, are zeros, the large ones without memory: what is found is the same."""
+    before: list[tuple[nn.Module, str, nn.Parameter | None]] = []
     for module in model.modules():
-        shapes = {name: shape for name, shape in missing_shapes(module).items() if module._parameters.get(name) is None}
+        known: dict[str, torch.Tensor] = dict(missing_parameters(module))
         if is_linear(module) or module is model.get_input_embeddings():
-            continue
-        if any(len(shape) > 2 for shape in shapes.values()):
-            module.forward = lambda hidden, *args, **kwargs: torch.zeros_like(hidden)
-            patched.append(module)
-            continue
-        for name, shape in shapes.items():
-            zeros = torch.zeros((), dtype=model.dtype).expand(shape)
-            module.register_parameter(name, nn.Parameter(zeros, requires_grad=False))
-            filled.append((module, name))
+            known.update({name: one for name, one in module._parameters.items() if one is not None})
+        for name, one in known.items():
+            before.append((module, name, module._parameters.get(name)))
+            module._parameters[name] = nn.Parameter(_zeros(one), requires_grad=False)
+    experts = model.get_experts_implementation()
     try:
+        model.set_experts_implementation("eager")  # which looks at those of two tokens alone
         yield
     finally:
-        for module, name in filled:
-            module.register_parameter(name, None)
-        for module in patched:
-            del module.forward
+        for module, name, parameter in before:
+            module._parameters[name] = parameter
+        model.set_experts_implementation(experts)
+
+
+def _zeros(like: torch.Tensor) -> torch.Tensor:
+    if like.numel() <= _LARGE:
+        return torch.zeros(like.shape, dtype=like.dtype)
+    return torch.zeros((), dtype=like.dtype).expand(like.shape)
+
+
+def dtype_of(embedding: nn.Embedding) -> torch.dtype:
+    """The dtype of an embedding, also of one without weights."""
+    weight = embedding._parameters.get("weight")
+    return missing_parameters(embedding)["weight"].dtype if weight is None else weight.dtype
 
 
 @contextlib.contextmanager
 def _noting(model: PreTrainedModel, notes: Notes) -> Iterator[None]:
     """For the duration, linear layers and embeddings return zeros, and everything is noted."""
     from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import eager_mask
 
     names = {module: name for name, module in model.named_modules()}
 
     def note_attention(
-        module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, **kwargs: object
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        softcap: float | None = None,
+        **kwargs: object,
     ) -> tuple[torch.Tensor, None]:
         window = kwargs.get("sliding_window")
         assert window is None or isinstance(window, int)
-        notes.attentions.append(Attention(names[module], query.shape[1], key.shape[1], query.shape[-1], value.shape[-1], window))
+        sizes = query.shape[1], key.shape[1], query.shape[-1], value.shape[-1]
+        masked = attention_mask is not None or kwargs.get("is_causal") is False or query.shape[2] == 1
+        notes.attentions.append(Attention(names[module], *sizes, window, unknown_arguments(kwargs), masked))
         return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
 
     dtype, added = model.dtype, adapters(model)
@@ -167,7 +201,7 @@ def _noting(model: PreTrainedModel, notes: Notes) -> Iterator[None]:
         patched.append(module)
     before = model.config._attn_implementation
     AttentionInterface.register(_PROBE, note_attention)
-    AttentionMaskInterface.register(_PROBE, _no_mask)
+    AttentionMaskInterface.register(_PROBE, eager_mask)
     try:
         model.set_attn_implementation(_PROBE)
         yield
@@ -177,8 +211,13 @@ def _noting(model: PreTrainedModel, notes: Notes) -> Iterator[None]:
             del module.forward
 
 
-def _no_mask(*args: object, **kwargs: object) -> None:
-    return None
+def unknown_arguments(given: Mapping[str, object]) -> tuple[str, ...]:
+    """Which arguments of an attention change what it computes in a way that is not known here: neither None nor False, and none of the known ones."""
+    return tuple(
+        name
+        for name, value in given.items()
+        if value is not None and value is not False and name not in ABOUT_OUTPUTS and name not in _OF_ATTENTION
+    )
 
 
 def _noting_linear(name: str, module: nn.Module, notes: Notes) -> Callable[[torch.Tensor], torch.Tensor]:

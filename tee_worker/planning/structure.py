@@ -5,6 +5,7 @@ Layers that were given the very same tensor can be asked for together; the order
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,8 +14,9 @@ import torch
 from torch import nn
 
 from shmbroker.errors import BadInput
-from shmbroker.models import LayerHalves, adapters, decoder_layers, features, halves_of, is_linear
-from tee_worker.planning.run_once import Attention, LinearNote, Notes, run_once
+from shmbroker.models import LayerHalves, decoder_layers, features, halves_of, is_linear
+from tee_worker.planning.fits import Fits
+from tee_worker.planning.run_once import Attention, LinearNote, Notes, dtype_of, run_once
 from tee_worker.planning.splits import Split, Splits
 
 if TYPE_CHECKING:
@@ -44,6 +46,8 @@ class Structure:
     """A decoder: embedding, projections and attentions in order of a forward pass, and the head."""
 
     embedding: str
+    rows: int
+    """Of the embedding."""
     width: int
     projections: tuple[Projection, ...]
     attentions: tuple[Attention, ...]
@@ -59,6 +63,8 @@ class Structure:
     """Of each layer: earlier tokens that its cache keeps, and one; None for all."""
     additive_masks: bool = False
     """Whether attention is given a mask of numbers every time (``eager``), rather than of booleans where it cannot do without (``sdpa``)."""
+    advice: str = ""
+    """What to do where a call's arguments cannot be handed to the GPU worker: which splits keep them here."""
 
     def split_of(self, module: str, splits: Splits) -> Split:
         """The split at which ``module`` is computed: its layer's."""
@@ -90,54 +96,25 @@ def structure_of(model: PreTrainedModel, split: Split | Splits | str = Split.FUS
     layers = decoder_layers(model)
     halves = tuple(halves_of(layer) for _, layer in layers)
     of_layers = splits.of_layers(len(layers))
-    _check(model, splits, of_layers, halves)
     notes = run_once(model, [layer for _, layer in layers], halves)
-    added = adapters(model)
-    for (name, layer), one, found in zip(layers, of_layers, halves, strict=True):
-        if one.stateful and (adapted := next((added[module] for module in layer.modules() if module in added), None)) is not None:
-            raise BadInput(
-                f"split {one.value!r}: {adapted} has an adapter, which would be left out on the GPU worker: use split 'op', 'fused' or 'linear'"
-            )
-        _check_whole(name, layer, one, found, notes)
+    fits = Fits(model, layers, halves, notes)
+    fits.check(of_layers, splits.uniform)
     projections = tuple(_group([note for note in notes.linears if note.module is not head]))
-    if not projections and not any(one.stateful for one in of_layers):
-        raise BadInput(f"{kind} has no linear layers to compute elsewhere")
     return Structure(
         embedding=names[embedding],
+        rows=embedding.num_embeddings,
         width=embedding.embedding_dim,
         projections=projections,
         attentions=tuple(notes.attentions),
         head=Projection((names[head],), head.in_features, (head.out_features,)),
-        dtype=model.dtype,
+        dtype=dtype_of(embedding),
         layers=tuple(name for name, _ in layers),
         halves=halves,
         returns=_returns([layer for _, layer in layers], halves, notes),
         windows=_windows(model, len(layers)),
         additive_masks=model.config._attn_implementation == "eager",
+        advice=fits.advice((Split.LINEAR, Split.FUSED, Split.OP)),
     )
-
-
-def _check(model: PreTrainedModel, splits: Splits, of_layers: tuple[Split, ...], halves: tuple[LayerHalves | None, ...]) -> None:
-    kind = type(model).__name__
-    if not of_layers and (splits.uniform is None or splits.uniform.stateful):
-        raise BadInput(f"split {str(splits)!r}: the decoder layers of {kind} could not be told from its other modules; use split 'op'")
-    for index, (split, found) in enumerate(zip(of_layers, halves, strict=True)):
-        if split is Split.BLOCK and found is None:
-            raise BadInput(
-                f"split 'block': attention and feed-forward of layer {index} of {kind} could not be told apart; use split 'op' or 'layer'"
-            )
-
-
-def _check_whole(name: str, layer: nn.Module, split: Split, found: LayerHalves | None, notes: Notes) -> None:
-    """See that what moves as a whole can be handed all that it is given, and that its keys and values can be kept elsewhere."""
-    from tee_worker.planning.layer_arguments import check_feed_forward, check_whole
-
-    if split is Split.LAYER:
-        check_whole(name, layer, notes.calls.get(layer))
-    elif split is Split.BLOCK:
-        assert found is not None
-        check_whole(f"{name}.{found.attention}", attention := layer.get_submodule(found.attention), notes.calls.get(attention))
-        check_feed_forward(f"{name}.{found.feed_forward}", notes.calls.get(layer.get_submodule(found.feed_forward)))
 
 
 def _windows(model: PreTrainedModel, layers: int) -> tuple[int | None, ...]:
@@ -161,10 +138,12 @@ def _returns(layers: Sequence[nn.Module], halves: Sequence[LayerHalves | None], 
 
 
 def _group(linears: Sequence[LinearNote]) -> Iterator[Projection]:
-    """Runs of layers that were given the same tensor, unchanged, one after the other."""
+    """Runs of layers that were given the same tensor, unchanged, one after the other; one that runs several times in a pass is alone."""
+    times = Counter(note.name for note in linears)
     run: list[LinearNote] = []
     for note in [*linears, None]:
-        if run and (note is None or note.given is not run[0].given or note.version != run[0].version):
+        alone = bool(run) and (times[run[-1].name] > 1 or (note is not None and times[note.name] > 1))
+        if run and (note is None or alone or note.given is not run[0].given or note.version != run[0].version):
             sizes = [features(one.module) for one in run]
             yield Projection(tuple(one.name for one in run), sizes[0][0], tuple(width for _, width in sizes))
             run = []

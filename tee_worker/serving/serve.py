@@ -66,6 +66,7 @@ def serve(
                 new_tokens=1,
                 name="tee-worker serve",
                 peers=own_peers(options, on_note, "--model", options.model) if options.local else None,
+                on_note=on_note,
             )
         )
         name = options.served_model_name or _name_of(checkpoint)

@@ -261,7 +261,7 @@ def test_a_linear_layer_that_computes_otherwise_stays_here(
     folder = quantized(folder_of("llama", hidden_size=64, intermediate_size=128), tmp_path / "bitnet")
     with served(folder, "bitnet"):
         model = whole_model(folder, dtype=torch.float32)
-        with pytest.raises(BadInput, match="no linear layers to compute elsewhere"):
+        with pytest.raises(BadInput, match="no plain linear layers that could be computed elsewhere: use split 'layer' or 'block'"):
             offload(model, client.channel("bitnet"), Split.FUSED)
 
 
