@@ -7,6 +7,7 @@ import gc
 import itertools
 import multiprocessing
 import os
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from multiprocessing.context import ForkProcess
@@ -21,6 +22,10 @@ from shmbroker.memory.segment import Segment, make_segment, unlink_segment
 
 os.environ.pop("COLUMNS", None)
 """Set by pytest-xdist; programs of tests print as where nobody has set it."""
+
+for _number, _action in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler), (signal.SIGQUIT, signal.SIG_DFL)):
+    if signal.getsignal(_number) is signal.SIG_IGN:  # under nohup, or in the background of a script: programs of tests would inherit it
+        signal.signal(_number, _action)
 
 SegmentOf = Callable[[Geometry], Segment]
 StartChild = Callable[..., ForkProcess]
