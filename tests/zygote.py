@@ -22,13 +22,17 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = str(ROOT / "tests" / "programs") + os.sep
-MODULES = ("tee_worker", "gpu_worker")
+MODULES = ("tee_worker", "gpu_worker", "benchmarks")
+COMMANDS = {"doctor", "ping", "ops", "demo"}
+"""Of ``shmbroker``: those that load torch."""
+
 READ_BY_LIBRARIES = ("OMP_", "MKL_", "TORCH_", "KMP_", "PYTHON", "LD_", "HF_")
 """Variables that would come too late."""
 
@@ -40,7 +44,9 @@ def forkable(command: Sequence[str], environment: Mapping[str, str]) -> bool:
     if command[0] != sys.executable or any(name.startswith(READ_BY_LIBRARIES) for name in environment):
         return False
     if command[1] == "-m":
-        return command[2] in MODULES
+        return command[2] in MODULES or (command[2] == "shmbroker" and not COMMANDS.isdisjoint(command[3:]))
+    if command[1] == "-c":
+        return "torch" in command[2] and "sys.modules" not in command[2]
     return command[1].startswith(PROGRAMS)
 
 
@@ -232,6 +238,11 @@ def main() -> None:
         sys.argv = argv[1:]
         sys.path[0] = os.getcwd()
         runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+    elif argv[0] == "-c":
+        sys.argv = ["-c", *argv[2:]]
+        sys.path[0] = ""
+        main_module = sys.modules["__main__"] = types.ModuleType("__main__")
+        exec(compile(argv[1], "<string>", "exec"), main_module.__dict__)
     else:
         sys.argv = argv
         sys.path[0] = str(Path(argv[0]).parent)

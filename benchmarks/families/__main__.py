@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import click
@@ -9,32 +10,57 @@ import torch
 import transformers
 
 import shmbroker
-from benchmarks.families.measure import EQUAL, Outcome, measure
+from benchmarks.families.behaviours import BEHAVIOURS
+from benchmarks.families.compare import compare
+from benchmarks.families.measure import EQUAL, Outcome, clear, measure, quiet
 from benchmarks.families.names import FAMILIES
+from benchmarks.families.tiny import served, tiny_family
 from tee_worker import Split
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
+
+
+BEHAVING = "llama"
+"""The family whose behaviours are told; those of others are tests."""
 
 
 @click.command()
 @click.argument("families", nargs=-1)
 @click.option("--write", is_flag=True, help="Write docs/families.md; of all families alone.")
 def main(families: tuple[str, ...], write: bool) -> None:
-    """Try FAMILIES (all) at every split as tiny models of random weights. Exit status 1 when one gives another number or an error that is no refusal."""
+    """Try FAMILIES (all) at every split as tiny models of random weights, and what else is asked of a model on one of them.
+
+    Exit status 1 when one gives another number or an error that is no refusal.
+    """
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    outcomes = []
-    with shmbroker.local_broker(), shmbroker.connect(arena="24M") as client:
+    outcomes, behaved = [], {}
+    with shmbroker.local_broker(), shmbroker.connect(arena="64M") as client:
         for family in families or FAMILIES:
             outcomes.append(measure(client, family, FAMILIES.get(family, {})))
             click.echo(line(outcomes[-1]))
+        if not families:
+            behaved = behaviours(client)
     click.echo(summary(outcomes))
     if write and not families:
-        PAGE.write_text(page(outcomes))
+        PAGE.write_text(page(outcomes, behaved))
     wrong = [outcome.family for outcome in outcomes if outcome.wrong]
+    wrong += [f"{name} at {split}" for name, told in behaved.items() for split, what in told.items() if not clear(what)]
     if wrong:
         raise SystemExit(f"other numbers, or no clear refusal: {', '.join(wrong)}")
+
+
+def behaviours(client: shmbroker.Client) -> dict[str, dict[str, str]]:
+    """By behaviour and split: what came of it."""
+    found: dict[str, dict[str, str]] = {name: {} for name in BEHAVIOURS}
+    with tempfile.TemporaryDirectory() as name, quiet():
+        folder = tiny_family(Path(name), BEHAVING)
+        with served(folder, BEHAVING):
+            for split in Split:
+                for behaviour, told in compare(client, BEHAVING, folder, split).items():
+                    found[behaviour][split.value] = told
+    return found
 
 
 def line(outcome: Outcome) -> str:
@@ -49,16 +75,19 @@ def summary(outcomes: list[Outcome]) -> str:
     return f"{len(outcomes)} families; equal: {', '.join(counts)}"
 
 
-def page(outcomes: list[Outcome]) -> str:
+def page(outcomes: list[Outcome], behaved: dict[str, dict[str, str]]) -> str:
     """``docs/families.md``."""
     reasons: dict[str, int] = {}
-    rows = []
-    for outcome in outcomes:
-        cells = []
-        for split in Split:
-            told = outcome.splits[split.value]
-            cells.append(told if told == EQUAL else f"refused ({reasons.setdefault(told.removeprefix('refused: '), len(reasons) + 1)})")
-        rows.append(f"| `{outcome.family}` | {' | '.join(cells)} |")
+
+    def row(name: str, told: dict[str, str]) -> str:
+        cells = [
+            what if what == EQUAL else f"refused ({reasons.setdefault(what.removeprefix('refused: '), len(reasons) + 1)})"
+            for what in (told[split.value] for split in Split)
+        ]
+        return f"| {name} | {' | '.join(cells)} |"
+
+    rows = [row(f"`{outcome.family}`", outcome.splits) for outcome in outcomes]
+    asked = [row(name, told) for name, told in behaved.items()]
     head = [f"| family | {' | '.join(split.value for split in Split)} |", "|---" * (len(Split) + 1) + "|"]
     return "\n".join(
         [
@@ -72,6 +101,18 @@ def page(outcomes: list[Outcome]) -> str:
             "",
             *head,
             *rows,
+            "",
+            "## What else is asked of a model",
+            "",
+            f"Of `{BEHAVING}`, loaded whole; `tests/tee_worker/test_behaviours.py` does the same with other families, with adapters, and with",
+            '`pipeline("text-generation")`. *Equal*: tokens exactly, numbers within 1e-4 of the largest, and the same error where there is one in one process',
+            "(contrastive search, which transformers no longer has).",
+            "",
+            head[0].replace("family", "behaviour"),
+            head[1],
+            *asked,
+            "",
+            "## Reasons",
             "",
             *[f"{number}. {reason}" for reason, number in reasons.items()],
             "",

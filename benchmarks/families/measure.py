@@ -40,12 +40,17 @@ class Outcome:
     @property
     def wrong(self) -> dict[str, str]:
         """Splits that gave another number or an error that is no refusal."""
-        return {split: told for split, told in self.splits.items() if told != EQUAL and not told.startswith("refused: ")}
+        return {split: told for split, told in self.splits.items() if not clear(told)}
+
+
+def clear(told: str) -> bool:
+    """Whether what came of something is that it is equal, or a refusal."""
+    return told == EQUAL or told.startswith("refused: ")
 
 
 def measure(client: shmbroker.Client, family: str, changes: dict[str, Any]) -> Outcome:
     """Generate at every split: with this side's own part loaded, and with the whole model moved apart, which is checked."""
-    with tempfile.TemporaryDirectory() as name, _quiet():
+    with tempfile.TemporaryDirectory() as name, quiet():
         folder = tiny_family(Path(name), family, **changes)
         whole = whole_model(folder)
         expected = generated(whole)
@@ -88,7 +93,8 @@ def _try(client: shmbroker.Client, family: str, folder: Path, split: Split, *, o
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
+    """Warnings of workers and libraries are not for the table."""
     import logging
 
     before = logging.root.manager.disable

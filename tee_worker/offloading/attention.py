@@ -12,7 +12,9 @@ import torch
 from torch import nn
 
 from shmbroker.errors import BadInput
+from tee_worker.offloading.attention_weights import wanted
 from tee_worker.offloading.remote_modules import SplitAttention
+from tee_worker.offloading.uncompiled import uncompiled
 from tee_worker.planning.run_once import unknown_arguments
 from tee_worker.planning.splits import Split, Splits
 from tee_worker.planning.structure import Structure
@@ -25,6 +27,7 @@ ATTRIBUTE = "shmbroker_attention"
 """Where an attention module keeps its :class:`SplitAttention`."""
 
 
+@uncompiled
 def split_attention_forward(
     module: nn.Module,
     query: torch.Tensor,
@@ -38,7 +41,9 @@ def split_attention_forward(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """As Hugging Face calls it: query ``[batch, heads, tokens, head_dim]``, a mask of numbers or booleans, or None, sinks ``[heads]``."""
-    attention: SplitAttention = getattr(module, ATTRIBUTE)
+    attention: SplitAttention | None = getattr(module, ATTRIBUTE, None)
+    if attention is None:
+        raise BadInput("this model has the configuration of a split one, and was not split: set_attn_implementation('sdpa')")
     refused = unknown_arguments(kwargs)
     if refused or dropout:
         raise BadInput(
@@ -47,8 +52,12 @@ def split_attention_forward(
     if attention_mask is None and query.shape[2] > 1 and kwargs.get("is_causal") is not False:
         raise BadInput("split 'op': this model gives its attention no mask over several tokens: use split 'fused' or 'linear'")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    wanted = bool(kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False))
-    return attention(query, key, value, attention_mask, scale, softcap, sinks=s_aux, weights=wanted)
+    if attention_mask is not None and attention_mask.dtype is torch.bool and attention.eager:
+        raise BadInput(
+            "split 'op': this model's own attention (eager) would add a mask of booleans as 0 and 1: give one of numbers, or load the model with "
+            "attn_implementation='sdpa'"
+        )
+    return attention(query, key, value, attention_mask, scale, softcap, sinks=s_aux, weights=wanted())
 
 
 def install_split_attention(model: PreTrainedModel, products: SplitAttention, structure: Structure, splits: Splits) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from tee_worker.offloading.uncompiled import uncompiled
+
 _REMEMBERED = 8
 """Embeddings of a pass: one for each kind of layer that has its own."""
 
@@ -28,6 +30,7 @@ class EmbeddedPositions:
         first = _first(embedded)
         return next((positions for made, positions in reversed(self._made()) if made is first), None)
 
+    @uncompiled
     def _note(self, rotary: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], embedded: Any) -> None:
         positions = self._signature.bind(*args, **kwargs).arguments.get("position_ids")
         if isinstance(positions, torch.Tensor):

@@ -15,6 +15,7 @@ from shmbroker.errors import BadInput
 from shmbroker.models import digests_of, name_without_adapter, ops, rotary_of
 from shmbroker.settings import DEFAULTS
 from tee_worker.offloading.attention import install_split_attention
+from tee_worker.offloading.attention_weights import watch
 from tee_worker.offloading.baton import Baton
 from tee_worker.offloading.passing_channel import PassingChannel
 from tee_worker.offloading.pipeline import Pipeline
@@ -80,6 +81,7 @@ def offload(
     if pipeline > 1:
         Pipeline(model, pipeline, baton, moves.sessions).install()
     model.requires_grad_(False)
+    watch(model, next(iter(_whole_modules(model, structure, splits)), None), structure.advice)
     install_refusals(model, structure.dtype, dropout)
     place_without_parameters(model, structure.dtype)
     if expected is not None:
@@ -117,7 +119,8 @@ class _Moves:
             else:
                 self._bind_fused(projection)
         if Split.OP in splits.used():
-            products = SplitAttention(self._channel.memory, self._channel.bind(ops.MATMUL, out_spec=ops.matmul))
+            matmul = self._channel.bind(ops.MATMUL, out_spec=ops.matmul)
+            products = SplitAttention(self._channel.memory, matmul, eager=structure.additive_masks)
             self._moves.append(functools.partial(install_split_attention, self._model, products, structure, splits))
         head = structure.head
         self._bind_linear(ops.LM_HEAD, head.names[0], head.in_features, head.out_features[0])

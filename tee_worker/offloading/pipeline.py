@@ -16,6 +16,7 @@ import torch
 
 from shmbroker.errors import BadInput
 from tee_worker.offloading.baton import Baton
+from tee_worker.offloading.uncompiled import uncompiled
 from tee_worker.planning.pass_parts import Part, parts_of
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class Pipeline:
     def install(self) -> None:
         """From now on the model's passes go through here."""
 
+        @uncompiled
         @functools.wraps(self._forward)
         def forward(*args: Any, **kwargs: Any) -> Any:
             return self._run(*args, **kwargs)

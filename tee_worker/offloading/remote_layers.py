@@ -10,6 +10,7 @@ from torch import nn
 
 from shmbroker.client import Op
 from tee_worker.offloading.sessions import Sessions
+from tee_worker.offloading.uncompiled import uncompiled
 from tee_worker.planning.layer_arguments import LayerSignature
 
 
@@ -23,6 +24,7 @@ class _Remote(nn.Module):
     results: int | None
     """How many values the module returns as a tuple, the first of which is computed; None: that one alone."""
 
+    @uncompiled
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """One call; arguments as the module's own."""
         output = self.sessions.run(self.op, self.index, self.signature.arguments(args, kwargs))
@@ -43,6 +45,7 @@ class RemoteFeedForward(nn.Module):
     op: Op
     results: int | None
 
+    @uncompiled
     def forward(self, hidden_states: torch.Tensor) -> Any:
         """One call."""
         output: torch.Tensor = self.op(hidden_states)

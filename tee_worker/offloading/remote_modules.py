@@ -11,6 +11,7 @@ from torch import nn
 
 from shmbroker.client import ClientMemory, Op
 from shmbroker.models import features, missing_parameters
+from tee_worker.offloading.uncompiled import uncompiled
 from tee_worker.offloading.weight_elsewhere import WeightElsewhere
 
 
@@ -38,6 +39,7 @@ class RemoteRows(_Elsewhere, nn.Embedding):  # type: ignore[override]
 
     op: Op
 
+    @uncompiled
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """One call."""
         rows: torch.Tensor = self.op(ids)
@@ -49,6 +51,7 @@ class RemoteLinear(_Elsewhere):
 
     op: Callable[[torch.Tensor], torch.Tensor]
 
+    @uncompiled
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """One call, or its share of one."""
         y: torch.Tensor = self.op(x)
@@ -62,7 +65,7 @@ def remote_embedding(module: nn.Embedding, name: str, op: Op, dtype: torch.dtype
     # A class's own super().forward() is RemoteRows.forward then.
     _become(module, (type(module), RemoteRows) if type(module) is not nn.Embedding else (RemoteRows,))
     module.op = op  # type: ignore[assignment]
-    module.known = {"weight": WeightElsewhere(f"{name}.weight", shape, dtype)}  # type: ignore[assignment]
+    module.known = {"weight": WeightElsewhere(f"{name}.weight", shape, dtype, op)}  # type: ignore[assignment]
 
 
 def remote_linear(module: nn.Module, name: str, op: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype) -> None:
@@ -118,7 +121,9 @@ class SplitAttention:
     block that the scores came in, which then is the next call's input.
     """
 
-    def __init__(self, memory: ClientMemory, matmul: Op) -> None:
+    def __init__(self, memory: ClientMemory, matmul: Op, *, eager: bool) -> None:
+        """``eager``: whether the model's own attention adds every mask to the scores, one of booleans too."""
+        self.eager = eager
         self._memory = memory
         self._matmul = matmul
 

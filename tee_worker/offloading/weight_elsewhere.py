@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,15 +14,22 @@ class WeightElsewhere(torch.Tensor):
     """Tells shape, dtype and device, and refuses to be computed with, copied or saved. It has no memory."""
 
     parameter_name: str
+    rows: Callable[[torch.Tensor], torch.Tensor] | None
+    """Of an embedding: asks the worker for the rows of ids ``[1, ids]``."""
 
     @staticmethod
-    def __new__(cls, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> WeightElsewhere:
-        """``name``: the parameter's, for refusals."""
+    def __new__(
+        cls, name: str, shape: tuple[int, ...], dtype: torch.dtype, rows: Callable[[torch.Tensor], torch.Tensor] | None = None
+    ) -> WeightElsewhere:
+        """``name``: the parameter's, for refusals. ``rows``: as the attribute."""
         made: WeightElsewhere = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=torch.device("cpu"))
         made.parameter_name = name
+        made.rows = rows
         return made
 
-    def __init__(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    def __init__(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, rows: Callable[[torch.Tensor], torch.Tensor] | None = None
+    ) -> None:
         super().__init__()
 
     def __repr__(self, **options: Any) -> str:  # type: ignore[override]
@@ -47,6 +55,13 @@ class WeightElsewhere(torch.Tensor):
 
     def __reduce_ex__(self, protocol: object) -> Any:
         raise self.refusal("pickle")
+
+    def __getitem__(self, index: Any) -> Any:
+        """One row of an embedding, which the worker is asked for; all else is refused."""
+        first, *rest = index if isinstance(index, tuple) else (index,)
+        if self.rows is not None and isinstance(first, int) and all(one in (slice(None), ...) for one in rest):
+            return self.rows(torch.tensor([[first % self.shape[0]]]))[0, 0]
+        raise self.refusal("[...]")
 
     def data_ptr(self) -> int:
         """Refused: it has no memory."""

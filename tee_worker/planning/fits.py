@@ -99,7 +99,14 @@ class Fits:
         rotary = rotary_of(self._model) is not None
         if halves is None:
             check_whole(name, layer, self._notes.calls.get(layer), rotary=rotary)
+            self._check_read(name, layer)
             return
         attention, feed_forward = layer.get_submodule(halves.attention), layer.get_submodule(halves.feed_forward)
         check_whole(f"{name}.{halves.attention}", attention, self._notes.calls.get(attention), rotary=rotary)
         check_feed_forward(f"{name}.{halves.feed_forward}", self._notes.calls.get(feed_forward))
+        self._check_read(f"{name}.{halves.attention}", attention)
+        self._check_read(f"{name}.{halves.feed_forward}", feed_forward)
+
+    def _check_read(self, name: str, module: nn.Module) -> None:
+        if module in self._notes.read:
+            raise BadInput(f"{name} returns more than one tensor that the model goes on with")

@@ -107,7 +107,7 @@ def check_feed_forward(name: str, note: CallNote | None) -> None:
 
 def is_plain(cache: Cache) -> bool:
     """Whether ``cache`` keeps keys and values in the way of :class:`DynamicCache`, and no other state."""
-    return type(cache) is DynamicCache and all(_is_plain_layer(layer) for layer in cache.layers)
+    return type(cache) is DynamicCache and not cache.offloading and all(_is_plain_layer(layer) for layer in cache.layers)
 
 
 def _is_plain_layer(layer: object) -> bool:

@@ -84,6 +84,8 @@ class Notes:
     attentions: list[Attention] = field(default_factory=list)
     calls: dict[nn.Module, CallNote] = field(default_factory=dict)
     """Of layers and their halves: the last one of each."""
+    read: set[nn.Module] = field(default_factory=set)
+    """Those of which more than the first value that they return is computed with."""
 
 
 def run_once(model: PreTrainedModel, layers: Sequence[nn.Module], halves: Sequence[LayerHalves | None]) -> Notes:
@@ -119,8 +121,9 @@ def _where(model: PreTrainedModel, error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _watching(modules: Sequence[nn.Module], notes: Notes) -> Iterator[None]:
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         notes.calls[module] = CallNote(args, kwargs, output)
+        return (output[0], *_watched(output[1:], module, notes)) if type(output) is tuple else output
 
     hooks = [module.register_forward_hook(note, with_kwargs=True) for module in modules]
     try:
@@ -128,6 +131,30 @@ def _watching(modules: Sequence[nn.Module], notes: Notes) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+class _Watched(torch.Tensor):
+    """Notes that it is computed with."""
+
+    on_use: Callable[[], None]
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            for one in [*args, *(kwargs or {}).values()]:
+                if isinstance(one, _Watched):
+                    one.on_use()
+            return function(*args, **(kwargs or {}))
+
+
+def _watched(values: Any, module: nn.Module, notes: Notes) -> Any:
+    """``values`` with tensors that note that they are computed with."""
+    if isinstance(values, torch.Tensor):
+        with torch._C.DisableTorchFunctionSubclass():
+            made = values.detach().as_subclass(_Watched)
+        made.on_use = lambda: notes.read.add(module)
+        return made
+    return tuple(_watched(one, module, notes) for one in values) if type(values) is tuple else values
 
 
 @contextlib.contextmanager

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import resource
-import subprocess
 import sys
 
 import pytest
 import torch
 
 import shmbroker
-from tests.processes import worker_process
+from tests.processes import run, worker_process
 
 STEPS = """
 import resource, sys, torch, shmbroker
@@ -70,7 +69,7 @@ print(" ".join(outcomes))
 
 
 def outcomes(*arguments: str) -> list[str]:
-    done = subprocess.run([sys.executable, "-c", STEPS, *arguments], capture_output=True, text=True, timeout=300, check=False)
+    done = run(sys.executable, "-c", STEPS, *arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
 

@@ -50,7 +50,7 @@ def test_a_split_model_generates_the_tokens_of_the_whole_one(
     whole = AutoModelForCausalLM.from_pretrained(tiny)
     parts = AutoModelForCausalLM.from_pretrained(tiny)
     channel = client.channel(tiny_worker, lane=lane)
-    structure = offload(parts, channel, split).structure
+    structure = offload(parts, channel, split, check=False).structure  # whose calls would be counted
     assert torch.equal(generate(parts), generate(whole))
     torch.testing.assert_close(logits(parts), logits(whole), atol=1e-5, rtol=1e-4)
     report = channel.report()
@@ -68,7 +68,7 @@ def test_a_split_model_generates_the_tokens_of_the_whole_one(
 def test_calls_and_bytes_equal_the_analytic_model_exactly(client: shmbroker.Client, tiny: Path, tiny_worker: str, split: Split) -> None:
     parts = AutoModelForCausalLM.from_pretrained(tiny)
     channel = client.channel(tiny_worker)
-    structure = offload(parts, channel, split).structure
+    structure = offload(parts, channel, split, check=False).structure  # whose calls would be counted
     generate(parts)
     report = channel.report()
     expected = generation_traffic(structure, split, prompt_tokens=PROMPT.shape[1], new_tokens=NEW_TOKENS)
@@ -128,12 +128,12 @@ def test_a_worker_with_another_model_or_dtype_is_told_at_once(
     channel = client.channel(tiny_worker)
     wider = AutoModelForCausalLM.from_config(tiny_llama(intermediate_size=81))
     with pytest.raises(shmbroker.RemoteOpError, match="is 48 x 80 here, 48 x 81 at the client: start both workers with the same --model"):
-        offload(wider, channel)
+        offload(wider, channel, check=False)  # which would see first that the weights are others
     with pytest.raises(shmbroker.RemoteOpError, match="is float32 of width 48 here, bfloat16 of width 48 at the client"):
         offload(AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16), channel)
     deeper = AutoModelForCausalLM.from_config(tiny_llama(num_hidden_layers=4))
     with pytest.raises(shmbroker.RemoteOpError, match=r"has no linear layer 'model\.layers\.3\.self_attn\.q_proj'"):
-        offload(deeper, channel, "linear")
+        offload(deeper, channel, "linear", check=False)
     with pytest.raises(shmbroker.BadInput, match="split 'half' is not known; there are: linear, fused, op"):
         offload(wider, channel, "half")
 
