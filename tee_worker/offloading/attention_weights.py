@@ -43,6 +43,7 @@ def watch(model: PreTrainedModel, moved: str | None, advice: str) -> None:
         if wanted() and asked(module, kwargs):
             _HERE.asked -= 1
 
-    for module in (model, model.get_decoder()):  # type: ignore[no-untyped-call]
+    decoder = model.get_decoder()  # type: ignore[no-untyped-call]
+    for module in (model, decoder) if hasattr(decoder, "config") else (model,):
         module.register_forward_pre_hook(before, with_kwargs=True)
         module.register_forward_hook(after, with_kwargs=True, always_call=True)

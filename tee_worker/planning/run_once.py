@@ -253,7 +253,7 @@ def _noting_linear(name: str, module: nn.Module, notes: Notes) -> Callable[[torc
 
     def forward(*args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
         x = args[0] if args else kwargs[argument]
-        notes.linears.append(LinearNote(name, module, x, x._version))
+        notes.linears.append(LinearNote(name, module, x, 0 if x.is_inference() else x._version))
         return x.new_zeros(*x.shape[:-1], out_features)
 
     return forward

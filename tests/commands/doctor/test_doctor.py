@@ -22,7 +22,7 @@ from shmbroker.memory.segment import make_segment, unlink_segment
 from tests.conftest import INSTANCE_PREFIX
 from tests.control.test_tcp import free_port
 from tests.namespaces import enter_small_shm, possible
-from tests.processes import PROGRAMS, broker_process, freeze, run, running, worker_process
+from tests.processes import PROGRAMS, broker_process, freeze, run, running, wait_until, worker_process
 
 COMMAND = (sys.executable, "-m", "shmbroker", "--log-level", "error", "doctor")
 SMALL = 64 << 20
@@ -113,7 +113,8 @@ def test_a_client_on_the_slow_lane_is_told(broker: shmbroker.LocalBroker) -> Non
         def seen() -> Checks:
             return named(doctor(), "channel")
 
-        found = seen() or seen()  # the client tells of its channels with its next heartbeat
+        wait_until(lambda: bool(seen()))  # the client tells of its channels with its next heartbeat
+        found = seen()
     assert [(check["state"], check["figures"]) for check in found] == [("warn", {"client": "slow", "lane": "zmq"})]
 
 
