@@ -159,12 +159,24 @@ MORE: dict[str, dict[str, Any]] = {
     },
     "mamba2": {"num_heads": 6, "head_dim": 16, "expand": 2, "n_groups": 1, "state_size": 16},
     "minicpm3": LATENT,
+    "mistral3": {
+        "text_config": {**SIZES, "model_type": "mistral"}, "vision_config": {**VISION, "model_type": "pixtral", "head_dim": 16},
+        "image_token_index": 90,
+    },
     "modernbert-decoder": {"head_dim": None, "layer_types": ["full_attention", "sliding_attention", "full_attention"]},
     "olmo3": {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
     "olmoe": {"num_key_value_heads": 4, "head_dim": None},
     "persimmon": {"hidden_size": 64, "head_dim": None},
     "qwen2_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48},
     "qwen3_5_text": LINEAR_ATTENTION,
+    "qwen3_vl": {
+        "text_config": {**SIZES, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}},
+        "vision_config": {
+            "hidden_size": 32, "intermediate_size": 32, "depth": 2, "num_heads": 2, "out_hidden_size": 48, "deepstack_visual_indexes": [0, 1],
+            "num_position_embeddings": 16,
+        },
+        "image_token_id": 90, "video_token_id": 91, "vision_start_token_id": 92, "vision_end_token_id": 93,
+    },
     "qwen3_next": {
         **LINEAR_ATTENTION, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
     },

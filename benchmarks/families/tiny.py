@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 
 import shmbroker
 from gpu_worker.device import CpuDevice
@@ -45,14 +45,19 @@ def tiny_family(folder: Path, family: str, **changes: Any) -> Path:
     torch.manual_seed(0)
     sizes = {name: value for name, value in {**SIZES, **changes}.items() if name not in changes or value is not None}
     config = AutoConfig.for_model(family, **sizes)
-    lively(AutoModelForCausalLM.from_config(config)).save_pretrained(folder)
+    lively(_auto(config).from_config(config)).save_pretrained(folder)
     return folder
 
 
 def whole_model(folder: Path, **options: Any) -> PreTrainedModel:
     """The model in one process."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+    model: PreTrainedModel = _auto(AutoConfig.from_pretrained(folder)).from_pretrained(folder, **options).eval()
     return model
+
+
+def _auto(config: PretrainedConfig) -> Any:
+    """What makes the model: for text, or for pictures too."""
+    return AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModelForImageTextToText
 
 
 @contextlib.contextmanager

@@ -126,14 +126,14 @@ class Checkpoint:
 
 
 def causal_model(config: PretrainedConfig) -> type[PreTrainedModel]:
-    """The class of the causal language model of ``config``. Raises :class:`BadInput` when there is none."""
-    from transformers import AutoModelForCausalLM
+    """The class of the causal language model of ``config``, or of the one that takes pictures too. Raises :class:`BadInput` when there is none."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    try:
-        kind: type[PreTrainedModel] = AutoModelForCausalLM._model_mapping[type(config)]  # type: ignore[assignment]
-    except KeyError:
-        raise BadInput(f"{type(config).__name__} is not the configuration of a causal language model") from None
-    return kind
+    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        if type(config) in auto._model_mapping:
+            kind: type[PreTrainedModel] = auto._model_mapping[type(config)]  # type: ignore[assignment]
+            return kind
+    raise BadInput(f"{type(config).__name__} is not the configuration of a causal language model")
 
 
 def partial_model(kind: type[PreTrainedModel], keep: Keep) -> type[PreTrainedModel]:

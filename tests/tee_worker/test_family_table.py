@@ -13,7 +13,8 @@ from benchmarks.families.measure import EQUAL, measure
 from benchmarks.families.names import FAMILIES
 from tee_worker import Split
 
-PAGE = (Path(__file__).parents[2] / "docs" / "families.md").read_text()
+ROOT = Path(__file__).parents[2]
+PAGE, README = (ROOT / "docs" / "families.md").read_text(), (ROOT / "README.md").read_text()
 FAMILY = re.compile(r"^\| `([\w-]+)` \| (.+) \|$", re.MULTILINE)
 TABLE = {name: dict(zip([split.value for split in Split], cells.split(" | "), strict=True)) for name, cells in FAMILY.findall(PAGE)}
 
@@ -28,6 +29,7 @@ UNLIKE_OTHERS = [
     "mamba",  # a weight that is not called
     "mpt",  # no masks but biases
     "nanochat",  # no parameter stays here
+    "qwen3_vl",  # a class for pictures and text, positions in three dimensions
     "zaya",  # a linear layer that runs several times in a pass
 ]
 
@@ -45,6 +47,16 @@ def test_the_table_is_of_all_families_that_are_tried() -> None:
 @pytest.mark.parametrize(("split", "families"), [("linear", 100), ("fused", 100), ("op", 80), ("block", 75), ("layer", 80)])
 def test_so_many_families_are_equal(split: str, families: int) -> None:
     assert sum(told[split] == EQUAL for told in TABLE.values()) >= families
+
+
+def test_the_readme_claims_what_the_table_shows() -> None:
+    told = re.search(
+        r"Of (\d+) families .* (\d+) give the numbers of one process at `fused`, (\d+) at `op`, (\d+) at `block` and (\d+) at `layer`",
+        README,
+    )
+    assert told is not None
+    counts = [sum(row[split] == EQUAL for row in TABLE.values()) for split in ("fused", "op", "block", "layer")]
+    assert [int(number) for number in told.groups()] == [len(TABLE), *counts]
 
 
 @pytest.mark.parametrize("family", UNLIKE_OTHERS)
