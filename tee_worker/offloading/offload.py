@@ -21,7 +21,7 @@ from tee_worker.offloading.passing_channel import PassingChannel
 from tee_worker.offloading.pipeline import Pipeline
 from tee_worker.offloading.placed import place_without_parameters
 from tee_worker.offloading.refusals import dropout_in, install_refusals, no_dropout
-from tee_worker.offloading.remote_modules import FusedCall, SplitAttention, remote_embedding, remote_linear
+from tee_worker.offloading.remote_modules import FusedCall, RemoteLinear, SplitAttention, remote_embedding, remote_linear
 from tee_worker.offloading.self_check import SelfCheck, has_weights
 from tee_worker.planning.splits import Split, Splits
 from tee_worker.planning.structure import Projection, Structure, structure_of
@@ -66,6 +66,8 @@ def offload(
     splits = Splits.named(split)
     if pipeline < 1:
         raise BadInput(f"pipeline {pipeline} must be 1 or more parts on their way at once")
+    if isinstance(model.get_output_embeddings(), RemoteLinear):  # type: ignore[no-untyped-call]
+        raise BadInput(f"this {type(model).__name__} is split already: load another one")
     structure = structure or structure_of(model, splits)
     dropout = dropout_in(_whole_modules(model, structure, splits))
     if dropout is not None and model.training:

@@ -21,6 +21,7 @@ REFUSED = {
     "load_adapter": "would change modules that are on the GPU worker: load adapters before offload()",
     "add_adapter": "would change modules that are on the GPU worker: add adapters before offload()",
     "quantize": "would change weights that are on the GPU worker: do it before offload()",
+    "load_state_dict": "would load what is left here alone: load before offload(), and start the GPU worker with the same weights",
     "tie_weights": "would tie weights that are on the GPU worker",
     "__deepcopy__": "of a split model would be two models on one channel: offload() another one",
     "__reduce_ex__": "of a split model would lack the weights that are on the GPU worker: pickle the model before offload()",
@@ -51,6 +52,12 @@ def install_refusals(model: PreTrainedModel, dtype: torch.dtype, dropout: str | 
             )
         return kind._apply(_alive(seen), function, recurse)  # type: ignore[no-untyped-call]
 
+    def state_dict(*args: Any, **kwargs: Any) -> Any:
+        if not args and kwargs.get("destination") is None:  # nobody collects those of a larger whole, an adapter's for one
+            raise BadInput("state_dict would lack the weights that are on the GPU worker: take it before offload()")
+        return kind.state_dict(_alive(seen), *args, **kwargs)
+
+    model.state_dict = state_dict  # type: ignore[method-assign]
     model.train = train  # type: ignore[method-assign]
     model._apply = apply  # type: ignore[method-assign]
 

@@ -104,6 +104,8 @@ def test_a_model_with_the_configuration_of_a_split_one_says_what_it_is(client: s
 def test_an_adapter_of_peft_stays_here_and_counts(
     client: shmbroker.Client, tiny: Path, tiny_worker: str, split: Split, target: str
 ) -> None:
+    from peft import get_peft_model_state_dict
+
     model = adapted(tiny, target)
     ids = torch.tensor([[5, 17, 3, 88]])
     with torch.no_grad():
@@ -113,6 +115,9 @@ def test_an_adapter_of_peft_stays_here_and_counts(
     offload(model.get_base_model(), client.channel(tiny_worker), split)
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits.clone(), expected, atol=1e-5, rtol=1e-4)
+    kept = get_peft_model_state_dict(model)  # the adapter alone: it is all here
+    assert kept
+    assert all("lora_" in name for name in kept)
 
 
 @pytest.mark.parametrize("split", [Split.BLOCK, Split.LAYER])

@@ -332,8 +332,22 @@ def test_weights_that_are_elsewhere_can_be_looked_at_and_not_computed_with(split
         (lambda model, folder: pickle.dumps(model), "pickle the model before"),
         (lambda model, folder: model.to(torch.bfloat16), "stays as it was moved, in float32"),
         (lambda model, folder: model.half(), "stays as it was moved, in float32"),
+        (lambda model, folder: torch.save(model.state_dict(), folder / "model.pt"), "state_dict would lack the weights"),
+        (lambda model, folder: model.load_state_dict({}, strict=False), "load_state_dict would load what is left here alone"),
+        (lambda model, folder: offload(model, None, Split.FUSED), "is split already: load another one"),  # type: ignore[arg-type]
     ],
-    ids=["save_pretrained", "resize_token_embeddings", "load_adapter", "deepcopy", "pickle", "to", "half"],
+    ids=[
+        "save_pretrained",
+        "resize_token_embeddings",
+        "load_adapter",
+        "deepcopy",
+        "pickle",
+        "to",
+        "half",
+        "state_dict",
+        "load_state_dict",
+        "offload",
+    ],
 )
 def test_what_cannot_be_done_with_a_split_model_is_refused_in_one_line_and_changes_nothing(
     split_model: PreTrainedModel, tmp_path: Path, use: Callable[[PreTrainedModel, Path], Any], told: str
