@@ -32,9 +32,10 @@ LONGEST_REASON = 200
 
 
 ABOUT_OUTPUTS = frozenset(
-    {"use_cache", "cache_position", "output_hidden_states", "return_dict", "logits_to_keep", "num_items_in_batch", "labels"}
+    {"use_cache", "cache_position", "output_hidden_states", "return_dict", "logits_to_keep", "num_items_in_batch", "labels", "tokenizer"}
 )
-"""Arguments that change nothing of what a layer computes: whether there is a cache is seen by the cache, where it ends by its length."""
+"""Arguments that change nothing of what a layer computes: whether there is a cache is seen by the cache, where it ends by its length; a tokenizer is
+generation's, for texts at which to stop."""
 
 _OF_ATTENTION = frozenset({"position_ids", "sliding_window", "output_attentions", "is_causal", "s_aux"})
 """Those of an attention that are in its other arguments (positions in query and key, windows and causality in the mask), or computed."""

@@ -150,8 +150,21 @@ def test_an_argument_of_a_layer_that_cannot_travel_is_refused_by_its_name(
     with served(folder, "llama"):
         model = whole_model(folder)
         offload(model, client.channel("llama"), split)
-        with pytest.raises(BadInput, match=rf"is given {option} \(True\).* use split 'op', 'fused' or 'linear'"):
+        told = "output_attentions: the weights of the attention in" if option == "output_attentions" else rf"is given {option} \(True\)"
+        with pytest.raises(BadInput, match=f"{told}.* use split 'op', 'fused' or 'linear'"):
             logits(model, **{option: True})
+
+
+@pytest.mark.parametrize("split", [Split.OP, Split.BLOCK, Split.LAYER])
+def test_a_tokenizer_that_is_handed_down_is_none_of_a_layers_arguments(
+    client: shmbroker.Client, folder_of: Callable[..., Path], split: Split
+) -> None:
+    folder = folder_of("llama")
+    with served(folder, "llama"):
+        model = whole_model(folder)
+        expected = logits(model, tokenizer=object())
+        offload(model, client.channel("llama"), split)
+        close(logits(model, tokenizer=object()), expected)
 
 
 @pytest.mark.parametrize(("family", "named"), [("bloom", "alibi"), ("mpt", "position_bias")], ids=["bloom", "mpt"])

@@ -54,7 +54,7 @@ def test_generation_goes_on_with_another_worker_token_for_token(broker: shmbroke
         channel = client.failover_channel("two", lane=lane)
         first = channel.worker_pid
         parts = AutoModelForCausalLM.from_pretrained(tiny)
-        offload(parts, channel, split)
+        offload(parts, channel, split, check=False)  # whose calls would be counted
         tokens = generate(parts, streamer=after_tokens(5, lambda: kill_worker(channel)))
         assert torch.equal(tokens, whole)
         assert channel.worker_pid != first
@@ -77,7 +77,7 @@ def test_with_no_other_worker_a_new_one_is_waited_for(broker: shmbroker.LocalBro
         client = stack.enter_context(shmbroker.connect(arena="32M"))
         channel = client.failover_channel("alone", patience=60.0)
         parts = AutoModelForCausalLM.from_pretrained(tiny)
-        offload(parts, channel, Split.OP)
+        offload(parts, channel, Split.OP, check=False)
 
         def die_and_rise() -> None:
             kill_worker(channel)
@@ -106,7 +106,7 @@ def test_a_worker_with_other_weights_does_not_take_over(broker: shmbroker.LocalB
     with gpu_worker(tiny, "mixed"), shmbroker.connect(arena="32M") as client:
         channel = client.failover_channel("mixed", patience=0.5)
         parts = AutoModelForCausalLM.from_pretrained(tiny)
-        offload(parts, channel, Split.FUSED)
+        offload(parts, channel, Split.FUSED, check=False)
         with gpu_worker(other, "mixed"):
             wait_until(lambda: workers_of("mixed") == 2)
             kill_worker(channel)
