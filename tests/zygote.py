@@ -30,7 +30,7 @@ from typing import IO, Any
 ROOT = Path(__file__).parents[1]
 PROGRAMS = str(ROOT / "tests" / "programs") + os.sep
 MODULES = ("tee_worker", "gpu_worker", "benchmarks")
-COMMANDS = {"doctor", "ping", "ops", "demo"}
+COMMANDS = {"doctor", "ping", "ops"}
 """Of ``shmbroker``: those that load torch."""
 
 READ_BY_LIBRARIES = ("OMP_", "MKL_", "TORCH_", "KMP_", "PYTHON", "LD_", "HF_")

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import shmbroker
 from gpu_worker.device import CpuDevice
@@ -57,7 +58,7 @@ def whole_model(folder: Path, **options: Any) -> PreTrainedModel:
 
 def _auto(config: PretrainedConfig) -> Any:
     """What makes the model: for text, or for pictures too."""
-    return AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModelForImageTextToText
+    return AutoModelForCausalLM if config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else AutoModelForImageTextToText
 
 
 @contextlib.contextmanager

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 _PROBE = "shmbroker_probe"
 
 _LARGE = 1 << 20
-"""Elements of a parameter that is stood in for without memory: some models look at small ones in ways that need it."""
+"""Elements of a parameter that is stood in for without memory. Some models look at small ones in ways that need it; of linear layers together it would be
+the model's size."""
 
 LONGEST_REASON = 200
 """Characters of another library's words that are passed on."""
@@ -164,11 +165,12 @@ def _stand_ins(model: PreTrainedModel) -> Iterator[None]:
     before: list[tuple[nn.Module, str, nn.Parameter | None]] = []
     for module in model.modules():
         known: dict[str, torch.Tensor] = dict(missing_parameters(module))
-        if is_linear(module) or module is model.get_input_embeddings():
+        moved = is_linear(module) or module is model.get_input_embeddings()
+        if moved:
             known.update({name: one for name, one in module._parameters.items() if one is not None})
         for name, one in known.items():
             before.append((module, name, module._parameters.get(name)))
-            module._parameters[name] = nn.Parameter(_zeros(one), requires_grad=False)
+            module._parameters[name] = nn.Parameter(_zeros(one, without_memory=moved), requires_grad=False)
     experts = model.get_experts_implementation()
     try:
         model.set_experts_implementation("eager")  # which looks at those of two tokens alone
@@ -179,10 +181,10 @@ def _stand_ins(model: PreTrainedModel) -> Iterator[None]:
         model.set_experts_implementation(experts)
 
 
-def _zeros(like: torch.Tensor) -> torch.Tensor:
-    if like.numel() <= _LARGE:
-        return torch.zeros(like.shape, dtype=like.dtype)
-    return torch.zeros((), dtype=like.dtype).expand(like.shape)
+def _zeros(like: torch.Tensor, *, without_memory: bool) -> torch.Tensor:
+    if without_memory or like.numel() > _LARGE:
+        return torch.zeros((), dtype=like.dtype).expand(like.shape)
+    return torch.zeros(like.shape, dtype=like.dtype)
 
 
 def dtype_of(embedding: nn.Embedding) -> torch.dtype:

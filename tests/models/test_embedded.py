@@ -33,6 +33,7 @@ def test_the_cache_is_where_the_setting_says_else_in_the_users_own(cache: Path, 
 def test_a_model_that_is_there_is_used_and_nothing_is_fetched(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (cache / NAME).mkdir(parents=True)
     (cache / NAME / "config.json").write_text("{}")
+    (cache / NAME / "known-answers.json").write_text("{}")
     monkeypatch.setattr(subprocess, "run", None)
     assert ensure() == cache / NAME
     assert gguf_file() == cache / NAME / "gguf" / "SmolLM2-135M-Instruct.Q4_1.gguf"
