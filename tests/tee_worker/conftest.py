@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import shmbroker
+from benchmarks.families.tiny import tiny_family
 from shmbroker.models import embedded as embedded_model
 from tests.processes import running, wait_until
 from tests.tiny_models import save_random, tiny_llama
+
+IDS = torch.tensor([[5, 17, 3, 88, 41, 2, 60, 9, 33, 71, 12]])
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }};{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
 
@@ -87,3 +92,22 @@ def gpu_worker(model: Path, service: str, *options: str):  # type: ignore[no-unt
 @pytest.fixture(scope="session")
 def embedded() -> Path:
     return embedded_model.ensure()
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    made: dict[str, Path] = {}
+
+    def folder(family: str, **changes: Any) -> Path:
+        key = f"{family}-{len(made)}" if changes else family
+        if key not in made:
+            made[key] = tiny_family(tmp_path_factory.mktemp("family") / key, family, **changes)
+        return made[key]
+
+    return folder
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, **options: Any) -> torch.Tensor:
+    result: torch.Tensor = model(IDS, **options).logits
+    return result.clone()
