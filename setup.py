@@ -12,9 +12,17 @@ def compiled(name: str, *beside: str) -> Extension:
         f"shmbroker.{name}",
         sources=[f"shmbroker/{room}/{file}.c" for file in (module, *beside)],
         depends=sorted(glob("shmbroker/*/*.h")),
-        extra_compile_args=["-std=gnu11", "-O2", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-missing-field-initializers"],
+        extra_compile_args=[
+            "-std=gnu11",
+            "-O3",
+            "-ffp-contract=off",
+            "-fvisibility=hidden",
+            "-Wall",
+            "-Wextra",
+            "-Wno-missing-field-initializers",
+        ],
         optional=True,
     )
 
 
-setup(ext_modules=[compiled("lane._ends", "_submission_ends", "_completion_ends"), compiled("arena._leases")])
+setup(ext_modules=[compiled("lane._ends", "_submission_ends", "_completion_ends"), compiled("arena._leases"), compiled("trust._loops")])

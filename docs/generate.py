@@ -43,6 +43,8 @@ LETTERS = {
     "Z": "Closing",
     "S": "Staging for a GPU",
     "K": "When somebody is killed",
+    "P": "Pads, and the memory that they lie in",
+    "T": "Workers that are not trusted",
 }
 """What each letter of an invariant stands for, in the order of the page."""
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from gpu_worker.device import Device
+from gpu_worker.integers import Integers
 from gpu_worker.layers import READ_ON_HOST, Layers
 from gpu_worker.weights import Weights
 from shmbroker.models import ops
@@ -15,8 +16,9 @@ from shmbroker.worker import Worker
 
 
 def register(worker: Worker, weights: Weights, device: Device) -> None:
-    """Register ``embed``, ``linear``, ``batch_linear``, ``matmul``, ``lm_head``, ``attention_block``, ``mlp_block`` and ``full_layer``."""
+    """Register ``embed``, ``linear``, ``batch_linear``, ``matmul``, ``ring_linear``, ``lm_head``, ``attention_block``, ``mlp_block`` and ``full_layer``."""
     layers = Layers(weights.model)
+    integers = Integers(device)
 
     @worker.bound_op(ops.EMBED, out_spec=ops.embed)
     def embed(*, module: str, width: int, dtype: str, digests: ops.Digests = ops.NO_DIGESTS) -> Callable[..., None]:
@@ -50,6 +52,21 @@ def register(worker: Worker, weights: Weights, device: Device) -> None:
 
         def run(x: torch.Tensor, *, out: Sequence[torch.Tensor]) -> None:
             device.linear(x.reshape(-1, in_features), layers, [one.view(-1, one.shape[-1]) for one in out])
+
+        return device.staged(run)
+
+    @worker.bound_op(ops.RING_LINEAR, out_spec=ops.ring_linear)
+    def ring_linear(
+        *, modules: Sequence[str], in_features: int, out_features: Sequence[int], bits: int, digests: Sequence[ops.Digests] = ()
+    ) -> Callable[..., None]:
+        held = [weights.linear(module, in_features, width)[0] for module, width in zip(modules, out_features, strict=True)]
+        for module, told in zip(modules, digests, strict=False):
+            weights.check(module, told)
+        product = integers.product(tuple(modules), held, bits)
+        total = sum(out_features)
+
+        def run(x: torch.Tensor, *, out: torch.Tensor) -> None:
+            product(x.reshape(-1, in_features).contiguous(), out.view(-1, total))
 
         return device.staged(run)
 

@@ -77,6 +77,14 @@ class WorkerLost(ChannelError, ConnectionError):
     """The worker died or went away while calls were outstanding or before one was sent."""
 
 
+class WrongResult(ShmBrokerError):
+    """A worker's result is not the product that was asked for. The session has ended: nothing of it is used, and nothing more is asked."""
+
+
+class PadsLost(ShmBrokerError):
+    """A process has no pads: it is a fork of the one that made them, or their session has ended. It must open a session of its own."""
+
+
 class CudaRefused(ShmBrokerError):
     """The CUDA driver refused what was asked of it, or there is none. ``code``: its number for the reason, 0 when it was never asked."""
 

@@ -56,6 +56,47 @@ def _compute_options(kind: type[RunOptions]) -> Decorator:
     )
 
 
+def trust_options(kind: type[RunOptions]) -> Decorator:
+    """What the GPU worker is trusted with (docs/trust.md)."""
+    return _all(
+        _defaulted(
+            kind,
+            "--trust",
+            type=click.Choice(["plain", "verify", "blind", "shares"]),
+            help="What the GPU worker is trusted with: everything, to see but not to compute right, or nothing (docs/trust.md).",
+        ),
+        _defaulted(
+            kind,
+            "--arithmetic",
+            type=click.Choice(["exact", "float"]),
+            help="At trust verify: on integers, or approximately, on plain's own numbers.",
+        ),
+        _defaulted(
+            kind,
+            "--bits",
+            type=click.Choice(["8", "12", "14"]),
+            callback=lambda context, option, value: int(value),
+            help="Of a weight, as an integer.",
+        ),
+        _defaulted(kind, "--pads", type=click.IntRange(0), metavar="N", help="At trust blind: tokens to have pads ready for."),
+        click.option("--pads-from", metavar="SERVICE", help="At trust blind: a second worker that makes them. Default: this process."),
+        click.option("--second", metavar="SERVICE", help="At trust shares: the second worker."),
+        click.option(
+            "--same-host-shares",
+            is_flag=True,
+            help="Take two workers on this host for two. It hides nothing from whoever controls the host.",
+        ),
+        click.option("--model-digest", metavar="DIGEST", help="Of the model, as 'tee-worker digest' printed it; needed above trust plain."),
+        _defaulted(
+            kind,
+            "--hide-lengths",
+            type=click.IntRange(1),
+            metavar="N",
+            help="At trust blind and shares: round the rows of each call up to N.",
+        ),
+    )
+
+
 def run_options(kind: type[RunOptions]) -> Decorator:
     """What every command takes that runs a split model; defaults are those of ``kind``."""
     return _all(
@@ -94,6 +135,7 @@ def run_options(kind: type[RunOptions]) -> Decorator:
             kind, "--check/--no-check", help="Compare what the GPU worker gives with known answers, where 'tee-worker check' left some."
         ),
         click.option("--answers", metavar="FILE", help="Known answers. Default: beside the model, if they are there."),
+        trust_options(kind),
         _defaulted(kind, "--trace", metavar="FILE", help="Write a trace of every call, for ui.perfetto.dev (docs/traces.md)."),
         _compute_options(kind),
     )
@@ -226,6 +268,20 @@ def prefill(as_json: bool, until_exit: int, **options: Any) -> None:
         return
     terminal = console.terminal()
     terminal.print(outcome.render(), highlight=False)
+
+
+@cli.command()
+@_model_option
+@_defaulted(RunOptions, "--dtype", help="As the run's.")
+def digest(model: str, dtype: str) -> None:
+    """Print the digest of a model: of its configuration and of every number in it, SHA-256.
+
+    Run it where you trust the files; above --trust plain the other commands compare what they have loaded with it (--model-digest).
+    """
+    _quiet_transformers()
+    from shmbroker.models import Checkpoint, model_digest, model_dtype
+
+    click.echo(model_digest(Checkpoint.at(model).model(model_dtype(dtype))))
 
 
 @cli.command("check")

@@ -19,6 +19,7 @@ from tee_worker.own_peers import own_peers
 from tee_worker.private_memory import private_bytes
 from tee_worker.run_options import GenerateOptions
 from tee_worker.split_run import channel_as_asked, check, compute_with, split_run
+from tee_worker.trust.session import TrustReport
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -43,6 +44,7 @@ class Outcome(msgspec.Struct, frozen=True):
     """Of the model's parameters that were loaded here."""
     report: Report
     analytic: Analytic
+    trust: TrustReport
 
 
 class Reference(msgspec.Struct, frozen=True):
@@ -79,6 +81,7 @@ def generate(options: GenerateOptions, on_text: OnText | None = None, on_note: O
         tokens = run(running.model, tokenizer, ids, options.max_new_tokens, on_text)
         seconds = time.perf_counter() - begun
         report = running.channel.report()
+        trust = running.trust_report()
     return Outcome(
         text=_text(tokenizer, tokens),
         tokens=tuple(tokens),
@@ -90,6 +93,7 @@ def generate(options: GenerateOptions, on_text: OnText | None = None, on_note: O
         parameter_bytes=sum(parameter.nbytes for parameter in running.model.parameters()),
         report=report,
         analytic=compare(running.traffic(prompt_tokens, len(tokens)), report),
+        trust=trust,
     )
 
 
@@ -165,12 +169,12 @@ def _streamer(tokenizer: PreTrainedTokenizerBase, on_text: OnText) -> Any:
 
 
 def summary(outcome: Outcome) -> str:
-    """One line for people."""
+    """A line for people, and those on trust."""
     analytic = outcome.analytic
     return (
         f"{_speed(outcome)}, split {outcome.split}; {mib(outcome.parameter_bytes)} of weights and "
         f"{mib(outcome.private_bytes)} of private memory here; analytic model: {analytic.calls} calls, {analytic.sent_bytes} bytes out, "
-        f"{analytic.received_bytes} back, {'equal' if analytic.equal else 'NOT EQUAL'} to what was counted"
+        f"{analytic.received_bytes} back, {'equal' if analytic.equal else 'NOT EQUAL'} to what was counted\n{outcome.trust.render()}"
     )
 
 

@@ -38,18 +38,20 @@ def own_peers(options: RunOptions, on_note: Callable[[str], None], *weights: str
 
     ``weights``: the worker's options that tell whose weights it holds. Raises :class:`ShmBrokerError` when they do not start.
     """
-    on_note("starting a broker and a GPU worker for this run alone ...")
-    with local_broker() as broker:
-        command = [sys.executable, "-m", "gpu_worker", "--log-level", "warning", "serve", *weights]
-        command += ["--service", options.service, "--dtype", options.dtype, "--until-exit", str(os.getpid())]
-        command += ["--threads", str(options.threads)] if options.threads else []
-        # Standard output is for what this run prints. Ctrl-C is for this process, which ends the worker when it needs it no more.
-        worker = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=_STDERR, start_new_session=True)
-        try:
+    services = [options.service, *(one for one in (options.second, options.pads_from) if one is not None)]
+    on_note(f"starting a broker and {'a GPU worker' if len(services) == 1 else 'two GPU workers'} for this run alone ...")
+    with local_broker() as broker, contextlib.ExitStack() as stack:
+        workers = []
+        for service in services:
+            command = [sys.executable, "-m", "gpu_worker", "--log-level", "warning", "serve", *weights]
+            command += ["--service", service, "--dtype", options.dtype, "--until-exit", str(os.getpid())]
+            command += ["--threads", str(options.threads)] if options.threads else []
+            # Standard output is for what this run prints. Ctrl-C is for this process, which ends the worker when it needs it no more.
+            workers.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=_STDERR, start_new_session=True))
+            stack.callback(stop_process, workers[-1])
+        for worker in workers:
             _await_worker(worker, broker.instance)
-            yield
-        finally:
-            stop_process(worker)
+        yield
 
 
 def _await_worker(worker: subprocess.Popen[bytes], instance: str) -> None:

@@ -53,6 +53,7 @@ def prefill(options: PrefillOptions, on_note: Callable[[str], None] = lambda not
         seconds = time.perf_counter() - begun
         report = running.channel.report()
         private = private_bytes()
+        trust = running.trust_report()
     whole_seconds = difference = reach = None
     if options.compare:
         on_note("the same in this process alone ...")
@@ -71,6 +72,7 @@ def prefill(options: PrefillOptions, on_note: Callable[[str], None] = lambda not
         report=report,
         analytic=compare(running.traffic(options.tokens, 1), report),
         private_bytes=private,
+        trust=trust,
         whole_seconds=whole_seconds,
         largest_difference=difference,
         logits_range=reach,

@@ -9,6 +9,7 @@ import msgspec
 from shmbroker.client import Report
 from shmbroker.settings import MIB
 from tee_worker.analytic import Analytic
+from tee_worker.trust.session import TrustReport
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -28,6 +29,7 @@ class Outcome(msgspec.Struct, frozen=True):
     report: Report
     analytic: Analytic
     private_bytes: int
+    trust: TrustReport
     whole_seconds: float | None = None
     """The same prefill by Hugging Face in this process alone."""
     largest_difference: float | None = None
@@ -68,6 +70,8 @@ class Outcome(msgspec.Struct, frozen=True):
                 f"the same in one process: {self.whole_seconds:.2f} s; largest difference of the logits {self.largest_difference:.3g}, which "
                 f"range over {self.logits_range:.3g}"
             )
+        if self.trust.mode != "plain":
+            lines.append(self.trust.render())
         return Group(table, "", *lines)
 
 

@@ -45,6 +45,19 @@ class RunOptions(msgspec.Struct, frozen=True, kw_only=True):
     """A file of known answers; None: beside the model, if it is there."""
     trace: str | None = None
     """A file for the trace of every call."""
+    trust: str = "plain"
+    """What the GPU worker is trusted with; the following are of the modes above ``plain``."""
+    arithmetic: str = "exact"
+    bits: int = 12
+    pads: int = 64
+    pads_from: str | None = None
+    """The service of a second worker that makes pads ahead of time."""
+    second: str | None = None
+    """The service of a second worker that is given the other share."""
+    same_host_shares: bool = False
+    model_digest: str | None = None
+    """Of the model, as ``tee-worker digest`` prints it."""
+    hide_lengths: int = 1
 
 
 class GenerateOptions(RunOptions, frozen=True, kw_only=True):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
+import msgspec
 import torch
 
 from shmbroker.client import Channel, Client, FailoverChannel, connect
@@ -24,6 +25,10 @@ from tee_worker.planning.splits import Splits
 from tee_worker.planning.structure import Structure, structure_of
 from tee_worker.planning.traffic import Traffic, generation_traffic
 from tee_worker.run_options import RunOptions
+from tee_worker.trust.modes import PLAIN, Trust, TrustOptions
+from tee_worker.trust.moves import Sealed
+from tee_worker.trust.run import check_trust, second_service, trust_of, whole_model
+from tee_worker.trust.session import TrustReport, plain_report
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,16 +47,25 @@ class SplitRun(Generic[AnyChannel]):
     splits: Splits
     channel: AnyChannel
     pipeline: int
+    trust: TrustOptions = PLAIN
+    sealed: Sealed | None = None
+
+    def trust_report(self) -> TrustReport:
+        """What the mode means, and what came of it so far."""
+        return plain_report() if self.sealed is None else self.sealed.session.report()
 
     def traffic(self, prompt_tokens: int, new_tokens: int) -> Traffic:
         """What a generation of so many tokens sends and receives."""
-        return generation_traffic(self.structure, self.splits, prompt_tokens=prompt_tokens, new_tokens=new_tokens, pipeline=self.pipeline)
+        return generation_traffic(
+            self.structure, self.splits, prompt_tokens=prompt_tokens, new_tokens=new_tokens, pipeline=self.pipeline, trust=self.trust
+        )
 
 
 def check(options: RunOptions) -> None:
     """Refuse what can be told to be wrong before anything is looked for or loaded. Raises :class:`BadInput`."""
-    Splits.named(options.split)
+    splits = Splits.named(options.split)
     model_dtype(options.dtype)
+    check_trust(options, splits)
     if not options.failover >= 0:
         raise BadInput(f"--failover {options.failover:g} must be 0 or more seconds")
     if options.local and options.instance is not None:
@@ -104,31 +118,48 @@ def split_run(
     status. ``peers``: entered before the broker is joined. ``wait``: seconds for a worker to come; None: as the settings. ``on_note``: told what goes
     on. Raises :class:`ShmBrokerError`.
     """
-    splits = Splits.named(options.split)
-    answers = _answers(options, source)
+    splits, trust = Splits.named(options.split), trust_of(options)
+    answers = _answers(options, source) if trust.mode is Trust.PLAIN else None
     compute_with(options.threads)
-    model = own_part(source, model_dtype(options.dtype), splits)
+    if trust.mode is Trust.PLAIN:
+        model = own_part(source, model_dtype(options.dtype), splits)
+    else:
+        model = whole_model(source, model_dtype(options.dtype), options.model_digest)
     structure = structure_of(model, splits)
-    planned = generation_traffic(structure, splits, prompt_tokens=prompt_tokens, new_tokens=new_tokens, pipeline=options.pipeline)
+    planned = generation_traffic(
+        structure, splits, prompt_tokens=prompt_tokens, new_tokens=new_tokens, pipeline=options.pipeline, trust=trust
+    )
     arena = arena_bytes(options.arena, planned, options.pipeline, spare=spare)
     spin_seconds = options.spin * 1e-6
     with (
         HeldSignals() as signals,
         peers or contextlib.nullcontext(),
         connect(options.instance, arena=arena, name=name, timeout=options.timeout, spin=spin_seconds, trace=options.trace) as client,
+        contextlib.ExitStack() as stack,
     ):
         try:
             channel = open_channel(client, options, wait)
-            offload(model, channel, splits, pipeline=options.pipeline, structure=structure)
+            second = None
+            if (service := second_service(options)) is not None:
+                # Of its own, so that neither worker maps what the other is given.
+                other = stack.enter_context(
+                    connect(options.instance, arena=arena, name=f"{name} second", timeout=options.timeout, spin=spin_seconds)
+                )
+                second = open_channel(other, msgspec.structs.replace(options, service=service), wait)
+            moved = offload(model, channel, splits, pipeline=options.pipeline, structure=structure, check=False, trust=trust, second=second)
+            if moved.sealed is not None:
+                stack.callback(moved.sealed.close)
             if answers is not None:
                 begun = time.perf_counter()
                 count = check_answers(channel, structure, splits, answers, model.config.get_text_config().hidden_size)
                 channel.forget_statistics()
                 on_note(f"{count} modules of the GPU worker give the checkpoint's known answers ({time.perf_counter() - begun:.2f} s)")
+            elif trust.mode is not Trust.PLAIN:
+                on_note(f"trust {trust}: {trust.told()}")
             elif options.check and isinstance(source, Checkpoint):
                 on_note(
                     f"the GPU worker's weights are taken as they are: 'tee-worker check --model {source.name}' once, and they are compared"
                 )
-            yield SplitRun(model, structure, splits, channel, options.pipeline)
+            yield SplitRun(model, structure, splits, channel, options.pipeline, trust, moved.sealed)
         finally:
             signals.hold()  # until client and peers are closed

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gpu_worker.cuda.limbs import LimbProduct
 from gpu_worker.cuda.memory import CudaMemory
 from gpu_worker.cuda.pinning import Pinning
 from gpu_worker.cuda.staging import Staging
 from gpu_worker.cuda.streams import CudaStreams, Streams
-from gpu_worker.device import CpuDevice
+from gpu_worker.device import CpuDevice, RingProduct
 from shmbroker.arena import Cuda, CudaRuntime
 from shmbroker.errors import BadInput, CudaRefused
+from shmbroker.trust.quantization import IntegerWeight
 from shmbroker.worker import DeviceMemory
 
 if TYPE_CHECKING:
@@ -55,6 +57,10 @@ class CudaDevice(CpuDevice):
     def hold(self, tensor: torch.Tensor) -> torch.Tensor:
         """On the device."""
         return tensor.to(self._device)
+
+    def ring_product(self, weight: IntegerWeight) -> RingProduct:
+        """By the tensor cores, in limbs of 8 bits."""
+        return LimbProduct(weight, self._device)
 
     def staged(self, function: Callable[..., Any], on_host: Collection[int] = ()) -> Callable[..., Any]:
         """Through staging memory."""

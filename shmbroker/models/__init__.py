@@ -4,7 +4,7 @@ None of it imports transformers before a model is made.
 """
 
 from shmbroker.models.checkpoint import Checkpoint, missing_parameters, model_dtype
-from shmbroker.models.digests import digest_of, digests_of
+from shmbroker.models.digests import digest_of, digests_of, model_digest
 from shmbroker.models.layer_call import LayerCall, first_of
 from shmbroker.models.parts import (
     LayerHalves,
@@ -36,6 +36,7 @@ __all__ = [
     "halves_of",
     "is_linear",
     "missing_parameters",
+    "model_digest",
     "model_dtype",
     "model_source",
     "name_without_adapter",

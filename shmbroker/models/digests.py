@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from shmbroker.models.checkpoint import missing_parameters
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 HEX_DIGITS = 16
 
@@ -43,3 +48,21 @@ def digests_of(module: nn.Module) -> dict[str, str]:
     if any(missing_parameters(inner) for inner in module.modules()) or any(one.is_meta for one in module.parameters()):
         return {}
     return {name: digest_of(parameter) for name, parameter in module.named_parameters()}
+
+
+_NOT_OF_THE_MODEL = ("_name_or_path", "transformers_version", "_attn_implementation", "_attn_implementation_internal")
+"""Of a configuration: where it came from, and who reads it."""
+
+
+def model_digest(model: PreTrainedModel) -> str:
+    """SHA-256 of the configuration and of every parameter and buffer as they lie in memory, so in the dtype they were loaded in.
+
+    Nobody can make another model with the same. The tokenizer is no part of it.
+    """
+    config = {name: value for name, value in model.config.to_dict().items() if name not in _NOT_OF_THE_MODEL}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)} ".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return f"sha256:{digest.hexdigest()}"

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
+
 from shmbroker.arena.spec import TensorSpec, dtype_named
 from shmbroker.errors import BadInput
 
@@ -19,6 +21,7 @@ LM_HEAD = "lm_head"
 ATTENTION_BLOCK = "attention_block"
 MLP_BLOCK = "mlp_block"
 FULL_LAYER = "full_layer"
+RING_LINEAR = "ring_linear"
 
 Digests = Mapping[str, str]
 
@@ -45,6 +48,25 @@ def batch_linear(
     """``[..., in_features]`` through several linear layers that take the same input, one output each."""
     _check_width(x, in_features, ", ".join(modules))
     return tuple(TensorSpec((*x.shape[:-1], width), x.dtype) for width in out_features)
+
+
+def ring_linear(
+    x: TensorSpec,
+    *,
+    modules: Sequence[str],
+    in_features: int,
+    out_features: Sequence[int],
+    bits: int,
+    digests: Sequence[Digests] = (),
+) -> TensorSpec:
+    """``[..., in_features]``, int32, through several linear layers that take the same input, side by side: ``[..., sum of out_features]``, int32.
+
+    ``x @ integers.T`` modulo 2^32, the integers being the weights at ``bits`` for each output (:mod:`shmbroker.trust.quantization`); no bias.
+    """
+    _check_width(x, in_features, ", ".join(modules))
+    if x.dtype is not torch.int32:
+        raise BadInput(f"{RING_LINEAR} takes int32, not {x}")
+    return TensorSpec((*x.shape[:-1], sum(out_features)), torch.int32)
 
 
 def matmul(a: TensorSpec, b: TensorSpec) -> TensorSpec:

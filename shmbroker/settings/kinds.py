@@ -35,6 +35,11 @@ LaneWord = Literal["auto", "shm", "zmq"]
 DoorbellWord = Literal["auto", "sem", "poll"]
 """The doorbell that a user asks for, on lane shm; ``auto``: the best one there."""
 
+TrustWord = Literal["plain", "verify", "shares", "blind"]
+"""The modes of trust in a GPU worker, from the least that is kept from it to the most."""
+
+TRUST_WORDS: tuple[TrustWord, ...] = get_args(TrustWord)
+
 LANE_WORDS: tuple[LaneWord, ...] = get_args(LaneWord)
 """For messages and choices."""
 

@@ -1,7 +1,8 @@
 """Where the value of each setting comes from: its default, a file, or a variable.
 
 Later sources win: defaults, /etc/shmbroker/shmbroker.toml, the user's own file (or the one that $SHMBROKER_CONFIG names, instead of both),
-``SHMBROKER_*`` variables. A command's flag, or an argument in Python, wins over all of them.
+``SHMBROKER_*`` variables. A command's flag, or an argument in Python, wins over all of them. Only the floor of trust is otherwise: the highest of all
+counts, that of /etc/shmbroker/shmbroker.toml also where $SHMBROKER_CONFIG names another file.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import msgspec
 
 from shmbroker.errors import BadInput
+from shmbroker.settings.kinds import TRUST_WORDS
 from shmbroker.settings.schema import Settings
 from shmbroker.settings.sizes import parse_bytes
 
@@ -28,6 +30,7 @@ DEFAULT = "default"
 
 _FIELDS: Mapping[str, Any] = get_type_hints(Settings, include_extras=True)
 _SIZES = ("arena", "max_bytes")
+_FLOOR = "trust_floor"
 _ZERO_IS_NOTHING = ("threads", "metrics_port")
 
 
@@ -56,19 +59,27 @@ def load() -> Loaded:
     values: dict[str, Any] = {}
     origins = dict.fromkeys(_FIELDS, DEFAULT)
     files = tuple(_files())
+
+    def take(name: str, value: Any, origin: str) -> None:
+        if name == _FLOOR and name in values and TRUST_WORDS.index(value) < TRUST_WORDS.index(values[name]):
+            return  # a floor is raised by whoever likes, and lowered by nobody
+        values[name] = value
+        origins[name] = origin
+
+    for path in (SYSTEM_FILE, user_file()):
+        if path not in files and os.path.isfile(path) and _FLOOR in (found := _read(path)):
+            take(_FLOOR, _converted(_FLOOR, found[_FLOOR], f"{path}: {_FLOOR}", strict=True), f"file {path}")
     for path in files:
         for name, value in _read(path).items():
             if name not in _FIELDS:
                 raise BadInput(f"{path}: there is no setting {name!r}{_nearest(name)}; docs/configuration.md lists all")
-            values[name] = _converted(name, value, f"{path}: {name}", strict=True)
-            origins[name] = f"file {path}"
+            take(name, _converted(name, value, f"{path}: {name}", strict=True), f"file {path}")
     for variable, text in _variables():
         name = variable.removeprefix(PREFIX).lower()
         if name not in _FIELDS or variable != variable_of(name):
             raise BadInput(f"variable {variable} is not known{_meant(variable, text)}: unset it (docs/configuration.md lists all)")
         if text:  # an empty one is as if it were not set
-            values[name] = _converted(name, text, f"variable {variable}", strict=False)
-            origins[name] = f"variable {variable}"
+            take(name, _converted(name, text, f"variable {variable}", strict=False), f"variable {variable}")
     return Loaded(Settings(**values), origins, files)
 
 

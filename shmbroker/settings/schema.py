@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from shmbroker.settings.kinds import DoorbellWord, LaneWord
+from shmbroker.settings.kinds import DoorbellWord, LaneWord, TrustWord
 
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
 """A duration as most settings have it."""
@@ -69,6 +69,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     threads: Annotated[int, msgspec.Meta(ge=0)] = 0
     """CPU threads to compute with; 0: torch's own choice."""
     split: str = "fused"
+
+    # trust in the GPU worker
+    trust_floor: TrustWord = "plain"
+    """The least trust mode that may be started: of all files and variables the highest counts, and no flag lowers it."""
 
     # workers
     tracebacks: bool = True

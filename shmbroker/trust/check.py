@@ -16,6 +16,8 @@ import torch
 VECTORS = 2
 
 _RANDOM_BITS = 32
+_HALF_BITS = 16
+_ROWS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -23,20 +25,25 @@ class Secret:
     """Of one weight; never shown, stored or sent."""
 
     outputs: torch.Tensor
-    """R, int64 ``[out, VECTORS]``, uniform in [-2^31, 2^31)."""
+    """R, int32 ``[VECTORS, out]``, uniform."""
     inputs: torch.Tensor
-    """S, int64 ``[in, VECTORS]``, modulo 2^64."""
+    """S, int64 ``[VECTORS, in]``, modulo 2^64."""
 
 
 def make_secret(integers: torch.Tensor, random: Callable[[int], bytes] = os.urandom, *, bits: int = _RANDOM_BITS) -> Secret:
-    """A secret for the integer weight ``[out, in]``. ``random``: bytes from the system's source; ``bits``: fewer only to show the law."""
-    count = integers.shape[0] * VECTORS
+    """A secret for the integer weight ``[out, in]``. ``random``: bytes from the system's source; ``bits``: fewer only to show the law.
+
+    S is found by exact products of float64: R in two halves, and no more rows at once than 53 bits have room for.
+    """
+    rows, columns = integers.shape
+    count = rows * VECTORS
     drawn = torch.frombuffer(bytearray(random(4 * count)), dtype=torch.int32) if count else torch.zeros(0, dtype=torch.int32)
-    outputs = (drawn >> (_RANDOM_BITS - bits)).to(torch.int64).view(-1, VECTORS)
-    return Secret(outputs, integers.to(torch.int64).t() @ outputs)
-
-
-def wrong_rows(rows: torch.Tensor, outputs: torch.Tensor, secret: Secret) -> torch.Tensor:
-    """Which rows of ``outputs``, int32 ``[rows, out]``, are not the products of ``rows``, int32 ``[rows, in]``: bool ``[rows]``."""
-    difference = rows.to(torch.int64) @ secret.inputs - outputs.to(torch.int64) @ secret.outputs
-    return difference.ne(0).any(dim=1)
+    outputs = (drawn >> (_RANDOM_BITS - bits)).view(VECTORS, rows)
+    wide = outputs.to(torch.int64)
+    high = wide >> _HALF_BITS
+    halves = torch.cat([wide - (high << _HALF_BITS), high]).to(torch.float64)
+    total = torch.zeros((2 * VECTORS, columns), dtype=torch.int64)
+    for first in range(0, rows, _ROWS_AT_ONCE):
+        part = slice(first, first + _ROWS_AT_ONCE)
+        total += (halves[:, part] @ integers[part].to(torch.float64)).to(torch.int64)
+    return Secret(outputs, total[:VECTORS] + (total[VECTORS:] << _HALF_BITS))

@@ -1,12 +1,13 @@
-"""From floating-point numbers to integers whose products never wrap, and back.
+"""From floating-point weights to integers whose products with rows never wrap.
 
-Weights: symmetric, a scale for each output channel, the same function on both sides and on the CPU. Activations: a scale for each row, so large that by
-the inequality of Cauchy and Schwarz no output leaves 32 bits.
+Weights: symmetric, a scale for each output channel, the same function on both sides and on the CPU. Activations (:func:`shmbroker.trust.loops.seal`): a
+scale for each row, so large that by the inequality of Cauchy and Schwarz no output leaves 32 bits.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,57 +19,64 @@ BITS = (8, 12, 14)
 
 LARGEST = 2**31 - 1
 
+_ROWS_AT_ONCE = 4096
+"""Of a weight that are float64 at a time."""
+
+
+def check_bits(bits: int) -> None:
+    """Raise :class:`BadInput` for bits that there are not."""
+    if bits not in BITS:
+        raise BadInput(f"weights of {bits} bits are not known; there are: {', '.join(map(str, BITS))}")
+
 
 @dataclass(frozen=True, slots=True)
 class IntegerWeight:
-    """The weight of one linear layer, ``[out, in]``, as integers."""
+    """The weight of a linear layer, or of several with the same input, ``[out, in]``, as integers."""
 
     integers: torch.Tensor
     """int16, of absolute value below 2^(bits - 1)."""
     scales: torch.Tensor
-    """float64 ``[out]``: integers times scale is the weight, but for rounding."""
+    """float32 ``[out]``: integers times scale is the weight, but for rounding."""
     bits: int
 
-    @property
-    def row_norm(self) -> float:
-        """The largest norm that an integer row of activations may have: no output is then beyond 31 bits."""
-        largest = self.integers.to(torch.float64).norm(dim=1).max().item() if self.integers.numel() else 0.0
-        return LARGEST / max(largest, 1.0)
+    def limit(self) -> float:
+        """The norm that a row of activations is scaled to: with rounding, which adds at most half of the root of the columns, no output is beyond 31 bits.
+
+        Raises :class:`BadInput` where nothing is left for the row.
+        """
+        largest = 1.0
+        for first in range(0, len(self.integers), _ROWS_AT_ONCE):
+            part = self.integers[first : first + _ROWS_AT_ONCE].to(torch.float64)
+            largest = max(largest, float(part.square().sum(dim=1).max().sqrt()))
+        room = LARGEST / largest - math.sqrt(self.integers.shape[1]) / 2
+        if room < 1:
+            raise BadInput(f"rows of {self.integers.shape[1]} columns are too long for weights of {self.bits} bits")
+        return room
 
 
 def quantize_weight(weight: torch.Tensor, bits: int) -> IntegerWeight:
     """``weight``: ``[out, in]``, any floating-point dtype. Raises :class:`BadInput` for bits that there are not, and for numbers that are not finite."""
-    if bits not in BITS:
-        raise BadInput(f"weights of {bits} bits are not known; there are: {', '.join(map(str, BITS))}")
-    wide = weight.detach().to(device="cpu", dtype=torch.float64)
-    if not torch.isfinite(wide).all():
-        raise BadInput("a weight that is not finite cannot be made an integer")
-    largest = wide.abs().amax(dim=1) if wide.shape[1] else wide.new_zeros(wide.shape[0])
-    scales = torch.where(largest > 0, largest / (2 ** (bits - 1) - 1), torch.ones_like(largest))
-    return IntegerWeight((wide / scales[:, None]).round().to(torch.int16), scales, bits)
+    check_bits(bits)
+    largest_integer = 2 ** (bits - 1) - 1
+    rows, columns = weight.shape
+    integers = torch.empty((rows, columns), dtype=torch.int16)
+    scales = torch.ones(rows, dtype=torch.float32)
+    for first in range(0, rows, _ROWS_AT_ONCE):
+        part = slice(first, first + _ROWS_AT_ONCE)
+        wide = weight[part].detach().to(device="cpu", dtype=torch.float64)
+        if not torch.isfinite(wide).all():
+            raise BadInput("a weight that is not finite cannot be made an integer")
+        if not columns:
+            continue
+        found = (wide.abs().amax(dim=1) / largest_integer).to(torch.float32)
+        scales[part] = torch.where(found > 0, found, torch.ones_like(found))
+        # The scale was rounded: the largest element may be half a step beyond.
+        integers[part] = (wide / scales[part].to(torch.float64)[:, None]).round().clamp(-largest_integer, largest_integer).to(torch.int16)
+    return IntegerWeight(integers, scales, bits)
 
 
-def quantize_rows(rows: torch.Tensor, row_norm: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """``[rows, in]`` floating-point numbers to int32 and the scale of each row, float64 ``[rows]``; ``row_norm`` as of the weight that they meet.
-
-    Rounding adds at most half of the root of the columns to a row's norm, which is left free. Raises :class:`BadInput` for numbers that are not finite.
-    """
-    wide = rows.detach().to(torch.float64)
-    norms = wide.norm(dim=1)
-    if not torch.isfinite(norms).all():
-        raise BadInput("activations that are not finite cannot be made integers")
-    room = row_norm - math.sqrt(rows.shape[1]) / 2
-    if room <= 0:
-        raise BadInput(f"rows of {rows.shape[1]} columns are too long for these weights")
-    scales = torch.where(norms > 0, room / norms, torch.ones_like(norms))
-    return (wide * scales[:, None]).round().to(torch.int32), scales
-
-
-def dequantize(
-    outputs: torch.Tensor, rows: torch.Tensor, weight: IntegerWeight, bias: torch.Tensor | None, dtype: torch.dtype
-) -> torch.Tensor:
-    """``[rows, out]`` int32 to ``dtype``. ``rows``: the scales of the rows."""
-    result = outputs.to(torch.float64) * (weight.scales / rows[:, None])
-    if bias is not None:
-        result += bias
-    return result.to(dtype)
+def joined(weights: Sequence[IntegerWeight]) -> IntegerWeight:
+    """Weights with the same input as one."""
+    if len(weights) == 1:
+        return weights[0]
+    return IntegerWeight(torch.cat([one.integers for one in weights]), torch.cat([one.scales for one in weights]), weights[0].bits)

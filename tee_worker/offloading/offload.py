@@ -25,6 +25,8 @@ from tee_worker.offloading.remote_modules import FusedCall, RemoteLinear, SplitA
 from tee_worker.offloading.self_check import SelfCheck, has_weights
 from tee_worker.planning.splits import Split, Splits
 from tee_worker.planning.structure import Projection, Structure, structure_of
+from tee_worker.trust.modes import Trust, TrustOptions
+from tee_worker.trust.moves import Sealed, SealedMoves
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,6 +41,8 @@ class Offloaded:
     model: PreTrainedModel
     structure: Structure
     splits: Splits
+    sealed: Sealed | None = None
+    """Its session with workers that are not trusted; None at trust ``plain``."""
 
 
 def offload(
@@ -49,6 +53,8 @@ def offload(
     pipeline: int = 1,
     structure: Structure | None = None,
     check: bool = True,
+    trust: TrustOptions | Trust | str = Trust.PLAIN,
+    second: Bindable | None = None,
 ) -> Offloaded:
     """Replace modules of ``model`` by calls on ``channel``; their weights, if it has any, are let go, and what stays is frozen.
 
@@ -60,10 +66,17 @@ def offload(
     by :func:`structure_of` for this split, if it is at hand. ``check``: where all weights are here, their digests are compared with the worker's, and a
     short prompt and one more token are computed before and after.
 
+    ``trust``: what the worker is trusted with (docs/trust.md). Above ``plain`` the embedding stays here, all weights must be here to check by, and the
+    linear layers' are let go (at ``blind`` kept as integers, unless a second worker makes the pads). ``second``: a channel of another client to a
+    second worker with the same weights: it is given the pads, with each call at ``shares``, ahead of time at ``blind``.
+
     Raises :class:`BadInput` for a split that is not known or a model that cannot be split so, :class:`RemoteOpError` for a worker with another model:
     ``model`` is as it was then. Where the numbers differ, :class:`BadInput` names the first layer whose do, and ``model`` is to be loaded anew.
     """
-    splits = Splits.named(split)
+    splits, options = Splits.named(split), TrustOptions.named(trust)
+    options.check_floor(dealt=second is not None)
+    if second is not None and options.mode is Trust.PLAIN:
+        raise BadInput("a second worker is of trust 'shares' and 'blind': give trust= one of them, or leave second= out")
     if pipeline < 1:
         raise BadInput(f"pipeline {pipeline} must be 1 or more parts on their way at once")
     if isinstance(model.get_output_embeddings(), RemoteLinear):  # type: ignore[no-untyped-call]
@@ -77,18 +90,25 @@ def offload(
     baton = Baton()
     if pipeline > 1:
         channel = PassingChannel(channel, baton)
-    moves = _Moves(model, channel, structure, splits, check)
-    moves.bind()
-    moves.move()
+    sealed = sessions = None
+    if options.mode is Trust.PLAIN:
+        moves = _Moves(model, channel, structure, splits, check)
+        moves.bind()
+        moves.move()
+        sessions = moves.sessions
+    else:
+        sealing = SealedMoves(model, channel, structure, splits, options, second)
+        sealing.bind()
+        sealed = sealing.move()
     if pipeline > 1:
-        Pipeline(model, pipeline, baton, moves.sessions).install()
+        Pipeline(model, pipeline, baton, sessions).install()
     model.requires_grad_(False)
     watch(model, next(iter(_whole_modules(model, structure, splits)), None), structure.advice)
     install_refusals(model, structure.dtype, dropout)
     place_without_parameters(model, structure.dtype)
     if expected is not None:
-        expected.compare(model)
-    return Offloaded(model, structure, splits)
+        expected.compare(model, options.rounding)
+    return Offloaded(model, structure, splits, sealed)
 
 
 class _Moves:

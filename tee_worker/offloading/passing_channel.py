@@ -45,17 +45,17 @@ class PassingChannel:
 
     def __init__(self, channel: Bindable, baton: Baton) -> None:
         self.memory = channel.memory
-        self._channel = channel
+        self.channel_below = channel
         self._baton = baton
 
     def bind(self, op: str, **static: Any) -> Op:
         """As the channel's."""
-        return PassingOp(self._channel.bind(op, **static), self._baton)
+        return PassingOp(self.channel_below.bind(op, **static), self._baton)
 
     def report(self) -> Report:
         """As the channel's."""
-        return self._channel.report()
+        return self.channel_below.report()
 
     def close(self) -> None:
         """As the channel's."""
-        self._channel.close()
+        self.channel_below.close()

@@ -92,7 +92,7 @@ class FusedCall(threading.local):
     thread that runs the model has its own.
     """
 
-    def __init__(self, op: Op, count: int) -> None:
+    def __init__(self, op: Callable[[torch.Tensor], Any], count: int) -> None:
         self._op = op
         self._waiting: list[torch.Tensor | None] = [None] * count
         self._input: torch.Tensor | None = None

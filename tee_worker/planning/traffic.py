@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,6 +12,7 @@ from shmbroker.models import ops
 from tee_worker.planning.pass_parts import parts_of
 from tee_worker.planning.splits import Split, Splits
 from tee_worker.planning.structure import Structure
+from tee_worker.trust.modes import PLAIN, Trust, TrustOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,17 +47,28 @@ class Traffic:
 
 
 def forward_calls(
-    structure: Structure, split: Split | Splits | str, *, batch: int, tokens: int, cached: int, head_tokens: int
+    structure: Structure,
+    split: Split | Splits | str,
+    *,
+    batch: int,
+    tokens: int,
+    cached: int,
+    head_tokens: int,
+    trust: TrustOptions = PLAIN,
 ) -> Iterator[PlannedCall]:
     """The calls of one forward pass over ``tokens`` new tokens after ``cached`` earlier ones; the head sees the last ``head_tokens``."""
     splits = Splits.named(split)
     dtype = structure.dtype
+    if trust.ring:
+        yield from _sealed_calls(structure, splits, batch * tokens, batch * head_tokens, trust.hide_lengths)
+        return
 
     def rows(width: int, count: int = tokens) -> TensorSpec:
         return TensorSpec((batch, count, width), dtype)
 
     hidden = rows(structure.width)
-    yield PlannedCall(ops.EMBED, (TensorSpec((batch, tokens), torch.int64),), (hidden,))
+    if trust.mode is Trust.PLAIN:
+        yield PlannedCall(ops.EMBED, (TensorSpec((batch, tokens), torch.int64),), (hidden,))
     positions, session = TensorSpec((batch, tokens), torch.int64), TensorSpec((ops.SESSION_WORDS,), torch.int64)
     additive = structure.additive_masks or Split.OP in splits.used()
     for one, window in zip(splits.of_layers(len(structure.layers)), structure.windows, strict=True):
@@ -90,6 +102,23 @@ def forward_calls(
         yield PlannedCall(ops.LM_HEAD, (rows(head.in_features, head_tokens),), (rows(head.out_features[0], head_tokens),))
 
 
+def _sealed_calls(structure: Structure, splits: Splits, rows: int, head_rows: int, multiple: int) -> Iterator[PlannedCall]:
+    """Products of integers alone; rows are rounded up to a ``multiple``."""
+
+    def call(in_features: int, widths: Sequence[int], count: int) -> PlannedCall:
+        rounded = -(-count // multiple) * multiple
+        return PlannedCall(
+            ops.RING_LINEAR, (TensorSpec((rounded, in_features), torch.int32),), (TensorSpec((rounded, sum(widths)), torch.int32),)
+        )
+
+    for projection in structure.projections if rows else ():
+        fused = len(projection.names) == 1 or structure.split_of(projection.names[0], splits) is not Split.LINEAR
+        for widths in [projection.out_features] if fused else [(width,) for width in projection.out_features]:
+            yield call(projection.in_features, widths, rows)
+    if head_rows:
+        yield call(structure.head.in_features, structure.head.out_features, head_rows)
+
+
 def _mask(dtype: torch.dtype, window: int | None, *, additive: bool, batch: int, tokens: int, cached: int) -> tuple[TensorSpec, ...]:
     """The mask that a layer's attention is given, when nothing is padded (``transformers.masking_utils``)."""
     length = tokens + (cached if window is None else min(cached, window - 1))
@@ -100,7 +129,14 @@ def _mask(dtype: torch.dtype, window: int | None, *, additive: bool, batch: int,
 
 
 def generation_traffic(
-    structure: Structure, split: Split | Splits | str, *, prompt_tokens: int, new_tokens: int, batch: int = 1, pipeline: int = 1
+    structure: Structure,
+    split: Split | Splits | str,
+    *,
+    prompt_tokens: int,
+    new_tokens: int,
+    batch: int = 1,
+    pipeline: int = 1,
+    trust: TrustOptions = PLAIN,
 ) -> Traffic:
     """Traffic of a greedy generation with a KV cache: one pass over the prompt, then one for each new token but the last.
 
@@ -112,10 +148,19 @@ def generation_traffic(
         tokens, cached = (prompt_tokens, 0) if step == 0 else (1, prompt_tokens + step - 1)
         for part in parts_of(batch, tokens, pipeline):
             for call in forward_calls(
-                structure, splits, batch=part.rows, tokens=part.tokens, cached=cached + part.first_token, head_tokens=0
+                structure, splits, batch=part.rows, tokens=part.tokens, cached=cached + part.first_token, head_tokens=0, trust=trust
             ):
                 traffic.add(call)
-        head = structure.head
-        last, logits = (TensorSpec((batch, 1, width), structure.dtype) for width in (head.in_features, head.out_features[0]))
-        traffic.add(PlannedCall(ops.LM_HEAD, (last,), (logits,)))
+        for call in _head_calls(structure, batch, trust):
+            traffic.add(call)
     return traffic
+
+
+def _head_calls(structure: Structure, batch: int, trust: TrustOptions) -> Iterator[PlannedCall]:
+    """For the last token of each sequence."""
+    if trust.ring:
+        yield from _sealed_calls(structure, Splits.named(Split.FUSED), 0, batch, trust.hide_lengths)
+        return
+    head = structure.head
+    last, logits = (TensorSpec((batch, 1, width), structure.dtype) for width in (head.in_features, head.out_features[0]))
+    yield PlannedCall(ops.LM_HEAD, (last,), (logits,))

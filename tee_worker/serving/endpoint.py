@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
@@ -117,9 +118,10 @@ def application(models: SplitModels, server: ModelServer) -> FastAPI:
     @app.get("/health")
     def health() -> JSONResponse:
         reason = server.trouble()
+        trust = msgspec.to_builtins(server.trust())
         if reason:
-            return JSONResponse({"status": "unavailable", "reason": reason}, status_code=503)
-        return JSONResponse({"status": "ok", "worker": server.worker()})
+            return JSONResponse({"status": "unavailable", "reason": reason, "trust": trust}, status_code=503)
+        return JSONResponse({"status": "ok", "worker": server.worker(), "trust": trust})
 
     async def not_served(request: Request) -> JSONResponse:
         return _told(404, f"{request.url.path} is not served here", "not_found_error")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,8 @@ from transformers.cli.serving.utils import GenerateManager, GenerationState, _Ge
 
 from shmbroker.client import FailoverChannel
 from shmbroker.errors import ShmBrokerError
+from tee_worker.trust.moves import Sealed
+from tee_worker.trust.session import TrustReport
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,9 +29,12 @@ _LAST_CALL_SECONDS = 5.0
 class ModelServer(GenerationState):
     """Generates, one request at a time: all share one arena and one channel. Also knows whether a GPU worker is there."""
 
-    def __init__(self, channel: FailoverChannel, max_context: int) -> None:
+    def __init__(self, channel: FailoverChannel, max_context: int, sealed: Sealed | None, trust: Callable[[], TrustReport]) -> None:
+        """``sealed``: the session with workers that are not trusted, if they are not; ``trust``: tells of it."""
         super().__init__()
         self._channel = channel
+        self._sealed = sealed
+        self.trust = trust
         self.stopping = threading.Event()
         self._queue = Queue(self, max_context)
 
@@ -38,7 +44,7 @@ class ModelServer(GenerationState):
 
     def trouble(self) -> str:
         """Why no call can be made now; empty when one can. A worker that can take over from a dead one does so here."""
-        return self._channel.trouble()
+        return (self._sealed.session.trouble if self._sealed is not None else "") or self._channel.trouble()
 
     def worker(self) -> str:
         """The GPU worker's name."""

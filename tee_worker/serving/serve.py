@@ -70,14 +70,18 @@ def serve(
             )
         )
         name = options.served_model_name or _name_of(checkpoint)
-        generating = ModelServer(running.channel, max_context)
+        generating = ModelServer(running.channel, max_context, running.sealed, running.trust_report)
         stack.callback(generating.close)
         app = application(SplitModels(name, running.model, tokenizer), generating)
         host, port = listening.getsockname()[:2]
         url = f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
 
         def ready() -> None:
-            print(f"{READY}{url} serves {name!r}, split {running.splits}, at most {max_context} tokens", flush=True)
+            trust = running.trust
+            print(
+                f"{READY}{url} serves {name!r}, split {running.splits}, at most {max_context} tokens, trust {trust}: {trust.told()}",
+                flush=True,
+            )
             on_ready()
 
         import uvicorn

@@ -16,7 +16,7 @@ LEAVES = {"errors", "version"}
 LOWEST = {*LEAVES, "settings"}
 CALLING = {"errors", "settings", "memory", "arena", "lane", "control", "trace"}
 ALL = {
-    *LOWEST, "trace", "systemd", "memory", "console", "control", "arena", "lane", "broker", "monitoring", "models", "call", "worker", "client",
+    *LOWEST, "trust", "trace", "systemd", "memory", "console", "control", "arena", "lane", "broker", "monitoring", "models", "call", "worker", "client",
     "commands",
 }  # fmt: skip
 
@@ -28,6 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "shmbroker/systemd": {"errors"},
     "shmbroker/console": {"errors", "settings", "systemd"},
     "shmbroker/memory": {"errors", "settings"},
+    "shmbroker/trust": {"errors", "memory"},
     "shmbroker/control": {"errors", "settings", "memory"},
     "shmbroker/arena": {"errors", "settings", "memory"},
     "shmbroker/lane": {"errors", "settings", "memory", "arena"},
@@ -37,8 +38,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "shmbroker/call": CALLING,
     "shmbroker/worker": {*CALLING, "version", "systemd"},
     "shmbroker/client": {*CALLING, "version", "call"},
-    "gpu_worker": {*LOWEST, "console", "memory", "arena", "control", "models", "worker"},
-    "tee_worker": {*LOWEST, "console", "memory", "arena", "control", "models", "systemd", "call", "client"},
+    "gpu_worker": {*LOWEST, "console", "memory", "arena", "control", "models", "trust", "worker"},
+    "tee_worker": {*LOWEST, "console", "memory", "arena", "control", "models", "trust", "systemd", "call", "client"},
     "shmbroker/commands": ALL,
     "shmbroker/__init__": {"errors", "version", "arena", "call", "client", "worker"},
     "shmbroker/__main__": {"commands"},

@@ -1,0 +1,120 @@
+"""``verify`` with arithmetic ``float``: plain's own products, checked approximately.
+
+With R Gaussian, S = W^T R: of a row x with the output y, x S - y R is the rounding of y, and so within t c u ||x|| ||W||_F in each of 8 vectors (Freivalds'
+check; c for sums of some thousand products, t for the tail). A deviation of some 32 times that is found but for one in 10^5 rows; what is below passes. So
+it is called approximate wherever it is named, and at the head, where a small deviation chooses another token, candidates are computed here.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from shmbroker.client import Bindable
+from shmbroker.errors import BadInput
+from shmbroker.models import ops
+from shmbroker.trust.loops import beyond, weigh
+from tee_worker.trust.session import TrustSession
+
+VECTORS = 8
+TAIL = 8.0
+"""t."""
+
+SUMS = 4.2
+"""c."""
+
+ROUNDING = 2.0**-24
+"""u, of float32."""
+
+WINDOW = 32.0
+"""Tolerances that a deviation may have which is not found."""
+
+_SEED_BITS = 64
+
+
+class FloatLayer:
+    """Linear layers with the same input, ``[..., in]`` to one ``[..., out]`` each, float32. Thread-safe."""
+
+    def __init__(
+        self,
+        channel: Bindable,
+        session: TrustSession,
+        names: Sequence[str],
+        weights: Sequence[torch.Tensor],
+        biases: Sequence[torch.Tensor | None],
+        digests: Sequence[Mapping[str, str]],
+        *,
+        head: bool = False,
+    ) -> None:
+        """``weights``: ``[out, in]`` each. ``head``: whether a small deviation chooses another token: its weight is kept here."""
+        self.names = tuple(names)
+        self._session = session
+        self._widths = [len(weight) for weight in weights]
+        self._biases = [None if bias is None else bias.detach().float().contiguous() for bias in biases]
+        columns = weights[0].shape[1]
+        if len(names) == 1:
+            self._op = channel.bind(
+                ops.LM_HEAD if head else ops.LINEAR,
+                out_spec=ops.linear,
+                module=names[0],
+                in_features=columns,
+                out_features=self._widths[0],
+                digests=dict(digests[0]),
+            )
+        else:
+            self._op = channel.bind(
+                ops.BATCH_LINEAR,
+                out_spec=ops.batch_linear,
+                modules=list(names),
+                in_features=columns,
+                out_features=self._widths,
+                digests=list(digests),
+            )
+        generator = torch.Generator().manual_seed(random.SystemRandom().getrandbits(_SEED_BITS - 1))
+        self._outputs = [torch.randn(width, VECTORS, dtype=torch.float64, generator=generator) for width in self._widths]
+        self._inputs = torch.zeros(columns, VECTORS, dtype=torch.float64)
+        norm = 0.0
+        for weight, outputs in zip(weights, self._outputs, strict=True):
+            wide = weight.detach().double()
+            self._inputs += wide.t() @ outputs
+            norm += float(wide.square().sum())
+        self._tolerance = TAIL * SUMS * ROUNDING * norm**0.5
+        self._head = weights[0].detach() if head else None
+
+    def __call__(self, x: torch.Tensor) -> Any:
+        """The layers' outputs: a tuple, or one tensor where there is one layer. Raises :class:`WrongResult`, and as any call."""
+        call = self._session.begin()
+        given = self._op(x)
+        outputs = [one.clone() for one in ([given] if len(self._widths) == 1 else given)]  # copied once
+        rows = x.detach().reshape(-1, x.shape[-1]).contiguous()
+        residue, tolerances = torch.empty(len(rows), VECTORS, dtype=torch.float64), torch.empty(len(rows), dtype=torch.float64)
+        weigh(rows, self._inputs, None, residue, False)
+        for output, random_vectors, bias in zip(outputs, self._outputs, self._biases, strict=True):
+            weigh(output.view(len(rows), -1), random_vectors, bias, residue, True)
+        wrong = beyond(rows, residue, self._tolerance, tolerances)
+        if wrong >= 0:
+            raise self._session.reject(self.names, call, wrong)
+        self._session.passed(len(rows))
+        if self._head is not None:
+            self._recompute(rows, outputs[0].view(-1, self._widths[0]), tolerances)
+        return outputs[0] if len(self._widths) == 1 else tuple(outputs)
+
+    def _recompute(self, x: torch.Tensor, logits: torch.Tensor, tolerances: torch.Tensor) -> None:
+        """Of each row, compute here what lies so near to the largest that a deviation which is not found could be between them."""
+        assert self._head is not None
+        bias = self._biases[0]
+        for row, tolerance in zip(range(len(x)), tolerances.tolist(), strict=True):
+            near = logits[row] >= logits[row].max() - 2 * WINDOW * tolerance
+            exact = self._head[near].double() @ x[row].double()
+            logits[row][near] = (exact if bias is None else exact + bias[near].double()).float()
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    """Raise :class:`BadInput` unless results come back in float32."""
+    if dtype is not torch.float32:
+        raise BadInput(
+            f"arithmetic 'float' needs results in float32, not {dtype}: start both sides with --dtype float32, or use arithmetic 'exact'"
+        )
