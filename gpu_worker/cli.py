@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -19,27 +21,56 @@ def cli(log_level: str) -> None:
     console.set_up_logging(log_level)
 
 
+def _serve_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Of a worker, whatever it does."""
+    for option in reversed(
+        [
+            click.option("--model", "model", metavar="DIR", help="Folder of a Hugging Face checkpoint (safetensors), or a GGUF file."),
+            click.option("--shape", metavar="NAME", help="Random weights of a known shape instead, e.g. llama-3.2-1b: for measuring."),
+            click.option("--seed", type=int, default=0, show_default=True, help="Of --shape's random weights."),
+            click.option("--device", default=DEFAULTS.device, show_default=True, help="cpu, cuda or cuda:N."),
+            click.option("--dtype", default=DEFAULTS.dtype, show_default=True, help="float32, bfloat16 or float16."),
+            click.option("--service", default=DEFAULTS.service, show_default=True, help="What TEE workers ask for."),
+            click.option("--instance", metavar="NAME", help="Which broker. Default: $SHMBROKER_INSTANCE, else 'default'."),
+            click.option("--name", help="For status and messages."),
+            click.option("--threads", type=click.IntRange(1), help="CPU threads to compute with. Default: torch's own choice."),
+            click.option(
+                "--spin",
+                type=float,
+                default=DEFAULTS.spin,
+                show_default=True,
+                help="Microseconds to look for the next call before sleeping.",
+            ),
+            click.option("--trace", metavar="FILE", help="Write a trace of every call, for ui.perfetto.dev (docs/traces.md)."),
+            click.option("--until-exit", type=int, default=0, metavar="PID", help="End when this process does."),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
 @cli.command()
-@click.option("--model", "model", metavar="DIR", help="Folder of a Hugging Face checkpoint (safetensors), or a GGUF file.")
-@click.option("--shape", metavar="NAME", help="Random weights of a known shape instead, e.g. llama-3.2-1b: for measuring.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of --shape's random weights.")
-@click.option("--device", default=DEFAULTS.device, show_default=True, help="cpu, cuda or cuda:N.")
-@click.option("--dtype", default=DEFAULTS.dtype, show_default=True, help="float32, bfloat16 or float16.")
-@click.option("--service", default=DEFAULTS.service, show_default=True, help="What TEE workers ask for.")
-@click.option("--instance", metavar="NAME", help="Which broker. Default: $SHMBROKER_INSTANCE, else 'default'.")
-@click.option("--name", help="For status and messages.")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads to compute with. Default: torch's own choice.")
-@click.option(
-    "--spin", type=float, default=DEFAULTS.spin, show_default=True, help="Microseconds to look for the next call before sleeping."
-)
-@click.option("--trace", metavar="FILE", help="Write a trace of every call, for ui.perfetto.dev (docs/traces.md).")
-@click.option("--until-exit", type=int, default=0, metavar="PID", help="End when this process does.")
+@_serve_options
 def serve(spin: float, **options: Any) -> None:
     """Load the weights, join the broker and serve until SIGTERM."""
     console.share_cpus()
     from gpu_worker.serve import serve as run
 
     run(spin=spin * 1e-6, **options)
+
+
+@cli.command()
+@_serve_options
+@click.option("--read", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write what it can tell of prompts.")
+@click.option("--lie", type=click.Choice(["change", "swap", "stale", "other", "rewrite"]), help="What it does to one result.")
+@click.option("--lie-at", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Which one, by its number.")
+def misbehave(spin: float, read: Path | None, lie: str | None, lie_at: int, **options: Any) -> None:
+    """Serve as a worker does that is not to be trusted: to try out what --trust of tee-worker is for."""
+    console.share_cpus()
+    from gpu_worker.misbehaving import Lie, MisbehavingDevice
+    from gpu_worker.serve import serve as run
+
+    run(spin=spin * 1e-6, misbehaving=MisbehavingDevice(read, None if lie is None else Lie(lie), lie_at), **options)
 
 
 def main() -> None:

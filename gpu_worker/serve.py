@@ -39,9 +39,13 @@ def serve(
     spin: float,
     until_exit: int,
     trace: str | None,
+    misbehaving: Device | None = None,
 ) -> None:
-    """Load ``model``, or make random weights of ``shape``, and serve until told to stop. Raises :class:`ShmBrokerError` for whatever is wrong with the arguments."""
-    target = open_device(device)
+    """Load ``model``, or make random weights of ``shape``, and serve until told to stop. Raises :class:`ShmBrokerError` for whatever is wrong with the arguments.
+
+    ``misbehaving``: what computes in the place of ``device``, for demonstrations.
+    """
+    target = misbehaving or open_device(device)
     wanted = model_dtype(dtype)
     checkpoint = model_source(model, shape, seed)
     ask(instance)  # before the weights are read: a missing broker is told at once

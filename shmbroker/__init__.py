@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         CudaRefused,
         InstanceInUse,
         NoSuchService,
+        PadsLost,
         PeerRefused,
         ProtocolMismatch,
         QuotaExceeded,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
         TooManyClients,
         WorkerDraining,
         WorkerLost,
+        WrongResult,
     )
     from shmbroker.worker.worker import Worker
 
@@ -66,6 +68,7 @@ __all__ = [
     "Kept",
     "LocalBroker",
     "NoSuchService",
+    "PadsLost",
     "PeerRefused",
     "ProtocolMismatch",
     "QuotaExceeded",
@@ -79,6 +82,7 @@ __all__ = [
     "Worker",
     "WorkerDraining",
     "WorkerLost",
+    "WrongResult",
     "__version__",
     "connect",
     "local_broker",

@@ -116,6 +116,7 @@ class Pads:
         self._spare: list[Batch] = []
         self._stock = 0
         self._serial = 0
+        self._closed = False
         self.waited = 0
         """Rows whose pads were made while their caller waited."""
 
@@ -152,6 +153,9 @@ class Pads:
         """One batch more. Raises :class:`PadsLost`."""
         batch = self._make(self.batch)
         with self._lock:
+            if self._closed:
+                batch.wipe()
+                return
             self._ready.append(batch)
             self._stock += batch.count
 
@@ -189,9 +193,10 @@ class Pads:
             if batch.released == batch.count == self.batch and len(self._spare) * self.batch < self.target:
                 self._spare.append(batch)
 
-    def wipe(self) -> None:
-        """Wipe all that are ready."""
+    def close(self) -> None:
+        """Wipe all that are ready, and keep none any more."""
         with self._lock:
+            self._closed = True
             for batch in [*self._ready, *self._spare]:
                 batch.wipe()
             self._ready.clear()

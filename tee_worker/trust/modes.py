@@ -1,4 +1,7 @@
-"""The trust modes: what the GPU worker is trusted with, and what each mode needs. Needs no torch."""
+"""The trust modes: what the GPU worker is trusted with, and what each mode needs. Needs no torch.
+
+T4  Nothing below the setting ``trust_floor`` is started; no flag, file or variable lowers it.
+"""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ class Sealed:
         if self.supply is not None:
             self.supply.close()
         for pads in self.session.pads:
-            pads.wipe()
+            pads.close()
         if self.session.alive is not None:
             self.session.alive.end()
 

@@ -1,4 +1,8 @@
-"""Two workers of which each is given half of a secret: neither may ever be given the other half, whoever takes over."""
+"""Two workers of which each is given half of a secret: neither may ever be given the other half, whoever takes over.
+
+T5  A worker is given rows or pads, never both: other services, other processes, a segment for each.
+T6  Two workers on one host are refused unless that is asked for: they hide nothing from the host.
+"""
 
 from __future__ import annotations
 

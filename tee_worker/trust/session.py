@@ -89,7 +89,7 @@ class TrustSession:
             self._rejected += 1
             self._ended = self._ended or error
         for pads in self.pads:
-            pads.wipe()
+            pads.close()
         return error
 
     @property
