@@ -6,6 +6,7 @@
 PYTHON ?= python3
 VENV := .venv
 DURATION ?= 600
+TRUST ?= plain
 SEED ?= 1
 MINUTES ?= 10
 JOBS ?= 2
@@ -52,7 +53,7 @@ hostile: $(VENV)/ready
 	HOSTILE_FRAMES=1000000 $(BIN)/python -m pytest tests/hostile
 
 kill-matrix: $(VENV)/ready
-	$(BIN)/python -m tests.faults.matrix
+	TRUST=$(TRUST) $(BIN)/python -m tests.faults.matrix
 
 chaos: $(VENV)/ready
 	$(BIN)/python -m tests.faults.chaos $(DURATION) $(SEED)

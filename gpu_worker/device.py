@@ -103,7 +103,7 @@ class CpuDevice:
             if x.numel() * weight.integers.shape[0] < _WORTH_SHARING:
                 product(x, weight.integers, out)
                 return
-            running = [self._pool.submit(product, x, part, out[:, first : first + len(part)]) for first, part in parts[1:]]
+            running = [self._pool.submit(_share_of_product, [x, part, out[:, first : first + len(part)]]) for first, part in parts[1:]]
             product(x, parts[0][1], out[:, : len(parts[0][1])])
             for one in running:
                 one.result()
@@ -113,3 +113,10 @@ class CpuDevice:
     @functools.cached_property
     def _pool(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(torch.get_num_threads() - 1, thread_name_prefix="ring-product")
+
+
+def _share_of_product(given: list[torch.Tensor]) -> None:
+    """Emptied: the pool lets go of its arguments only after the result is there, and a call's tensors end with the call."""
+    x, weight, out = given
+    given.clear()
+    product(x, weight, out)

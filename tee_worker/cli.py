@@ -284,6 +284,24 @@ def digest(model: str, dtype: str) -> None:
     click.echo(model_digest(Checkpoint.at(model).model(model_dtype(dtype))))
 
 
+@cli.command("demo-trust")
+@click.option("--model", metavar="DIR", help="Folder of a Hugging Face checkpoint, or a GGUF file. Default: the embedded model.")
+@click.option("--prompt", help="The secret.  [default: a name and an address]")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=8, show_default=True)
+@_json_option
+def demo_trust(model: str | None, prompt: str | None, max_new_tokens: int, as_json: bool) -> None:
+    """Show what --trust is for: what a worker reads at each mode, and whether its lie is noticed. About a minute."""
+    _begin(0)
+    import msgspec
+
+    from shmbroker.models import embedded
+    from tee_worker.trust.demonstration import PROMPT, demonstrate
+
+    outcome = demonstrate(model or str(embedded.ensure()), prompt or PROMPT, max_new_tokens, lambda line: click.echo(line, err=as_json))
+    if as_json:
+        click.echo(json.dumps(msgspec.to_builtins(outcome)))
+
+
 @cli.command("check")
 @_model_option
 @click.option("--answers", metavar="FILE", help="Where to write them. Default: beside the model, where the other commands look.")

@@ -50,11 +50,12 @@ def own_peers(options: RunOptions, on_note: Callable[[str], None], *weights: str
             workers.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=_STDERR, start_new_session=True))
             stack.callback(stop_process, workers[-1])
         for worker in workers:
-            _await_worker(worker, broker.instance)
+            await_worker(worker, broker.instance)
         yield
 
 
-def _await_worker(worker: subprocess.Popen[bytes], instance: str) -> None:
+def await_worker(worker: subprocess.Popen[bytes], instance: str) -> None:
+    """Wait until a worker process has joined. Raises :class:`ShmBrokerError` when it does not."""
     until = time.monotonic() + WORKER_START_SECONDS
     while not any(peer.pid == worker.pid for peer in ask(instance).peers):
         if worker.poll() is not None:

@@ -34,9 +34,10 @@ class Work:
 
     def times(self, model: Any) -> Times:
         """Of a prefill, and of a decode with its short prompt's prefill."""
-        return Times(prefill(model, self.prefill_tokens), self._decode(model))
+        return Times(prefill(model, self.prefill_tokens), self.decode(model))
 
-    def _decode(self, model: Any) -> float:
+    def decode(self, model: Any) -> float:
+        """Seconds, of a decode with its short prompt's prefill."""
         ids, count = prompt(self.prompt_tokens), self.decode_tokens
         begun = time.perf_counter()
         with torch.inference_mode():

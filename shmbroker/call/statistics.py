@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from typing import NamedTuple
 
 from shmbroker.memory.layout import BUCKETS, FIRST_BUCKET
 
@@ -26,6 +27,28 @@ def published(histogram: list[int]) -> list[int]:
     """The histogram as the segment's header has it: what is beyond its ends is counted at its ends."""
     last = FIRST_BUCKET + BUCKETS - 1
     return [sum(histogram[: FIRST_BUCKET + 1]), *histogram[FIRST_BUCKET + 1 : last], sum(histogram[last:])]
+
+
+class TrustCounts(NamedTuple):
+    """What a client does about results that it does not believe. The mode is empty where it has not said."""
+
+    mode: str
+    checked: int = 0
+    """Rows whose results were checked."""
+    rejected: int = 0
+    pads_taken: int = 0
+    """Rows that were masked."""
+    pads_waited: int = 0
+    """Of them, those that waited for a pad."""
+
+    def __str__(self) -> str:
+        pads = f", {self.pads_taken} pads taken, {self.pads_waited} waited for" if self.pads_taken else ""
+        return f"{self.mode}: {self.checked} rows checked, {self.rejected} rejected{pads}" if self.mode else ""
+
+
+def nothing_told() -> TrustCounts:
+    """Of a channel whose client has not said."""
+    return TrustCounts("")
 
 
 class OpStatistics:

@@ -18,7 +18,7 @@ from shmbroker.call.placement import Placement
 from shmbroker.call.queue_pair import QueuePair
 from shmbroker.call.remote_op import OutputsOf, RemoteOp
 from shmbroker.call.report import Report
-from shmbroker.call.statistics import OpStatistics, no_calls, published
+from shmbroker.call.statistics import OpStatistics, TrustCounts, no_calls, nothing_told, published
 from shmbroker.client.closing import Closing
 from shmbroker.control import messages as m
 from shmbroker.control.endpoint import transport_of
@@ -89,6 +89,8 @@ class Channel:
         self._closing = Closing(f"the channel to {worker.name}")
         for step in (lambda: on_close(self), pair.close, self._close_requester, self._tell_worker, self._stop):
             self._closing.add(step)
+        self.trust: Callable[[], TrustCounts] = nothing_told
+        """Tells what its client does about results that it does not believe."""
         self._statistics: list[OpStatistics] = []
         self._counted_before = (0,) * len(_COUNTED)
         """By the channel that this one took over from, on the same counters."""
@@ -242,6 +244,7 @@ class Channel:
             sent_bytes=sum(s.sent_bytes for s in self._statistics),
             received_bytes=sum(s.received_bytes for s in self._statistics),
             socket_bytes=self.pair.lane.socket_bytes,
+            trust=str(self.trust()),
         )
 
     @property

@@ -18,7 +18,7 @@ from typing import Any
 from shmbroker.call.client_memory import ClientMemory
 from shmbroker.call.remote_op import RemoteOp
 from shmbroker.call.report import Report
-from shmbroker.call.statistics import OpStatistics
+from shmbroker.call.statistics import OpStatistics, TrustCounts, nothing_told
 from shmbroker.client.channel import Channel
 from shmbroker.client.failover_op import FailoverOp
 from shmbroker.errors import BadInput, NoSuchService, ShmBrokerError, WorkerLost, anew
@@ -51,10 +51,20 @@ class FailoverChannel:
         self._background = False
         """Whether a thread is at it."""
         self._background_lock = threading.Lock()
+        self._trust: Callable[[], TrustCounts] = nothing_told
         self._counted: Channel | None = None
         """The lost channel whose bytes are counted already."""
         self.channel = open_channel(frozenset())
         """The one in use."""
+
+    @property
+    def trust(self) -> Callable[[], TrustCounts]:
+        """As :class:`Channel`'s; of whichever is in use."""
+        return self._trust
+
+    @trust.setter
+    def trust(self, told: Callable[[], TrustCounts]) -> None:
+        self._trust = self.channel.trust = told
 
     @property
     def lane(self) -> str:
@@ -118,6 +128,7 @@ class FailoverChannel:
             self._socket_bytes += lost.report().socket_bytes
         lost.close()
         found = self._next(lost, error, begun + patience)
+        found.trust = self._trust
         self.channel = found
         if self._closed:  # meanwhile: whoever closed did not know of it
             found.close()

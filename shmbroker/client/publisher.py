@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from shmbroker.arena.arena import Arena
+from shmbroker.call.statistics import TrustCounts
 from shmbroker.memory import layout
 from shmbroker.memory.segment import Segment
 from shmbroker.memory.statistics_block import StatisticsBlock, text_words
@@ -36,7 +37,7 @@ class Publisher:
         self._lock = threading.Lock()
         """An area that was cleared must not be written to by a publication that had begun before."""
         self._arena_block: StatisticsBlock | None = StatisticsBlock(segment, _ARENA)
-        self._told: dict[Channel, tuple[int, ...]] = {}
+        self._told: dict[Channel, tuple[tuple[int, ...], TrustCounts]] = {}
         self._arena_told: tuple[int, ...] = ()
         self._next_picture = 0.0
 
@@ -50,15 +51,16 @@ class Publisher:
         self._publish_arena()  # without the lock: the arena has one of its own
 
     def _publish_channel(self, channel: Channel) -> None:
-        counted = channel.counted()
-        if self._told.get(channel) == counted:
+        counted, trust = channel.counted(), channel.trust()
+        if self._told.get(channel) == (counted, trust):
             return
-        self._told[channel] = counted
+        self._told[channel] = counted, trust
         offset = self._segment.geometry.statistics_of(channel.index)
         # Clipped, as no word may spoil the others.
         values = [time.monotonic_ns(), channel.opened_ns, *[min(max(value, 0), _WORD) for value in counted[: -layout.BUCKETS]]]
         values += text_words(channel.lane, 8) + text_words(channel.doorbell, 8) + text_words(channel.worker_id, 32)
         values += text_words(channel.service, 64) + list(counted[-layout.BUCKETS :])
+        values += text_words(trust.mode, 16) + [min(max(count, 0), _WORD) for count in trust[1:]]
         StatisticsBlock(self._segment, offset).write(values)
 
     def _publish_arena(self) -> None:

@@ -126,6 +126,7 @@ def render(report: m.StatusReport) -> RenderableType:
     channels = table_of(
         "channel of", "service", "worker", "lane", "doorbell", "control", "calls", "MiB out", "back", figures=("calls", "MiB out", "back")
     )
+    trust: list[RenderableType] = []
     for peer in clients:
         arena = peer.stats.arena
         held = ("?", "?", "?") if arena is None else (mib(arena.held_bytes), str(arena.blocks), mib(arena.largest_free_bytes))
@@ -139,7 +140,11 @@ def render(report: m.StatusReport) -> RenderableType:
                 f"{channel.sent_bytes / MIB:.1f}",
                 f"{channel.received_bytes / MIB:.1f}",
             )
+            if channel.trust:
+                trust.append(Text(f"trust of {peer.name} in {channel.service}: {channel.trust}"))
     parts += [arenas, Text(), segments]
     if any(peer.stats.channels for peer in clients):
         parts += [Text(), channels]
+    if trust:
+        parts += [Text(), *trust]
     return Group(*parts)

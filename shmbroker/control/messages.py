@@ -59,6 +59,7 @@ class ChannelInfo(msgspec.Struct, frozen=True):
     received_bytes: Count = 0
     """Of outputs."""
     socket_bytes: Count = 0
+    trust: Text = ""
 
 
 class ArenaInfo(msgspec.Struct, frozen=True):

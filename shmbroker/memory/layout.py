@@ -32,7 +32,7 @@ import enum
 from ctypes import c_char, c_int64, c_uint8, c_uint16, c_uint32, c_uint64
 
 MAGIC = b"SHMBROKR"
-LAYOUT_VERSION = 3
+LAYOUT_VERSION = 4
 BYTE_ORDER_MARK = 0x01020304
 
 ALIGNMENT = 256
@@ -161,7 +161,8 @@ class ChannelStatistics(ctypes.LittleEndianStructure):
         24   calls            32  errors           40  sent_bytes     48  received_bytes
         56   call_ns          64  copied_bytes     72  outstanding    80  lane[8]
         88   doorbell[8]      96  worker[32]       128 service[64]    192 buckets[64]
-        704  reserved
+        704  trust[16]        720 checked          728 rejected      736 pads_taken    744 pads_waited
+        752  reserved
         768  worker_revision  of what follows, which the worker writes
         776  worker_published_ns
         784  run_calls        792 failed_calls     800 compute_ns     808 queued_ns
@@ -184,7 +185,12 @@ class ChannelStatistics(ctypes.LittleEndianStructure):
         ("worker", c_char * 32),
         ("service", c_char * 64),
         ("buckets", c_uint64 * BUCKETS),
-        ("reserved0", c_uint8 * 64),
+        ("trust", c_char * 16),
+        ("checked", c_uint64),
+        ("rejected", c_uint64),
+        ("pads_taken", c_uint64),
+        ("pads_waited", c_uint64),
+        ("reserved0", c_uint8 * 16),
         ("worker_revision", c_uint64),
         ("worker_published_ns", c_uint64),
         ("run_calls", c_uint64),

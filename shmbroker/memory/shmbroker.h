@@ -1,4 +1,4 @@
-/* Layout of a shmbroker segment, version 3. Generated; see docs/memory-layout.md. Little-endian. */
+/* Layout of a shmbroker segment, version 4. Generated; see docs/memory-layout.md. Little-endian. */
 #ifndef SHMBROKER_H
 #define SHMBROKER_H
 
@@ -6,7 +6,7 @@
 #include <stdint.h>
 
 #define SHMBROKER_MAGIC "SHMBROKR"
-#define SHMBROKER_LAYOUT_VERSION 3
+#define SHMBROKER_LAYOUT_VERSION 4
 #define SHMBROKER_BYTE_ORDER_MARK 16909060
 #define SHMBROKER_ALIGNMENT 256
 #define SHMBROKER_MAX_DIMS 8
@@ -121,7 +121,12 @@ struct shmbroker_channel_statistics {
     char worker[32];                                        /* 96 */
     char service[64];                                       /* 128 */
     uint64_t buckets[64];                                   /* 192 */
-    uint8_t reserved0[64];                                  /* 704 */
+    char trust[16];                                         /* 704 */
+    uint64_t checked;                                       /* 720 */
+    uint64_t rejected;                                      /* 728 */
+    uint64_t pads_taken;                                    /* 736 */
+    uint64_t pads_waited;                                   /* 744 */
+    uint8_t reserved0[16];                                  /* 752 */
     uint64_t worker_revision;                               /* 768 */
     uint64_t worker_published_ns;                           /* 776 */
     uint64_t run_calls;                                     /* 784 */

@@ -60,7 +60,7 @@ class ArenaFigures:
 
 @dataclass(frozen=True, slots=True)
 class ChannelFigures:
-    """What an open channel has done. The last four are the worker's words, the rest the client's."""
+    """What an open channel has done. From ``run_calls`` to ``queued_ns`` it is the worker's word, the rest the client's."""
 
     index: int
     opened_ns: int
@@ -83,6 +83,12 @@ class ChannelFigures:
     failed_calls: int
     compute_ns: int
     queued_ns: int
+    trust: str = ""
+    """The mode that its calls are made at; empty where the client has not said."""
+    checked: int = 0
+    rejected: int = 0
+    pads_taken: int = 0
+    pads_waited: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +214,11 @@ def _channel(index: int, told: layout.ChannelStatistics, now_ns: int) -> Channel
         failed_calls=told.failed_calls,
         compute_ns=told.compute_ns,
         queued_ns=told.queued_ns,
+        trust=_text(told.trust),
+        checked=told.checked,
+        rejected=told.rejected,
+        pads_taken=told.pads_taken,
+        pads_waited=told.pads_waited,
     )
 
 

@@ -113,6 +113,14 @@ _CHANNEL: tuple[tuple[str, str, bool, Callable[[ChannelFigures], float]], ...] =
 )
 
 
+_TRUST: tuple[tuple[str, str, Callable[[ChannelFigures], float]], ...] = (
+    ("checked", "Rows whose results were checked.", lambda one: one.checked),
+    ("rejected", "Rows whose results were wrong.", lambda one: one.rejected),
+    ("pads_taken", "Rows that were masked.", lambda one: one.pads_taken),
+    ("pads_waited", "Rows that waited for a pad to be made.", lambda one: one.pads_waited),
+)
+
+
 def _family(name: str, text: str, counts: bool, labels: tuple[str, ...]) -> CounterMetricFamily | GaugeMetricFamily:
     kind = CounterMetricFamily if counts else GaugeMetricFamily
     return kind(f"shmbroker_{name}", text, labels=labels)
@@ -145,6 +153,12 @@ def _of_channels(seen: Observation) -> Iterator[Metric]:
         for labels, one in told:
             family.add_metric(labels, value(one))
         yield family
+    for name, text, count in _TRUST:
+        counter = CounterMetricFamily(f"shmbroker_{name}", text, labels=(*_CHANNEL_LABELS, "trust"))
+        for labels, one in told:
+            if one.trust:
+                counter.add_metric((*labels, one.trust), count(one))
+        yield counter
     moved = CounterMetricFamily("shmbroker_bytes", "Handed over through shared memory.", labels=(*_CHANNEL_LABELS, "direction"))
     times = HistogramMetricFamily(
         "shmbroker_call_seconds", "From a call until its outputs are in the caller's hands.", labels=_CHANNEL_LABELS

@@ -112,7 +112,8 @@ class Pads:
         self.target = target
         self.batch = batch
         self._lock = threading.Lock()
-        self._ready: deque[Batch] = deque()
+        self.ready: deque[Batch] = deque()
+        """With pads to hand out, the longest made first."""
         self._spare: list[Batch] = []
         self._stock = 0
         self._serial = 0
@@ -156,17 +157,17 @@ class Pads:
             if self._closed:
                 batch.wipe()
                 return
-            self._ready.append(batch)
+            self.ready.append(batch)
             self._stock += batch.count
 
     def _pop(self, rows: int) -> Iterator[Pad]:
-        while rows and self._ready:
-            batch = self._ready[0]
+        while rows and self.ready:
+            batch = self.ready[0]
             count = min(rows, batch.count - batch.taken)
             rows -= count
             yield self._hand_out(batch, count)
             if batch.taken == batch.count:
-                self._ready.popleft()
+                self.ready.popleft()
 
     def _hand_out(self, batch: Batch, rows: int) -> Pad:
         pad = Pad(self, batch, rows, self._serial)
@@ -197,8 +198,8 @@ class Pads:
         """Wipe all that are ready, and keep none any more."""
         with self._lock:
             self._closed = True
-            for batch in [*self._ready, *self._spare]:
+            for batch in [*self.ready, *self._spare]:
                 batch.wipe()
-            self._ready.clear()
+            self.ready.clear()
             self._spare.clear()
             self._stock = 0

@@ -19,7 +19,7 @@ from shmbroker.errors import BadInput
 _WIPE_ON_FORK = 18
 """MADV_WIPEONFORK of linux/mman.h, Linux 4.14."""
 
-_SWAPS = Path("/proc/swaps")
+SWAPS = Path("/proc/swaps")
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -38,7 +38,7 @@ class PrivateMemory:
         self._lock()
 
     def _lock(self) -> None:
-        if not _libc.mlock(ctypes.c_void_p(self.bytes.data_ptr()), ctypes.c_size_t(len(self._map))):
+        if lock_pages(self.bytes.data_ptr(), len(self._map)):
             return
         if swap_in_use():
             raise BadInput(
@@ -58,9 +58,14 @@ class PrivateMemory:
         self.bytes.zero_()
 
 
+def lock_pages(address: int, nbytes: int) -> bool:
+    """Keep pages in memory (mlock); False where the kernel does not, with its reason in errno."""
+    return not _libc.mlock(ctypes.c_void_p(address), ctypes.c_size_t(nbytes))
+
+
 def swap_in_use() -> bool:
     """Whether the kernel may write memory to a disk. Where it does not tell, it may."""
     try:
-        return len(_SWAPS.read_text().splitlines()) > 1
+        return len(SWAPS.read_text().splitlines()) > 1
     except OSError:
         return True

@@ -19,8 +19,12 @@ BITS = (8, 12, 14)
 
 LARGEST = 2**31 - 1
 
-_ROWS_AT_ONCE = 4096
-"""Of a weight that are float64 at a time."""
+_NUMBERS_AT_ONCE = 1 << 18
+"""Of a weight that are float64 at a time: as many as a cache holds."""
+
+
+def _rows_at_once(columns: int) -> int:
+    return max(1, _NUMBERS_AT_ONCE // max(1, columns))
 
 
 def check_bits(bits: int) -> None:
@@ -45,9 +49,10 @@ class IntegerWeight:
         Raises :class:`BadInput` where nothing is left for the row.
         """
         largest = 1.0
-        for first in range(0, len(self.integers), _ROWS_AT_ONCE):
-            part = self.integers[first : first + _ROWS_AT_ONCE].to(torch.float64)
-            largest = max(largest, float(part.square().sum(dim=1).max().sqrt()))
+        step = _rows_at_once(self.integers.shape[1])
+        for first in range(0, len(self.integers), step):
+            part = self.integers[first : first + step].to(torch.float64)
+            largest = max(largest, float(torch.linalg.vector_norm(part, dim=1).max()))
         room = LARGEST / largest - math.sqrt(self.integers.shape[1]) / 2
         if room < 1:
             raise BadInput(f"rows of {self.integers.shape[1]} columns are too long for weights of {self.bits} bits")
@@ -61,17 +66,19 @@ def quantize_weight(weight: torch.Tensor, bits: int) -> IntegerWeight:
     rows, columns = weight.shape
     integers = torch.empty((rows, columns), dtype=torch.int16)
     scales = torch.ones(rows, dtype=torch.float32)
-    for first in range(0, rows, _ROWS_AT_ONCE):
-        part = slice(first, first + _ROWS_AT_ONCE)
-        wide = weight[part].detach().to(device="cpu", dtype=torch.float64)
-        if not torch.isfinite(wide).all():
-            raise BadInput("a weight that is not finite cannot be made an integer")
+    step = _rows_at_once(columns)
+    for first in range(0, rows, step):
+        part = slice(first, first + step)
+        wide = weight[part].detach().to(device="cpu", dtype=torch.float64, copy=True)
         if not columns:
             continue
-        found = (wide.abs().amax(dim=1) / largest_integer).to(torch.float32)
+        largest = torch.linalg.vector_norm(wide, ord=math.inf, dim=1)
+        if not torch.isfinite(largest).all():
+            raise BadInput("a weight that is not finite cannot be made an integer")
+        found = (largest / largest_integer).to(torch.float32)
         scales[part] = torch.where(found > 0, found, torch.ones_like(found))
         # The scale was rounded: the largest element may be half a step beyond.
-        integers[part] = (wide / scales[part].to(torch.float64)[:, None]).round().clamp(-largest_integer, largest_integer).to(torch.int16)
+        integers[part] = wide.div_(scales[part].to(torch.float64)[:, None]).round_().clamp_(-largest_integer, largest_integer)
     return IntegerWeight(integers, scales, bits)
 
 

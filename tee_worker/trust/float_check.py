@@ -32,7 +32,23 @@ ROUNDING = 2.0**-24
 WINDOW = 32.0
 """Tolerances that a deviation may have which is not found."""
 
-_SEED_BITS = 64
+_SEED_BITS = 63
+
+
+def vectors_of(weights: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """R for each weight ``[out, in]``, and S: float64 ``[out, VECTORS]`` each, and ``[in, VECTORS]``."""
+    generator = torch.Generator().manual_seed(random.SystemRandom().getrandbits(_SEED_BITS))
+    outputs = [torch.randn(len(weight), VECTORS, dtype=torch.float64, generator=generator) for weight in weights]
+    inputs = torch.zeros(weights[0].shape[1], VECTORS, dtype=torch.float64)
+    for weight, vectors in zip(weights, outputs, strict=True):
+        inputs += weight.detach().double().t() @ vectors
+    return outputs, inputs
+
+
+def tolerance_of(weights: Sequence[torch.Tensor]) -> float:
+    """What a residue may be for a row of norm 1."""
+    norm = sum(float(weight.detach().double().square().sum()) for weight in weights)
+    return float(TAIL * SUMS * ROUNDING * norm**0.5)
 
 
 class FloatLayer:
@@ -73,15 +89,8 @@ class FloatLayer:
                 out_features=self._widths,
                 digests=list(digests),
             )
-        generator = torch.Generator().manual_seed(random.SystemRandom().getrandbits(_SEED_BITS - 1))
-        self._outputs = [torch.randn(width, VECTORS, dtype=torch.float64, generator=generator) for width in self._widths]
-        self._inputs = torch.zeros(columns, VECTORS, dtype=torch.float64)
-        norm = 0.0
-        for weight, outputs in zip(weights, self._outputs, strict=True):
-            wide = weight.detach().double()
-            self._inputs += wide.t() @ outputs
-            norm += float(wide.square().sum())
-        self._tolerance = TAIL * SUMS * ROUNDING * norm**0.5
+        self._outputs, self._inputs = vectors_of(weights)
+        self._tolerance = tolerance_of(weights)
         self._head = weights[0].detach() if head else None
 
     def __call__(self, x: torch.Tensor) -> Any:
@@ -89,7 +98,7 @@ class FloatLayer:
         call = self._session.begin()
         given = self._op(x)
         outputs = [one.clone() for one in ([given] if len(self._widths) == 1 else given)]  # copied once
-        rows = x.detach().reshape(-1, x.shape[-1]).contiguous()
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
         residue, tolerances = torch.empty(len(rows), VECTORS, dtype=torch.float64), torch.empty(len(rows), dtype=torch.float64)
         weigh(rows, self._inputs, None, residue, False)
         for output, random_vectors, bias in zip(outputs, self._outputs, self._biases, strict=True):
@@ -106,10 +115,14 @@ class FloatLayer:
         """Of each row, compute here what lies so near to the largest that a deviation which is not found could be between them."""
         assert self._head is not None
         bias = self._biases[0]
-        for row, tolerance in zip(range(len(x)), tolerances.tolist(), strict=True):
-            near = logits[row] >= logits[row].max() - 2 * WINDOW * tolerance
-            exact = self._head[near].double() @ x[row].double()
-            logits[row][near] = (exact if bias is None else exact + bias[near].double()).float()
+        largest = logits.topk(min(2, logits.shape[1]), dim=1).values.tolist()
+        for row, tolerance in enumerate(tolerances.tolist()):
+            least = largest[row][0] - 2 * WINDOW * tolerance
+            if largest[row][-1] < least:
+                continue  # no other comes near
+            near = logits[row] >= least
+            found = self._head[near] @ x[row]
+            logits[row][near] = found if bias is None else found + bias[near]
 
 
 def check_dtype(dtype: torch.dtype) -> None:

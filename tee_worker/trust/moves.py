@@ -108,6 +108,7 @@ class SealedMoves:
         """Replace everything, and begin to make pads."""
         for move in self._moves:
             move()
+        self._roles.tell(self.session.counts)
         ahead = any(pads.target for pads in self.session.pads)
         return Sealed(self.session, PadSupply(self.session) if ahead else None)
 

@@ -6,6 +6,9 @@ T6  Two workers on one host are refused unless that is asked for: they hide noth
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from shmbroker.call.statistics import TrustCounts
 from shmbroker.client import Bindable, Channel, FailoverChannel
 from shmbroker.errors import BadInput, WorkerLost
 from tee_worker.trust.modes import Trust, TrustOptions
@@ -44,6 +47,12 @@ class Roles:
         pid, other = _pid(first), _pid(second)
         if pid is not None and pid == other:
             raise WorkerLost(f"process {pid} is both workers now: a worker is never given both halves; start another")
+
+    def tell(self, counts: Callable[[], TrustCounts]) -> None:
+        """Have status and metrics tell what is done about results that are not believed."""
+        real = _real(self._channel)
+        if real is not None:
+            real.trust = counts
 
     def names(self) -> str:
         """Who may have given a wrong result."""

@@ -49,7 +49,8 @@ class SealedLayer:
         self._op = op
         self._second = second
         self._widths = list(widths)
-        self._limit = weight.limit()
+        self.limit = weight.limit()
+        """The norm that rows are scaled to."""
         self._scales = weight.scales
         self._bias = None if bias is None else bias.detach().to(torch.float32).contiguous()
         secret = make_secret(weight.integers)
@@ -65,11 +66,11 @@ class SealedLayer:
         count = len(given)
         if count % self._multiple:
             given = torch.cat([given, given.new_zeros(self._multiple - count % self._multiple, self._columns)])
-        out = self._run(call, given.contiguous())[:count].to(x.dtype).view(*x.shape[:-1], -1)
+        out = self.run(call, given.contiguous())[:count].to(x.dtype).view(*x.shape[:-1], -1)
         return out if len(self._widths) == 1 else torch.split(out, self._widths, dim=-1)
 
-    def _run(self, call: int, x: torch.Tensor) -> torch.Tensor:
-        """Float32 ``[rows, in]`` to float32 ``[rows, out]``, checked."""
+    def run(self, call: int, x: torch.Tensor) -> torch.Tensor:
+        """Float32 ``[rows, in]`` to float32 ``[rows, out]``, checked; ``call``: its number in the session."""
         rows = len(x)
         out = torch.empty((rows, sum(self._widths)), dtype=torch.float32)
         if not rows:
@@ -97,7 +98,7 @@ class SealedLayer:
         block = self._memory.empty(tuple(x.shape), torch.int32)
         masks: list[torch.Tensor | None] = [*(pad.masks for pad in pads)] or [None]
         for part, mask in zip(_parts(masks, len(x)), masks, strict=True):
-            if not seal(x[part], self._limit, mask, block[part], self._inputs, sums[part], scales[part]):
+            if not seal(x[part], self.limit, mask, block[part], self._inputs, sums[part], scales[part]):
                 raise BadInput(f"{', '.join(self.names)}: activations that are not finite cannot be made integers")
         return block
 

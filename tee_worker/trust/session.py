@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
+from shmbroker.call.statistics import TrustCounts
 from shmbroker.errors import WrongResult, anew
 from shmbroker.trust.pads import Alive, Pads
 from tee_worker.trust.modes import PLAIN, TrustOptions
@@ -91,6 +92,11 @@ class TrustSession:
         for pads in self.pads:
             pads.close()
         return error
+
+    def counts(self) -> TrustCounts:
+        """For status and metrics."""
+        taken = sum(pads.taken for pads in self.pads)
+        return TrustCounts(self.options.mode.value, self._checked, self._rejected, taken, sum(pads.waited for pads in self.pads))
 
     @property
     def trouble(self) -> str:

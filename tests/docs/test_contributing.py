@@ -26,7 +26,7 @@ from tests.faults.points import all_points
 ROOT = Path(__file__).parents[2]
 SOURCES = [path for package in ("shmbroker", "gpu_worker", "tee_worker") for path in sorted((ROOT / package).rglob("*.py"))]
 CHANGELOG = (ROOT / "CHANGELOG.md").read_text()
-MESSAGES = (5, "aaeec41fd75b0c51")
+MESSAGES = (5, "bef7dc0464db67f2")
 """Version of the protocol, and a digest of all fields of all messages."""
 
 MATRIX = ast.parse((ROOT / "tests" / "faults" / "matrix.py").read_text())

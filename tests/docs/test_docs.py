@@ -80,9 +80,9 @@ def test_the_layout_document_tells_the_op_id_of_calls_about_kept_tensors() -> No
 
 @pytest.mark.parametrize("program", ["shmbroker", "gpu_worker", "tee_worker"])
 def test_every_command_of_the_readme_exists_and_every_command_has_a_row(program: str) -> None:
-    named = rf"(?:\| |, )`{program.replace('_', '-')} (\w+)"
+    named = rf"(?:\| |, )`{program.replace('_', '-')} ([\w-]+)"
     of_readme, rows = set(re.findall(named, README)), set(re.findall(named, (ROOT / "docs" / "commands.md").read_text()))
-    offered = set(re.findall(r"^  (\w+)  ", run(sys.executable, "-m", program, "--help").stdout.split("Commands:")[1], re.MULTILINE))
+    offered = set(re.findall(r"^  ([\w-]+)  ", run(sys.executable, "-m", program, "--help").stdout.split("Commands:")[1], re.MULTILINE))
     assert of_readme
     assert of_readme <= offered
     assert rows == offered

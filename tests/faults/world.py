@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import mmap
 import os
 import random
@@ -18,6 +19,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -27,6 +29,13 @@ from shmbroker.control import endpoint
 from shmbroker.errors import BrokerUnreachable, NoSuchService, ShmBrokerError, WorkerLost
 from shmbroker.memory.hold import is_held
 from shmbroker.memory.reaper import objects, reap
+from shmbroker.models import ops
+from shmbroker.trust.loops import product
+from shmbroker.trust.quantization import IntegerWeight, quantize_weight
+from tee_worker.trust.modes import Trust, TrustOptions
+from tee_worker.trust.sealed import SealedChannel
+from tee_worker.trust.session import TrustSession
+from tee_worker.trust.supply import PadSupply
 from tests.faults import points
 
 PATIENCE = float(os.environ.get("FAULTS_PATIENCE", "1"))
@@ -140,6 +149,18 @@ def run_worker(instance: str, seed: int) -> None:
         out[half:].copy_(x[half:]).mul_(3)
         out.add_(7)
 
+    @worker.bound_op(ops.RING_LINEAR, out_spec=ops.ring_linear)
+    def ring_linear(**static: Any) -> Callable[..., None]:
+        def run(x: torch.Tensor, *, out: torch.Tensor) -> None:
+            whole = torch.empty_like(out)
+            product(x, _sealed_weight().integers, whole)
+            half = out.shape[1] // 2
+            out[:, :half].copy_(whole[:, :half])
+            points.reach(RESULT_HALF_WRITTEN)
+            out[:, half:].copy_(whole[:, half:])
+
+        return run
+
     while True:
         try:
             return worker.serve()
@@ -156,7 +177,8 @@ def run_client(instance: str, seed: int, board: Board, lane: str, doorbell: str)
             with shmbroker.connect(
                 instance, arena="1M", depth=4, channels=2, timeout=CALL_SECONDS, spin=choose.choice([0.0, 20e-6, 50e-6])
             ) as client:
-                _call_for_a_while(client, choose, generator, board, lane, doorbell)
+                call = _call_sealed_for_a_while if os.environ.get("TRUST") == "blind" else _call_for_a_while
+                call(client, choose, generator, board, lane, doorbell)
         except (BrokerUnreachable, NoSuchService):
             board.add("errors")
             time.sleep(0.01)  # what is gone is being started again
@@ -198,6 +220,33 @@ def _call_for_a_while(
             board.add("calls")
         if choose.random() < 0.3:
             time.sleep(choose.random() * 0.001)  # so that the others fall asleep, and bells are rung
+
+
+@functools.cache
+def _sealed_weight() -> IntegerWeight:
+    return quantize_weight(torch.randn(48, 96, generator=torch.Generator().manual_seed(0)), 12)
+
+
+def _call_sealed_for_a_while(
+    client: shmbroker.Client, choose: random.Random, generator: torch.Generator, board: Board, lane: str, doorbell: str
+) -> None:
+    """The same at trust ``blind``, as a sealed layer calls: with TRUST=blind in the environment."""
+    weight = _sealed_weight()
+    exact = weight.integers.double() * weight.scales.double()[:, None]
+    channel = client.channel(SERVICE, lane=lane, doorbell=doorbell, wait=0.5)
+    session = TrustSession(TrustOptions(mode=Trust.BLIND, pads=16), lambda: channel.worker_name, lambda: None, "here")
+    layer = SealedChannel(channel, session).layer(["weight"], weight, [len(exact)], None, [{}])
+    supply = PadSupply(session)
+    try:
+        for _ in range(choose.randrange(20, 60)):
+            x = torch.randn(choose.randrange(1, 40), 96, generator=generator)
+            with board.busy():
+                y = layer(x)
+            if float((y - x.double() @ exact.t()).abs().max()) > 1e-2:
+                board.add("wrong")
+            board.add("calls")
+    finally:
+        supply.close()
 
 
 ClientProgram = Callable[[str, int, Board, str, str], None]

@@ -97,7 +97,12 @@ GOLDEN_FIELDS: dict[Structure, list[tuple[str, int, int]]] = {
         ("worker", 96, 32),
         ("service", 128, 64),
         ("buckets", 192, 512),
-        ("reserved0", 704, 64),
+        ("trust", 704, 16),
+        ("checked", 720, 8),
+        ("rejected", 728, 8),
+        ("pads_taken", 736, 8),
+        ("pads_waited", 744, 8),
+        ("reserved0", 752, 16),
         ("worker_revision", 768, 8),
         ("worker_published_ns", 776, 8),
         ("run_calls", 784, 8),
@@ -155,7 +160,7 @@ GOLDEN_FIELDS: dict[Structure, list[tuple[str, int, int]]] = {
 }
 
 GOLDEN_CONSTANTS = {
-    "LAYOUT_VERSION": 3,
+    "LAYOUT_VERSION": 4,
     "BYTE_ORDER_MARK": 0x01020304,
     "ALIGNMENT": 256,
     "MAX_DIMS": 8,

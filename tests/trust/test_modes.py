@@ -7,10 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 import shmbroker
 from shmbroker import WrongResult
 from shmbroker.call.remote_op import RemoteOp
+from shmbroker.control.status import ask
+from shmbroker.monitoring.figures import read_figures
+from shmbroker.trust import loops
 from tee_worker.trust.float_check import FloatLayer
 from tee_worker.trust.modes import Trust, TrustOptions
 from tee_worker.trust.sealed import SealedChannel, SealedLayer
@@ -46,6 +50,22 @@ def test_the_exact_modes_give_one_anothers_bits(
     assert all(torch.equal(found["verify"], other) for other in found.values())
 
 
+@pytest.mark.parametrize("which", loops.KINDS[1:])
+def test_without_a_compiler_it_is_the_same(client: shmbroker.Client, tiny: Path, workers: tuple[str, str], which: str) -> None:
+    """The worker's loops are the fastest there, this side's are others."""
+    found = []
+    before = loops.kind()
+    for kind in (before, which):
+        model = whole_model(tiny)
+        loops.choose(kind)
+        try:
+            with sealed(model, client.channel(workers[0]), BLIND):
+                found.append(logits(model))
+        finally:
+            loops.choose(before)
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("bits", [8, 14])
 def test_other_bits_run_too_and_more_are_nearer(client: shmbroker.Client, tiny: Path, workers: tuple[str, str], bits: int) -> None:
     expected = logits(whole_model(tiny))
@@ -77,6 +97,12 @@ def test_a_model_reaches_no_ordinary_op_and_no_channel(client: shmbroker.Client,
     for kind in (SealedLayer, SealedChannel):
         assert not {"bind", "submit", "capture", "keep"} & set(dir(kind))
     assert not {"submit", "capture", "keep"} & set(dir(FloatLayer))
+
+
+def generate_often(model: PreTrainedModel) -> None:
+    """Until every pad that was made ahead is used: a dealer's lie is in one of them."""
+    for _ in range(8):
+        generate(model)
 
 
 # --- lies -------------------------------------------------------------------------------------------------------------------------------
@@ -123,7 +149,7 @@ def test_either_of_two_workers_is_caught(
         model = whole_model(tiny)
         channel, other = client.channel(services[0], wait=30), other_client.channel(services[1], wait=30)
         with sealed(model, channel, MODES[mode], other), pytest.raises(WrongResult, match="gave a wrong result"):
-            generate(model)
+            generate_often(model)
 
 
 @pytest.mark.parametrize("mode", ["approximate", "blind"])
@@ -165,3 +191,23 @@ def test_pads_are_made_ahead_and_then_nobody_waits(client: shmbroker.Client, tin
         wait_until(supply.full.is_set)
         logits(model)
         assert moved.sealed.session.report().pads_waited == 0
+
+
+def test_status_and_metrics_tell_the_mode_and_its_counts(client: shmbroker.Client, tiny: Path, workers: tuple[str, str]) -> None:
+    model = whole_model(tiny)
+    with sealed(model, client.channel(workers[0]), BLIND) as moved:
+        logits(model)
+        assert moved.sealed is not None
+        counts = moved.sealed.session.counts()
+
+        def told() -> bool:
+            channels = [one for one in read_figures(client.segment.name).channels if one.trust]
+            return [(one.trust, one.checked, one.rejected, one.pads_taken) for one in channels] == [("blind", *counts[1:4])]
+
+        wait_until(told)
+
+        def in_status() -> bool:
+            said = [channel.trust for peer in ask(None).peers for channel in peer.stats.channels if channel.trust]
+            return any(f"blind: {counts.checked} rows checked, 0 rejected, {counts.pads_taken} pads taken" in one for one in said)
+
+        wait_until(in_status)

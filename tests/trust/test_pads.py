@@ -63,8 +63,8 @@ def test_private_memory_is_locked_or_there_is_no_swap(monkeypatch: pytest.Monkey
     assert " lo" in flags_of(memory.bytes.data_ptr()) or not private.swap_in_use()
     swaps = tmp_path / "swaps"
     swaps.write_text("Filename Type Size Used Priority\n/swapfile file 1 0 -2\n")
-    monkeypatch.setattr(private, "_SWAPS", swaps)
-    monkeypatch.setattr(private._libc, "mlock", lambda *args: -1)
+    monkeypatch.setattr(private, "SWAPS", swaps)
+    monkeypatch.setattr(private, "lock_pages", lambda *args: False)
     with pytest.raises(BadInput, match=r"cannot be locked .* raise the limit \(ulimit -l unlimited"):
         PrivateMemory(100)
     swaps.write_text("Filename Type Size Used Priority\n")
@@ -102,7 +102,7 @@ def test_a_released_pad_is_wiped_and_so_is_one_that_was_dropped(pads: Pads) -> N
     assert not masks.any()
     assert not products.any()
     pads.make_ahead()
-    ready = [batch.masks for batch in pads._ready]
+    ready = [batch.masks for batch in pads.ready]
     pads.close()
     assert all(not masks.any() for masks in ready)
 
@@ -125,7 +125,7 @@ def test_a_product_that_fails_hands_nothing_out(weight: torch.Tensor) -> None:
 
     pads = Pads(Alive(), COLUMNS, OUTPUTS, sometimes, 4, 4)
     pads.make_ahead()
-    ready = pads._ready[0].masks
+    ready = pads.ready[0].masks
     with pytest.raises(RuntimeError, match="no second worker"):
         pads.take(6)
     assert not ready.any()
@@ -195,7 +195,7 @@ def test_a_child_finds_no_pad_and_makes_none(pads: Pads, born: Callable[[Callabl
     held = pads.take(1)[0]
     assert born(lambda: lost(lambda: pads.take(1)))
     assert born(lambda: lost(pads.make_ahead))
-    assert born(lambda: not pads._ready[0].masks.any().item() and not held.masks.any().item() and not held.products.any().item())
+    assert born(lambda: not pads.ready[0].masks.any().item() and not held.masks.any().item() and not held.products.any().item())
     assert held.masks.any(), "here it is as it was"
     assert pads.take(1)[0].masks.any()
 

@@ -67,7 +67,7 @@ class Watch:
         self.calls = 0
         self._secrets: dict[str, list[np.ndarray]] = {"token ids": [windows_of_tensor(IDS), windows_of_tensor(IDS.to(torch.int32))]}
         self._segments = segments
-        run, take = SealedLayer._run, Pads.take
+        run, take = SealedLayer.run, Pads.take
 
         def watched_take(pads: Pads, rows: int) -> list[Pad]:
             found = take(pads, rows)
@@ -80,14 +80,14 @@ class Watch:
         def watched_run(layer: SealedLayer, call: int, x: torch.Tensor) -> torch.Tensor:
             self._add("an input", x)
             norms = x.double().norm(dim=1, keepdim=True)
-            self._add("an input as integers", (x.double() * (layer._limit / norms)).round().to(torch.int32))
+            self._add("an input as integers", (x.double() * (layer.limit / norms)).round().to(torch.int32))
             out = run(layer, call, x)
             self._add("an output", out)
             self.look()
             return out
 
         monkeypatch.setattr(Pads, "take", watched_take)
-        monkeypatch.setattr(SealedLayer, "_run", watched_run)
+        monkeypatch.setattr(SealedLayer, "run", watched_run)
 
     def _add(self, what: str, tensor: torch.Tensor) -> None:
         self._secrets.setdefault(what, []).append(windows_of_tensor(tensor))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
 import stat
 from collections.abc import Iterator
 from importlib import metadata
@@ -13,6 +14,8 @@ from shmbroker.commands.doctor.check import Check, ok, warn
 from shmbroker.lane.ends import COMPILED
 from shmbroker.memory import compiled
 from shmbroker.settings.load import Loaded
+from shmbroker.settings.sizes import mib
+from shmbroker.trust.private import swap_in_use
 from shmbroker.version import __version__
 
 _PACKAGES = ("torch", "transformers", "pyzmq", "posix_ipc")
@@ -23,6 +26,7 @@ def checks(loaded: Loaded) -> Iterator[Check]:
     """All of this family."""
     yield _versions()
     yield _compiled(loaded)
+    yield _trust(loaded)
     yield from _settings(loaded)
 
 
@@ -40,11 +44,43 @@ def _versions() -> Check:
     return ok("versions", text, **versions)
 
 
+def _trust(loaded: Loaded) -> Check:
+    """What may be started here, and whether pads can be kept from a disk."""
+    floor = loaded.settings.trust_floor
+    origin = loaded.origins["trust_floor"]
+    meaning = _FLOORS[floor]
+    text = f"floor {floor!r} ({origin}): {meaning}"
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if soft != resource.RLIM_INFINITY and soft < _PADS_BYTES and os.geteuid() != 0 and swap_in_use():
+        return warn(
+            "trust",
+            f"{text}; only {mib(soft)} of memory can be locked, and this machine swaps: pads of --trust blind will be refused",
+            "ulimit -l unlimited, LimitMEMLOCK=infinity in the unit, or switch swap off",
+            floor=floor,
+        )
+    return ok("trust", text, floor=floor)
+
+
+_FLOORS = {
+    "plain": "a GPU worker may see every activation and be believed; tee-worker --trust does better (docs/trust.md)",
+    "verify": "no GPU worker is believed",
+    "shares": "no GPU worker is believed, and none alone sees an activation",
+    "blind": "no GPU worker is believed, and none sees an activation",
+}
+
+_PADS_BYTES = 1 << 28
+"""Of locked memory, that pads for a model of some hundred million weights need."""
+
+
 def _compiled(loaded: Loaded) -> Check:
-    parts = {"queues": COMPILED, "leases": compiled.WANTED and find_spec("shmbroker.arena._leases") is not None}
+    parts = {
+        "queues": COMPILED,
+        "leases": compiled.WANTED and find_spec("shmbroker.arena._leases") is not None,
+        "trust loops": compiled.WANTED and find_spec("shmbroker.trust._loops") is not None,
+    }
     missing = [part for part, there in parts.items() if not there]
     if not missing:
-        return ok("compiled parts", "queues and leases are compiled", **parts)
+        return ok("compiled parts", "queues, leases and the loops of the trust modes are compiled", **parts)
     if loaded.settings.pure_python:
         return warn(
             "compiled parts",
