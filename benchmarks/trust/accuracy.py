@@ -28,13 +28,14 @@ def accuracy(title: str, folder: Path, *, prompts: int, tokens: int, same: int) 
     whole = source.model(torch.float32)
     given = _prompts(source, prompts)
     forced = [_greedy(whole, ids, tokens) for ids in given]
-    rows: dict[str, tuple[int, float]] = {"one process, float32": _forced(whole, given, forced)}
-    rows["one process, bfloat16"] = _forced(source.model(torch.bfloat16), given, forced)
+    chosen = [_chosen(whole, ids, answer) for ids, answer in zip(given, forced, strict=True)]
+    rows: dict[str, tuple[int, float]] = {"one process, float32": _forced(whole, given, forced, chosen)}
+    rows["one process, bfloat16"] = _forced(source.model(torch.bfloat16), given, forced, chosen)
     greedy: dict[str, torch.Tensor] = {}
     with two_processes(folder, 1, "256M") as client:
         for bits in BITS:
             with split_model(client, folder, TrustOptions(mode=Trust.VERIFY, bits=bits)) as (model, _):
-                rows[f"exact, {bits} bits"] = _forced(model, given, forced)
+                rows[f"exact, {bits} bits"] = _forced(model, given, forced, chosen)
         for name, options in ways(pads=32).items():
             with split_model(client, folder, options) as (model, _):
                 greedy[name] = _greedy(model, given[0], same)
@@ -76,14 +77,21 @@ def _greedy(model: Any, ids: torch.Tensor, count: int) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def _forced(model: Any, given: Sequence[torch.Tensor], forced: Sequence[torch.Tensor]) -> tuple[int, float]:
-    """How many of the forced tokens a model would have chosen, and its perplexity over them."""
+def _chosen(model: Any, ids: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
+    """The tokens that a model chooses, given all before."""
+    logits: torch.Tensor = model(answer[:, :-1]).logits
+    return logits[0, ids.shape[1] - 1 :].float().argmax(dim=1)
+
+
+@torch.inference_mode()
+def _forced(model: Any, given: Sequence[torch.Tensor], forced: Sequence[torch.Tensor], chosen: Sequence[torch.Tensor]) -> tuple[int, float]:
+    """How often a model chooses what the float32 model has ``chosen``, and its perplexity over the forced tokens."""
     right, total, surprise = 0, 0, 0.0
-    for ids, whole in zip(given, forced, strict=True):
+    for ids, whole, wanted in zip(given, forced, chosen, strict=True):
         first = ids.shape[1]
         logits = model(whole[:, :-1]).logits[0, first - 1 :].float()
         expected = whole[0, first:]
-        right += int((logits.argmax(dim=1) == expected).sum())
+        right += int((logits.argmax(dim=1) == wanted).sum())
         surprise += float(torch.nn.functional.cross_entropy(logits, expected, reduction="sum"))
         total += len(expected)
     return right, float(torch.tensor(surprise / total).exp())

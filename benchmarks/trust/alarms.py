@@ -44,7 +44,6 @@ def _exact(x: torch.Tensor, weights: torch.Tensor) -> int:
 
 def _float(x: torch.Tensor, weights: torch.Tensor) -> int:
     outputs, inputs = vectors_of([weights])
-    sums, tolerances = torch.empty(len(x), 8, dtype=torch.float64), torch.empty(len(x), dtype=torch.float64)
-    loops.weigh(x, inputs, None, sums, False)
-    loops.weigh(x @ weights.t(), outputs[0], None, sums, True)
-    return int(loops.beyond(x, sums, tolerance_of([weights]), tolerances) >= 0)
+    y = x @ weights.t()
+    product = loops.FloatProduct(y, torch.empty_like(y), outputs[0], None)
+    return int(loops.residues(x, inputs, [product], tolerance_of([weights]), torch.empty(len(x), dtype=torch.float64)) >= 0)

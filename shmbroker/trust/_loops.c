@@ -389,35 +389,119 @@ WIDE static int product_wide(const uint32_t *x, size_t rows, size_t columns, con
 
 /* --- sums under Gaussian vectors, for products of floating-point numbers ------------------------------------------------------------------ */
 
-static void weigh(const float *row, size_t columns, const double *vectors, const float *bias, double *sums)
+enum { TOGETHER = 64 }; /* numbers summed in float32, before the sum is added to those in float64 */
+
+/* Adds to sums the row times vectors of float64, [columns, 8]. */
+static void weigh(const float *row, size_t columns, const double *vectors, double *sums)
 {
-    double sum[LANES] = {0};
-    for (size_t n = 0; n < columns; n++) {
-        double value = (double)row[n] - (bias == NULL ? 0 : bias[n]);
+    for (size_t n = 0; n < columns; n++)
         for (int i = 0; i < LANES; i++)
-            sum[i] += value * vectors[LANES * n + i];
+            sums[i] += (double)row[n] * vectors[LANES * n + i];
+}
+
+/* Takes from sums the row, less the bias, times vectors of float32. */
+static void weigh_off(const float *row, size_t columns, const float *vectors, const float *bias, double *sums)
+{
+    for (size_t first = 0; first < columns; first += TOGETHER) {
+        float part[LANES] = {0};
+        for (size_t n = first; n < columns && n < first + TOGETHER; n++) {
+            float value = bias == NULL ? row[n] : row[n] - bias[n];
+            for (int i = 0; i < LANES; i++)
+                part[i] += value * vectors[LANES * n + i];
+        }
+        for (int i = 0; i < LANES; i++)
+            sums[i] -= (double)part[i];
     }
-    for (int i = 0; i < LANES; i++)
-        sums[i] = sum[i];
 }
 
 #if defined(__x86_64__)
-WIDE static void weigh_wide(const float *row, size_t columns, const double *vectors, const float *bias, double *sums)
+WIDE static void weigh_wide(const float *row, size_t columns, const double *vectors, double *sums)
 {
     __m256d sum[4][2];
     for (int i = 0; i < 4; i++)
         sum[i][0] = sum[i][1] = _mm256_setzero_pd();
     for (size_t n = 0; n < columns; n += 4)
         for (size_t i = 0; i < 4 && n + i < columns; i++) { /* sums of their own: an addition need not wait for the last one */
-            __m256d value = _mm256_set1_pd((double)row[n + i] - (bias == NULL ? 0 : bias[n + i]));
+            __m256d value = _mm256_set1_pd((double)row[n + i]);
             const double *vector = vectors + LANES * (n + i);
             sum[i][0] = _mm256_add_pd(sum[i][0], _mm256_mul_pd(value, _mm256_loadu_pd(vector)));
             sum[i][1] = _mm256_add_pd(sum[i][1], _mm256_mul_pd(value, _mm256_loadu_pd(vector + 4)));
         }
-    for (int half = 0; half < 2; half++)
-        _mm256_storeu_pd(sums + 4 * half, _mm256_add_pd(_mm256_add_pd(sum[0][half], sum[1][half]), _mm256_add_pd(sum[2][half], sum[3][half])));
+    for (int half = 0; half < 2; half++) {
+        __m256d all = _mm256_add_pd(_mm256_add_pd(sum[0][half], sum[1][half]), _mm256_add_pd(sum[2][half], sum[3][half]));
+        _mm256_storeu_pd(sums + 4 * half, _mm256_add_pd(_mm256_loadu_pd(sums + 4 * half), all));
+    }
+}
+
+WIDE static void weigh_off_wide(const float *row, size_t columns, const float *vectors, const float *bias, double *sums)
+{
+    __m256d low = _mm256_loadu_pd(sums), high = _mm256_loadu_pd(sums + 4);
+    for (size_t first = 0; first < columns; first += TOGETHER) {
+        __m256 part[4] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
+        size_t last = columns < first + TOGETHER ? columns : first + TOGETHER, n = first;
+        for (; n + 4 <= last; n += 4)
+            for (int i = 0; i < 4; i++) {
+                float value = bias == NULL ? row[n + i] : row[n + i] - bias[n + i];
+                part[i] = _mm256_add_ps(part[i], _mm256_mul_ps(_mm256_set1_ps(value), _mm256_loadu_ps(vectors + LANES * (n + i))));
+            }
+        for (; n < last; n++) {
+            float value = bias == NULL ? row[n] : row[n] - bias[n];
+            part[0] = _mm256_add_ps(part[0], _mm256_mul_ps(_mm256_set1_ps(value), _mm256_loadu_ps(vectors + LANES * n)));
+        }
+        __m256 all = _mm256_add_ps(_mm256_add_ps(part[0], part[1]), _mm256_add_ps(part[2], part[3]));
+        low = _mm256_sub_pd(low, _mm256_cvtps_pd(_mm256_castps256_ps128(all)));
+        high = _mm256_sub_pd(high, _mm256_cvtps_pd(_mm256_extractf128_ps(all, 1)));
+    }
+    _mm256_storeu_pd(sums, low);
+    _mm256_storeu_pd(sums + 4, high);
 }
 #endif
+
+enum { MOST_PRODUCTS = 16 };
+
+typedef struct {
+    const float *shared;
+    float *own;
+    size_t columns;
+    const float *vectors, *bias;
+} Product;
+
+/* The first row whose residue is beyond its tolerance, or is no number; -1 for none. */
+static Py_ssize_t residues(const float *x, size_t rows, size_t columns, const double *inputs, const Product *products, size_t count, double factor, double *tolerances)
+{
+    Py_ssize_t wrong = -1;
+    for (size_t row = 0; row < rows; row++) {
+        const float *one = x + row * columns;
+        double sums[LANES] = {0}, total;
+#if defined(__x86_64__)
+        if (wide) {
+            total = squares_wide(one, columns);
+            weigh_wide(one, columns, inputs, sums);
+        } else
+#endif
+        {
+            total = squares(one, columns);
+            weigh(one, columns, inputs, sums);
+        }
+        for (size_t i = 0; i < count; i++) {
+            const Product *product = products + i;
+            float *own = product->own + row * product->columns;
+            memcpy(own, product->shared + row * product->columns, product->columns * sizeof *own);
+            __asm__ volatile("" : : "r"(own) : "memory"); /* what is checked is the copy */
+#if defined(__x86_64__)
+            if (wide)
+                weigh_off_wide(own, product->columns, product->vectors, product->bias, sums);
+            else
+#endif
+                weigh_off(own, product->columns, product->vectors, product->bias, sums);
+        }
+        tolerances[row] = factor * sqrt(total);
+        for (int i = 0; i < LANES; i++)
+            if (!(fabs(sums[i]) <= tolerances[row]) && wrong < 0) /* also what is no number */
+                wrong = (Py_ssize_t)row;
+    }
+    return wrong;
+}
 
 /* --- the module ---------------------------------------------------------------------------------------------------------------------- */
 
@@ -493,53 +577,28 @@ static PyObject *loops_product(PyObject *module, PyObject *args)
     return done ? Py_NewRef(Py_None) : PyErr_NoMemory();
 }
 
-static PyObject *loops_weigh(PyObject *module, PyObject *args)
+static PyObject *loops_residues(PyObject *module, PyObject *args)
 {
     (void)module;
-    Address x, vectors, bias, sums;
-    Py_ssize_t rows, columns;
-    int taken_off;
-    if (!PyArg_ParseTuple(args, "KnnKKKp", &x, &rows, &columns, &vectors, &bias, &sums, &taken_off))
-        return NULL;
-    Py_BEGIN_ALLOW_THREADS
-    for (Py_ssize_t row = 0; row < rows; row++) {
-        const float *one = (const float *)at(x) + row * columns;
-        double found[LANES], *sum = (double *)at(sums) + row * LANES;
-#if defined(__x86_64__)
-        if (wide)
-            weigh_wide(one, (size_t)columns, at(vectors), at(bias), found);
-        else
-#endif
-            weigh(one, (size_t)columns, at(vectors), at(bias), found);
-        for (int i = 0; i < LANES; i++)
-            sum[i] = taken_off ? sum[i] - found[i] : found[i];
-    }
-    Py_END_ALLOW_THREADS
-    Py_RETURN_NONE;
-}
-
-static PyObject *loops_beyond(PyObject *module, PyObject *args)
-{
-    (void)module;
-    Address x, sums, tolerances;
-    Py_ssize_t rows, columns, wrong = -1;
+    Address x, inputs, tolerances;
+    Py_ssize_t rows, columns, wrong;
+    PyObject *given;
     double factor;
-    if (!PyArg_ParseTuple(args, "KKnndK", &x, &sums, &rows, &columns, &factor, &tolerances))
+    if (!PyArg_ParseTuple(args, "KnnKO!dK", &x, &rows, &columns, &inputs, &PyTuple_Type, &given, &factor, &tolerances))
         return NULL;
-    Py_BEGIN_ALLOW_THREADS
-    for (Py_ssize_t row = rows - 1; row >= 0; row--) {
-        const float *one = (const float *)at(x) + row * columns;
-        double total =
-#if defined(__x86_64__)
-            wide ? squares_wide(one, (size_t)columns) :
-#endif
-                 squares(one, (size_t)columns);
-        double tolerance = factor * sqrt(total), *sum = (double *)at(sums) + row * LANES;
-        ((double *)at(tolerances))[row] = tolerance;
-        for (int i = 0; i < LANES; i++)
-            if (!(fabs(sum[i]) <= tolerance)) /* also what is no number */
-                wrong = row;
+    Product products[MOST_PRODUCTS];
+    Py_ssize_t count = PyTuple_GET_SIZE(given);
+    if (count > MOST_PRODUCTS)
+        return PyErr_Format(PyExc_ValueError, "at most %d products at once", MOST_PRODUCTS);
+    for (Py_ssize_t i = 0; i < count; i++) {
+        Address shared, own, vectors, bias;
+        Py_ssize_t width;
+        if (!PyArg_ParseTuple(PyTuple_GET_ITEM(given, i), "KKnKK", &shared, &own, &width, &vectors, &bias))
+            return NULL;
+        products[i] = (Product){at(shared), at(own), (size_t)width, at(vectors), at(bias)};
     }
+    Py_BEGIN_ALLOW_THREADS
+    wrong = residues(at(x), (size_t)rows, (size_t)columns, at(inputs), products, (size_t)count, factor, at(tolerances));
     Py_END_ALLOW_THREADS
     return PyLong_FromSsize_t(wrong);
 }
@@ -567,8 +626,7 @@ static PyMethodDef loops_methods[] = {
     {"seal", loops_seal, METH_VARARGS, "seal(x, rows, columns, limit, pads, out, s, sums, scales): whether all numbers were finite."},
     {"open_rows", loops_open, METH_VARARGS, "open_rows(shared, row, rows, columns, pads, r, expected, row_scales, scales, bias, out): the first wrong row, or -1."},
     {"product", loops_product, METH_VARARGS, "product(x, rows, columns, w, outputs, y, stride): modulo 2^32."},
-    {"weigh", loops_weigh, METH_VARARGS, "weigh(x, rows, columns, vectors, bias, sums, taken_off): eight sums of each row less the bias."},
-    {"beyond", loops_beyond, METH_VARARGS, "beyond(x, sums, rows, columns, factor, tolerances): the first row whose sums are too large, or -1."},
+    {"residues", loops_residues, METH_VARARGS, "residues(x, rows, columns, inputs, products, factor, tolerances): the first wrong row, or -1."},
     {"uses_wide", loops_uses_wide, METH_NOARGS, "Whether AVX2 is used."},
     {"use_wide", loops_use_wide, METH_O, "use_wide(wanted): whether AVX2 is used from now on."},
     {NULL},

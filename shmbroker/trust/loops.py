@@ -5,12 +5,14 @@ All tensors are on the CPU, contiguous, and of the dtypes given; the compiled lo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
 
 from shmbroker.memory import compiled
 from shmbroker.trust import python_loops
+from shmbroker.trust.python_loops import FloatProduct as FloatProduct
 
 KEY_BYTES = 32
 NONCE_BYTES = 12
@@ -128,25 +130,19 @@ def product(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
         _compiled.product(_address(x), x.shape[0], x.shape[1], _address(weight), weight.shape[0], _address(out), out.stride(0))
 
 
-def weigh(x: torch.Tensor, vectors: torch.Tensor, bias: torch.Tensor | None, sums: torch.Tensor, taken_off: bool) -> None:
-    """Rows x, less a bias, times eight vectors: float32 ``[rows, columns]``, float64 ``[columns, 8]``, float32 ``[columns]`` or None, float64 ``[rows, 8]``.
+def residues(x: torch.Tensor, inputs: torch.Tensor, products: Sequence[FloatProduct], factor: float, tolerances: torch.Tensor) -> int:
+    """Copy results once and check them approximately; the first row of which one of eight residues is beyond its tolerance, or not a number, or -1.
 
-    ``taken_off``: taken off what stands in sums. The order of the additions is not fixed: between the kinds of loops they differ by rounding.
+    x float32 ``[rows, in]``; inputs float64 ``[in, 8]``: S, of all products together; the tolerance of a row is ``factor`` times its norm; tolerances,
+    float64 ``[rows]``, are filled. The order of the additions is not fixed: between the kinds of loops residues differ by rounding.
     """
     if _compiled is None:
-        python_loops.weigh(x, vectors, bias, sums, taken_off)
-    else:
-        _compiled.weigh(_address(x), x.shape[0], x.shape[1], _address(vectors), _address(bias), _address(sums), taken_off)
-
-
-def beyond(x: torch.Tensor, sums: torch.Tensor, factor: float, tolerances: torch.Tensor) -> int:
-    """The first row of which one of the eight sums is larger than ``factor`` times the row's norm, or not a number; -1 for none.
-
-    x float32 ``[rows, columns]``, sums float64 ``[rows, 8]``; tolerances, float64 ``[rows]``, are filled.
-    """
-    if _compiled is None:
-        return python_loops.beyond(x, sums, factor, tolerances)
-    wrong: int = _compiled.beyond(_address(x), _address(sums), x.shape[0], x.shape[1], factor, _address(tolerances))
+        return python_loops.residues(x, inputs, products, factor, tolerances)
+    rows, columns = x.shape
+    addresses = tuple(
+        [(shared.data_ptr(), own.data_ptr(), own.shape[1], vectors.data_ptr(), _address(bias)) for shared, own, vectors, bias in products]
+    )
+    wrong: int = _compiled.residues(_address(x), rows, columns, _address(inputs), addresses, factor, _address(tolerances))
     return wrong
 
 

@@ -6,7 +6,7 @@ gives back.
 P4  A pad is handed out once: under the lock, with a number of its own, 64 bits, that only grows.
 P5  There is one copy of it, in private memory (P1 to P3): r is wiped as the masked row is written, u as the result is opened; a pad
     that is dropped unused is wiped too.
-P6  A child of this process has none, and cannot make any: it raises :class:`PadsLost`.
+P6  A child of this process has none, and cannot make any: it raises ``PadsLost``.
 P7  An empty pool makes pads while its caller waits. Nothing is ever sent without one.
 P8  Every batch has a key of its own from the system's random source; it is kept nowhere.
 """

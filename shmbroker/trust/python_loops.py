@@ -5,6 +5,9 @@ Integers wrap modulo 2^32 and 2^64, as torch's and NumPy's do. Arguments are as 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import numpy as np
 import torch
 
@@ -21,6 +24,19 @@ _WEIGHT_BITS = 14
 
 COLUMNS_AT_ONCE = 1 << (_EXACT_BITS - 31 - (_WEIGHT_BITS - 1))
 """How many products of any 32-bit integer and a weight can be summed in float64 with no rounding."""
+
+
+class FloatProduct(NamedTuple):
+    """A result of floating-point numbers, ``[rows, out]``, and what it is checked by."""
+
+    shared: torch.Tensor
+    """float32, which others may write to."""
+    own: torch.Tensor
+    """As shared, private: what is checked, and used."""
+    vectors: torch.Tensor
+    """float32 ``[out, 8]``."""
+    bias: torch.Tensor | None
+    """float32 ``[out]``."""
 
 
 def keystream(key: bytes, nonce: bytes, counter: int, out: torch.Tensor) -> None:
@@ -109,15 +125,14 @@ def product(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
     out.copy_(total.to(torch.int32))
 
 
-def weigh(x: torch.Tensor, vectors: torch.Tensor, bias: torch.Tensor | None, sums: torch.Tensor, taken_off: bool) -> None:
-    """Sums of rows, less the bias, under vectors."""
+def residues(x: torch.Tensor, inputs: torch.Tensor, products: Sequence[FloatProduct], factor: float, tolerances: torch.Tensor) -> int:
+    """Copied once, and checked with eight vectors."""
     wide = x.to(torch.float64)
-    found = (wide if bias is None else wide - bias.to(torch.float64)) @ vectors
-    sums.copy_(sums - found if taken_off else found)
-
-
-def beyond(x: torch.Tensor, sums: torch.Tensor, factor: float, tolerances: torch.Tensor) -> int:
-    """The first row whose sums are beyond its tolerance."""
-    tolerances.copy_(x.to(torch.float64).norm(dim=1) * factor)
+    sums = wide @ inputs
+    for product in products:
+        product.own.copy_(product.shared)
+        off = product.own.to(torch.float64)
+        sums -= (off if product.bias is None else off - product.bias.to(torch.float64)) @ product.vectors.to(torch.float64)
+    tolerances.copy_(wide.norm(dim=1) * factor)
     wrong = (~(sums.abs().amax(dim=1) <= tolerances)).nonzero()
     return int(wrong[0]) if len(wrong) else -1

@@ -16,7 +16,7 @@ import torch
 from shmbroker.client import Bindable
 from shmbroker.errors import BadInput
 from shmbroker.models import ops
-from shmbroker.trust.loops import beyond, weigh
+from shmbroker.trust.loops import FloatProduct, residues
 from tee_worker.trust.session import TrustSession
 
 VECTORS = 8
@@ -36,12 +36,12 @@ _SEED_BITS = 63
 
 
 def vectors_of(weights: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """R for each weight ``[out, in]``, and S: float64 ``[out, VECTORS]`` each, and ``[in, VECTORS]``."""
+    """R for each weight ``[out, in]``, and S: float32 ``[out, VECTORS]`` each, and float64 ``[in, VECTORS]``."""
     generator = torch.Generator().manual_seed(random.SystemRandom().getrandbits(_SEED_BITS))
-    outputs = [torch.randn(len(weight), VECTORS, dtype=torch.float64, generator=generator) for weight in weights]
+    outputs = [torch.randn(len(weight), VECTORS, generator=generator) for weight in weights]
     inputs = torch.zeros(weights[0].shape[1], VECTORS, dtype=torch.float64)
     for weight, vectors in zip(weights, outputs, strict=True):
-        inputs += weight.detach().double().t() @ vectors
+        inputs += weight.detach().double().t() @ vectors.double()
     return outputs, inputs
 
 
@@ -97,18 +97,21 @@ class FloatLayer:
         """The layers' outputs: a tuple, or one tensor where there is one layer. Raises :class:`WrongResult`, and as any call."""
         call = self._session.begin()
         given = self._op(x)
-        outputs = [one.clone() for one in ([given] if len(self._widths) == 1 else given)]  # copied once
+        results = [given] if len(self._widths) == 1 else given
+        outputs = [torch.empty(one.shape, dtype=torch.float32) for one in results]
         rows = x.reshape(-1, x.shape[-1]).contiguous()
-        residue, tolerances = torch.empty(len(rows), VECTORS, dtype=torch.float64), torch.empty(len(rows), dtype=torch.float64)
-        weigh(rows, self._inputs, None, residue, False)
-        for output, random_vectors, bias in zip(outputs, self._outputs, self._biases, strict=True):
-            weigh(output.view(len(rows), -1), random_vectors, bias, residue, True)
-        wrong = beyond(rows, residue, self._tolerance, tolerances)
+        count = len(rows)
+        products = [
+            FloatProduct(shared.view(count, width), own.view(count, width), vectors, bias)
+            for shared, own, width, vectors, bias in zip(results, outputs, self._widths, self._outputs, self._biases, strict=True)
+        ]
+        tolerances = torch.empty(count, dtype=torch.float64)
+        wrong = residues(rows, self._inputs, products, self._tolerance, tolerances)
         if wrong >= 0:
             raise self._session.reject(self.names, call, wrong)
-        self._session.passed(len(rows))
+        self._session.passed(count)
         if self._head is not None:
-            self._recompute(rows, outputs[0].view(-1, self._widths[0]), tolerances)
+            self._recompute(rows, products[0].own, tolerances)
         return outputs[0] if len(self._widths) == 1 else tuple(outputs)
 
     def _recompute(self, x: torch.Tensor, logits: torch.Tensor, tolerances: torch.Tensor) -> None:

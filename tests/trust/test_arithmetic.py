@@ -218,29 +218,35 @@ def test_all_kinds_of_loops_give_the_same_bits(columns: int, masked: bool) -> No
         assert torch.equal(seen[0][0] - random, plain_rows)
 
 
-@pytest.mark.parametrize("columns", [0, 1, 3, 4, 5, 577])
+@pytest.mark.parametrize("columns", [1, 3, 4, 5, 63, 64, 65, 577])
 @pytest.mark.parametrize("biased", [False, True])
-def test_sums_under_vectors(columns: int, biased: bool, kind: str) -> None:
+def test_residues_of_floating_point_products(columns: int, biased: bool, kind: str) -> None:
+    """Of two products of one input: right ones pass, the first wrong row is told, and what was copied is what was given."""
     torch.manual_seed(columns)
-    x, vectors = torch.randn(3, columns), torch.randn(columns, 8, dtype=torch.float64)
-    bias = torch.randn(columns) if biased else None
-    sums = torch.empty(3, 8, dtype=torch.float64)
-    loops.weigh(x, vectors, bias, sums, False)
-    expected = ((x.double() - bias.double()) if bias is not None else x.double()) @ vectors
-    torch.testing.assert_close(sums, expected)
-    loops.weigh(x, 3 * vectors, bias, sums, True)
-    torch.testing.assert_close(sums, -2 * expected)
+    x, weights = torch.randn(5, 24), [torch.randn(columns, 24), torch.randn(7, 24)]
+    biases = [torch.randn(len(weight)) if biased else None for weight in weights]
+    vectors = [torch.randn(len(weight), 8) for weight in weights]
+    inputs = sum(weight.double().t() @ one.double() for weight, one in zip(weights, vectors, strict=True))
+    assert isinstance(inputs, torch.Tensor)
+    results = [torch.nn.functional.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    factor = 40 * 2.0**-24 * sum(float(weight.square().sum()) for weight in weights) ** 0.5
 
+    def check() -> int:
+        products = [
+            loops.FloatProduct(result, torch.zeros_like(result), one, bias)
+            for result, one, bias in zip(results, vectors, biases, strict=True)
+        ]
+        tolerances = torch.empty(5, dtype=torch.float64)
+        wrong = loops.residues(x, inputs, products, factor, tolerances)
+        assert all(torch.equal(product.own.nan_to_num(), result.nan_to_num()) for product, result in zip(products, results, strict=True))
+        torch.testing.assert_close(tolerances, factor * x.double().norm(dim=1))
+        return wrong
 
-def test_the_first_row_beyond_its_tolerance_is_told(kind: str) -> None:
-    x = torch.tensor([[3.0, 4.0], [0.0, 0.0], [3.0, 4.0]])
-    sums, tolerances = torch.zeros(3, 8, dtype=torch.float64), torch.empty(3, dtype=torch.float64)
-    assert loops.beyond(x, sums, 2.0, tolerances) == -1
-    assert tolerances.tolist() == [10.0, 0.0, 10.0]
-    sums[2, 7] = -10.5
-    assert loops.beyond(x, sums, 2.0, tolerances) == 2
-    sums[0, 0] = torch.nan
-    assert loops.beyond(x, sums, 2.0, tolerances) == 0
+    assert check() == -1
+    results[1][3, 6] += 1e-2
+    assert check() == 3
+    results[0][2, columns - 1] = torch.nan
+    assert check() == 2
 
 
 KEY, NONCE = bytes(range(32)), bytes.fromhex("000000090000004a00000000")
