@@ -27,7 +27,7 @@ def alarms(rows: int) -> dict[str, Any]:
         found["exact"] += _exact(x, weights)
         found["float"] += _float(x, weights)
     print(f"{rows} right rows of each arithmetic: {found['exact']} false alarms exact, {found['float']} float")
-    return {"rows": rows, **found}
+    return {"rows": rows, **{f"none_{arithmetic}": not count for arithmetic, count in found.items()}}
 
 
 def _exact(x: torch.Tensor, weights: torch.Tensor) -> int:

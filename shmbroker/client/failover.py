@@ -52,6 +52,8 @@ class FailoverChannel:
         """Whether a thread is at it."""
         self._background_lock = threading.Lock()
         self._trust: Callable[[], TrustCounts] = nothing_told
+        self.refuse: Callable[[Channel], bool] = lambda found: False
+        """Whether a worker that could take over must not."""
         self._counted: Channel | None = None
         """The lost channel whose bytes are counted already."""
         self.channel = open_channel(frozenset())
@@ -169,9 +171,11 @@ class FailoverChannel:
                 if not isinstance(why, NoSuchService):
                     refused = f" ({why})"
             else:
-                if found.identity == lost.identity:
+                if found.identity == lost.identity and not self.refuse(found):
                     return found
                 refused = f" (worker {found.worker_name!r} offers it with other weights or ops: {found.identity}, not {lost.identity})"
+                if found.identity == lost.identity:
+                    refused = f" (worker {found.worker_name!r} must not be given this)"
                 self._passed_over.add(found.worker_id)
                 found.close()
             if self._closed or self.memory.refused:

@@ -55,12 +55,14 @@ _NOT_OF_THE_MODEL = ("_name_or_path", "transformers_version", "_attn_implementat
 
 
 def model_digest(model: PreTrainedModel) -> str:
-    """SHA-256 of the configuration and of every parameter and buffer as they lie in memory, so in the dtype they were loaded in.
+    """SHA-256 of the configurations, of model and of generation, and of every parameter and buffer as they lie in memory, so in the dtype they were loaded in.
 
     Nobody can make another model with the same. The tokenizer is no part of it.
     """
     config = {name: value for name, value in model.config.to_dict().items() if name not in _NOT_OF_THE_MODEL}
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    generation = {} if model.generation_config is None else model.generation_config.to_dict()
+    generation = {name: value for name, value in generation.items() if name not in _NOT_OF_THE_MODEL}
+    digest = hashlib.sha256(json.dumps([config, generation], sort_keys=True, default=str).encode())
     tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
     for name, tensor in sorted(tensors.items()):
         digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)} ".encode())

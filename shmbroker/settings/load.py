@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +68,7 @@ def load() -> Loaded:
         origins[name] = origin
 
     for path in (SYSTEM_FILE, user_file()):
-        if path not in files and os.path.isfile(path) and _FLOOR in (found := _read(path)):
+        if path not in files and _there(path) and _FLOOR in (found := _read(path)):
             take(_FLOOR, _converted(_FLOOR, found[_FLOOR], f"{path}: {_FLOOR}", strict=True), f"file {path}")
     for path in files:
         for name, value in _read(path).items():
@@ -100,8 +101,22 @@ def _files() -> Iterator[Path]:
         yield Path(told)
         return
     for path in (SYSTEM_FILE, user_file()):
-        if os.path.isfile(path):
+        if _there(path):
             yield path
+
+
+def _there(path: Path) -> bool:
+    """Whether it is a file. Raises :class:`BadInput` where that cannot be told of the machine's: it may set a floor."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        if path != SYSTEM_FILE:
+            return False
+        raise BadInput(
+            f"{path} may set a floor of trust and cannot be looked at ({error.strerror}): make its folder readable to all"
+        ) from None
 
 
 def _variables() -> Iterator[tuple[str, str]]:

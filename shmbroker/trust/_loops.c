@@ -90,6 +90,7 @@ WIDE static void chacha_eight(const uint32_t state[16], uint32_t *out)
             _mm256_storeu_si256((__m256i *)(out + 16 * (j + 4) + half), _mm256_permute2x128_si256(b[j], b[j + 4], 0x31));
         }
     }
+    explicit_bzero(start, sizeof start);
 }
 #endif
 
@@ -466,7 +467,7 @@ typedef struct {
     const float *vectors, *bias;
 } Product;
 
-/* The first row whose residue is beyond its tolerance, or is no number; -1 for none. */
+/* The first row whose residue is beyond its tolerance, or is no number; -1 for none; -2 where an input is not finite. */
 static Py_ssize_t residues(const float *x, size_t rows, size_t columns, const double *inputs, const Product *products, size_t count, double factor, double *tolerances)
 {
     Py_ssize_t wrong = -1;
@@ -495,6 +496,8 @@ static Py_ssize_t residues(const float *x, size_t rows, size_t columns, const do
 #endif
                 weigh_off(own, product->columns, product->vectors, product->bias, sums);
         }
+        if (!isfinite(total))
+            return -2;
         tolerances[row] = factor * sqrt(total);
         for (int i = 0; i < LANES; i++)
             if (!(fabs(sums[i]) <= tolerances[row]) && wrong < 0) /* also what is no number */

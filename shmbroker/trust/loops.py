@@ -55,7 +55,7 @@ def choose(which: str) -> None:
         _compiled.use_wide(which == "avx2")
 
 
-def keystream(key: bytes, nonce: bytes, counter: int, out: torch.Tensor) -> None:
+def keystream(key: bytes | memoryview, nonce: bytes, counter: int, out: torch.Tensor) -> None:
     """Fill ``out``, of any dtype, with the key stream of ChaCha20 (RFC 8439) from block ``counter`` on; it must end before block 2^32."""
     if _compiled is None:
         python_loops.keystream(key, nonce, counter, out)
@@ -131,7 +131,7 @@ def product(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def residues(x: torch.Tensor, inputs: torch.Tensor, products: Sequence[FloatProduct], factor: float, tolerances: torch.Tensor) -> int:
-    """Copy results once and check them approximately; the first row of which one of eight residues is beyond its tolerance, or not a number, or -1.
+    """Copy results once and check them approximately; the first row of which one of eight residues is beyond its tolerance, or not a number, or -1; -2 where x is not finite.
 
     x float32 ``[rows, in]``; inputs float64 ``[in, 8]``: S, of all products together; the tolerance of a row is ``factor`` times its norm; tolerances,
     float64 ``[rows]``, are filled. The order of the additions is not fixed: between the kinds of loops residues differ by rounding.

@@ -8,12 +8,11 @@ P5  There is one copy of it, in private memory (P1 to P3): r is wiped as the mas
     that is dropped unused is wiped too.
 P6  A child of this process has none, and cannot make any: it raises ``PadsLost``.
 P7  An empty pool makes pads while its caller waits. Nothing is ever sent without one.
-P8  Every batch has a key of its own from the system's random source; it is kept nowhere.
+P8  Every batch has a key of its own from the system's random source, in private memory too, and wiped when it was used.
 """
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -36,8 +35,14 @@ _CHUNK_BYTES = 1 << 30
 def fill_random(out: torch.Tensor) -> None:
     """Fill a contiguous tensor with uniform bits: ChaCha20 under keys from the system's source."""
     flat = out.view(-1).view(torch.uint8)
-    for first in range(0, flat.numel(), _CHUNK_BYTES):
-        keystream(os.urandom(KEY_BYTES), bytes(NONCE_BYTES), 0, flat[first : first + _CHUNK_BYTES])
+    memory = PrivateMemory(KEY_BYTES)
+    key = memory.bytes.numpy().data
+    with open("/dev/urandom", "rb", buffering=0) as source:
+        for first in range(0, flat.numel(), _CHUNK_BYTES):
+            if source.readinto(key) != KEY_BYTES:
+                raise PadsLost("the system's random source gave no key")
+            keystream(key, bytes(NONCE_BYTES), 0, flat[first : first + _CHUNK_BYTES])
+            memory.wipe()
 
 
 class Alive:
@@ -74,14 +79,15 @@ class Batch:
         """u."""
 
     def wipe(self) -> None:
-        """Of all."""
-        self._memory.wipe()
+        """Of all that were not handed out: the others are their takers', who wipe them."""
+        self.masks[self.taken :].zero_()
+        self.products[self.taken :].zero_()
 
 
 class Pad:
     """Some rows of one batch, handed out: to be used by whoever took them, and then released."""
 
-    __slots__ = ("_batch", "_pool", "first", "masks", "products", "rows", "serial")
+    __slots__ = ("_batch", "_masks", "_pool", "_used", "first", "products", "rows", "serial")
 
     def __init__(self, pool: Pads, batch: Batch, rows: int, serial: int) -> None:
         self._pool = pool
@@ -90,12 +96,26 @@ class Pad:
         self.rows = rows
         self.serial = serial
         """Of the first row; the others follow."""
-        self.masks = batch.masks[self.first : self.first + rows]
+        self._used = False
+        self._masks = batch.masks[self.first : self.first + rows]
         self.products = batch.products[self.first : self.first + rows]
+
+    @property
+    def masks(self) -> torch.Tensor:
+        """r, to look at, ``[rows, in]``."""
+        return self._masks
+
+    def use(self) -> torch.Tensor:
+        """r, to mask rows with. Raises :class:`PadsLost` the second time: what it hid would be seen."""
+        if self._used:
+            self._pool.reused += 1
+            raise PadsLost("a pad was to be used a second time, and was not: tell us")
+        self._used = True
+        return self._masks
 
     def release(self) -> None:
         """Wipe what is left of it. Its memory may be used for other pads from then on."""
-        self.masks.zero_()
+        self._masks.zero_()
         self.products.zero_()
         self._pool.give_back(self._batch, self.rows)
 
@@ -118,6 +138,8 @@ class Pads:
         self._stock = 0
         self._serial = 0
         self._closed = False
+        self.reused = 0
+        """Attempts to use a pad twice."""
         self.waited = 0
         """Rows whose pads were made while their caller waited."""
 
@@ -191,14 +213,14 @@ class Pads:
         """For :class:`Pad`: rows of ``batch`` are wiped."""
         with self._lock:
             batch.released += rows
-            if batch.released == batch.count == self.batch and len(self._spare) * self.batch < self.target:
+            if not self._closed and batch.released == batch.count == self.batch and len(self._spare) * self.batch < self.target:
                 self._spare.append(batch)
 
     def close(self) -> None:
         """Wipe all that are ready, and keep none any more."""
         with self._lock:
             self._closed = True
-            for batch in [*self.ready, *self._spare]:
+            for batch in self.ready:
                 batch.wipe()
             self.ready.clear()
             self._spare.clear()

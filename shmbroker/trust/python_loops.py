@@ -39,7 +39,7 @@ class FloatProduct(NamedTuple):
     """float32 ``[out]``."""
 
 
-def keystream(key: bytes, nonce: bytes, counter: int, out: torch.Tensor) -> None:
+def keystream(key: bytes | memoryview, nonce: bytes, counter: int, out: torch.Tensor) -> None:
     """ChaCha20 (RFC 8439), from block ``counter`` on, all blocks at once."""
     nbytes = out.nbytes
     blocks = -(-nbytes // _BLOCK_BYTES)
@@ -133,6 +133,8 @@ def residues(x: torch.Tensor, inputs: torch.Tensor, products: Sequence[FloatProd
         product.own.copy_(product.shared)
         off = product.own.to(torch.float64)
         sums -= (off if product.bias is None else off - product.bias.to(torch.float64)) @ product.vectors.to(torch.float64)
+    if not torch.isfinite(wide).all():
+        return -2
     tolerances.copy_(wide.norm(dim=1) * factor)
     wrong = (~(sums.abs().amax(dim=1) <= tolerances)).nonzero()
     return int(wrong[0]) if len(wrong) else -1

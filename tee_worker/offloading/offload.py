@@ -100,14 +100,19 @@ def offload(
         sealing = SealedMoves(model, channel, structure, splits, options, second)
         sealing.bind()
         sealed = sealing.move()
-    if pipeline > 1:
-        Pipeline(model, pipeline, baton, sessions).install()
-    model.requires_grad_(False)
-    watch(model, next(iter(_whole_modules(model, structure, splits)), None), structure.advice)
-    install_refusals(model, structure.dtype, dropout)
-    place_without_parameters(model, structure.dtype)
-    if expected is not None:
-        expected.compare(model, options.rounding)
+    try:
+        if pipeline > 1:
+            Pipeline(model, pipeline, baton, sessions).install()
+        model.requires_grad_(False)
+        watch(model, next(iter(_whole_modules(model, structure, splits)), None), structure.advice)
+        install_refusals(model, structure.dtype, dropout)
+        place_without_parameters(model, structure.dtype)
+        if expected is not None:
+            expected.compare(model, options.rounding)
+    except BaseException:
+        if sealed is not None:  # nobody else could
+            sealed.close()
+        raise
     return Offloaded(model, structure, splits, sealed)
 
 

@@ -71,7 +71,7 @@ def demonstrate(model: str, prompt: str, new_tokens: int, on_line: Callable[[str
         def run(mode: str) -> str:
             options = GenerateOptions(
                 model=model, prompt=prompt, max_new_tokens=new_tokens, instance=broker.instance, service=SERVICE, failover=0.0, check=False,
-                trust=mode, model_digest=digest,
+                trust=mode, model_digest=None if mode == "plain" else digest,
             )  # fmt: skip
             return generate(options).text
 

@@ -7,7 +7,7 @@ it is called approximate wherever it is named, and at the head, where a small de
 
 from __future__ import annotations
 
-import random
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +17,7 @@ from shmbroker.client import Bindable
 from shmbroker.errors import BadInput
 from shmbroker.models import ops
 from shmbroker.trust.loops import FloatProduct, residues
+from shmbroker.trust.pads import fill_random
 from tee_worker.trust.session import TrustSession
 
 VECTORS = 8
@@ -32,17 +33,25 @@ ROUNDING = 2.0**-24
 WINDOW = 32.0
 """Tolerances that a deviation may have which is not found."""
 
-_SEED_BITS = 63
+_NOT_FINITE = -2
 
 
 def vectors_of(weights: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], torch.Tensor]:
     """R for each weight ``[out, in]``, and S: float32 ``[out, VECTORS]`` each, and float64 ``[in, VECTORS]``."""
-    generator = torch.Generator().manual_seed(random.SystemRandom().getrandbits(_SEED_BITS))
-    outputs = [torch.randn(len(weight), VECTORS, generator=generator) for weight in weights]
+    outputs = [_gaussian(len(weight)) for weight in weights]
     inputs = torch.zeros(weights[0].shape[1], VECTORS, dtype=torch.float64)
     for weight, vectors in zip(weights, outputs, strict=True):
         inputs += weight.detach().double().t() @ vectors.double()
     return outputs, inputs
+
+
+def _gaussian(rows: int) -> torch.Tensor:
+    """float32 ``[rows, VECTORS]``, by Box and Muller from uniform words: a generator of 32 bits of seed could be guessed."""
+    words = torch.empty((2, rows, VECTORS), dtype=torch.int32)
+    fill_random(words)
+    radius, angle = (words.to(torch.float64) + (2**31 + 0.5)) / 2**32
+    found: torch.Tensor = (-2 * radius.log()).sqrt() * (2 * math.pi * angle).cos()
+    return found.to(torch.float32)
 
 
 def tolerance_of(weights: Sequence[torch.Tensor]) -> float:
@@ -107,6 +116,8 @@ class FloatLayer:
         ]
         tolerances = torch.empty(count, dtype=torch.float64)
         wrong = residues(rows, self._inputs, products, self._tolerance, tolerances)
+        if wrong == _NOT_FINITE:
+            raise BadInput(f"{', '.join(self.names)}: activations that are not finite cannot be checked")
         if wrong >= 0:
             raise self._session.reject(self.names, call, wrong)
         self._session.passed(count)

@@ -47,14 +47,18 @@ class Arithmetic(str, enum.Enum):
     """As ``plain`` computes, in float32: deviations below the rounding pass. Approximate."""
 
 
+_BITS = 12
+_PADS = 64
+
+
 class TrustOptions(msgspec.Struct, frozen=True, kw_only=True):
     """A mode, and what it can be asked for. Raises :class:`BadInput` for what does not fit together."""
 
     mode: Trust = Trust.PLAIN
     arithmetic: Arithmetic = Arithmetic.EXACT
-    bits: int = 12
+    bits: int = _BITS
     """Of a weight: 8, 12 or 14."""
-    pads: int = 64
+    pads: int = _PADS
     """To have ready for each weight, in rows (tokens)."""
     hide_lengths: int = 1
     """Rows of each call are padded to a multiple of it."""
@@ -64,8 +68,10 @@ class TrustOptions(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if self.arithmetic is Arithmetic.FLOAT and self.mode is not Trust.VERIFY:
             raise BadInput(f"arithmetic 'float' is of mode 'verify'; mode {self.mode.value!r} is exact, or believes the worker")
-        if self.mode is Trust.PLAIN:
-            return
+        if self.bits != _BITS and not self.ring:
+            raise BadInput(f"bits are of the exact modes: at {self} weights are as the model has them")
+        if self.pads != _PADS and self.mode is not Trust.BLIND:
+            raise BadInput(f"pads are made ahead at mode 'blind' alone, not at {self}")
         if self.bits not in (8, 12, 14):
             raise BadInput(f"weights of {self.bits} bits are not known; there are: 8, 12, 14")
         for name, least in (("pads", 0), ("hide_lengths", 1)):
@@ -92,9 +98,12 @@ class TrustOptions(msgspec.Struct, frozen=True, kw_only=True):
         return 2.0**-self.bits if self.ring else 0.0
 
     def rank(self, *, dealt: bool = False) -> int:
-        """Beside a floor. ``dealt``: the pads come from a second worker, which hides what two workers hide that do not work together."""
-        if self.mode is Trust.BLIND and dealt:
-            return Trust.SHARES.rank
+        """Beside a floor. ``dealt``: a second worker makes the pads, which hides what two workers hide.
+
+        That is little more than nothing where both are on one host.
+        """
+        if dealt or self.mode is Trust.SHARES:
+            return Trust.VERIFY.rank if self.same_host_shares else Trust.SHARES.rank
         if self.arithmetic is Arithmetic.FLOAT:
             return Trust.VERIFY.rank - 1  # approximate: no floor but plain is met by it
         return self.mode.rank

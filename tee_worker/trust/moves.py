@@ -39,11 +39,13 @@ class Sealed:
     def close(self) -> None:
         """Make no more pads, and wipe those there are."""
         if self.supply is not None:
-            self.supply.close()
-        for pads in self.session.pads:
-            pads.close()
+            self.supply.stop()
         if self.session.alive is not None:
             self.session.alive.end()
+        for pads in self.session.pads:
+            pads.close()
+        if self.supply is not None:
+            self.supply.join()
 
 
 def check_split(splits: Splits, options: TrustOptions) -> None:

@@ -6,9 +6,10 @@ T6  Two workers on one host are refused unless that is asked for: they hide noth
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 
-from shmbroker.call.statistics import TrustCounts
+from shmbroker.call.statistics import TrustCounts, nothing_told
 from shmbroker.client import Bindable, Channel, FailoverChannel
 from shmbroker.errors import BadInput, WorkerLost
 from tee_worker.trust.modes import Trust, TrustOptions
@@ -20,7 +21,11 @@ class Roles:
     def __init__(self, channel: Bindable, second: Bindable | None, options: TrustOptions) -> None:
         self._channel = channel
         self._second = second
+        self._seen: tuple[set[int], set[int]] = set(), set()
+        """Processes that were given rows, and those that were given pads."""
         if second is None:
+            if options.same_host_shares and options.mode is not Trust.SHARES:
+                raise BadInput("same_host_shares is of two workers: give second=, or leave it out")
             if options.mode is Trust.SHARES:
                 raise BadInput("trust 'shares' needs a second worker: --second SERVICE, or offload(second=channel) on a client of its own")
             return
@@ -37,22 +42,40 @@ class Roles:
             raise BadInput(
                 f"both workers offer service {_service(channel)!r}: one could take over from the other; start the second with another --service"
             )
+        self._keep_others_out(channel, self._seen[1])
+        self._keep_others_out(second, self._seen[0])
         self.keep_apart()
+
+    @staticmethod
+    def _keep_others_out(channel: object, pids: set[int]) -> None:
+        """Whoever was given the other half takes over from nobody."""
+        real = _real(channel)
+        if isinstance(real, FailoverChannel):
+            real.refuse = lambda found: found.worker_pid in pids
 
     def keep_apart(self) -> None:
         """See that the two are two. Raises :class:`WorkerLost` where one process is both now."""
         first, second = self._channel, self._second
         if second is None:
             return
-        pid, other = _pid(first), _pid(second)
-        if pid is not None and pid == other:
-            raise WorkerLost(f"process {pid} is both workers now: a worker is never given both halves; start another")
+        for seen, channel in zip(self._seen, (first, second), strict=True):
+            if (pid := _pid(channel)) is not None:
+                seen.add(pid)
+        if both := self._seen[0] & self._seen[1]:
+            raise WorkerLost(f"process {min(both)} is both workers now, or was: a worker is never given both halves; start another")
 
     def tell(self, counts: Callable[[], TrustCounts]) -> None:
         """Have status and metrics tell what is done about results that are not believed."""
         real = _real(self._channel)
-        if real is not None:
-            real.trust = counts
+        if real is None:
+            return
+        weakly = weakref.WeakMethod(counts)  # the channel outlives the session
+
+        def told() -> TrustCounts:
+            living = weakly()
+            return nothing_told() if living is None else living()
+
+        real.trust = told
 
     def names(self) -> str:
         """Who may have given a wrong result."""

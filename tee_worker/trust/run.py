@@ -41,6 +41,14 @@ def check_trust(options: RunOptions, splits: Splits) -> None:
     trust.check_floor(dealt=second is not None)
     check_split(splits, trust)
     mode = trust.mode
+    if mode is Trust.PLAIN and options.model_digest:
+        raise BadInput(
+            "--model-digest is compared above --trust plain alone: at plain the model is not loaded here as a whole; leave it out, or give --trust verify"
+        )
+    if mode is not Trust.PLAIN and options.answers:
+        raise BadInput(f"--answers is of --trust plain: at {mode.value} every result is checked")
+    if options.same_host_shares and second is None:
+        raise BadInput("--same-host-shares is of two workers: give --second or --pads-from, or leave it out")
     if options.second is not None and mode is not Trust.SHARES:
         raise BadInput(f"--second is of --trust shares; --trust is {mode.value}")
     if options.pads_from is not None and mode is not Trust.BLIND:
@@ -67,9 +75,16 @@ def check_trust(options: RunOptions, splits: Splits) -> None:
         )
 
 
+def _own_memory(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with all its numbers in memory of this process: as loaded, they lie in files that others can write to."""
+    for tensor in [*model.parameters(), *model.buffers()]:  # of tied ones, one
+        tensor.data = tensor.detach().clone()
+    return model
+
+
 def whole_model(source: ModelSource, dtype: torch.dtype, digest: str | None) -> PreTrainedModel:
     """All of ``source``, as the digest says, if there is one. Raises :class:`BadInput` for another model."""
-    model = source.model(dtype)
+    model = _own_memory(source.model(dtype))
     if digest is not None:
         found = model_digest(model)
         if found != digest:

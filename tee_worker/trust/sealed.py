@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from shmbroker.call.plain_tensors import refuse_gradient, refuse_wrapped
 from shmbroker.client import Bindable, ClientMemory, Op
 from shmbroker.errors import BadInput
 from shmbroker.models import ops
@@ -61,6 +62,9 @@ class SealedLayer:
 
     def __call__(self, x: torch.Tensor) -> Any:
         """The layers' outputs: a tuple, or one tensor where there is one layer. Raises :class:`WrongResult`, :class:`PadsLost`, and as any call."""
+        what = ", ".join(self.names)
+        refuse_gradient(what, x)
+        refuse_wrapped(what, x)
         call = self._session.begin()
         given = x.detach().reshape(-1, self._columns).to(torch.float32)
         count = len(given)
@@ -96,7 +100,7 @@ class SealedLayer:
     def _sealed(self, x: torch.Tensor, pads: Sequence[Pad], sums: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """The rows as the worker is given them, in shared memory; ``sums`` and ``scales`` are filled."""
         block = self._memory.empty(tuple(x.shape), torch.int32)
-        masks: list[torch.Tensor | None] = [*(pad.masks for pad in pads)] or [None]
+        masks: list[torch.Tensor | None] = [*(pad.use() for pad in pads)] or [None]
         for part, mask in zip(_parts(masks, len(x)), masks, strict=True):
             if not seal(x[part], self.limit, mask, block[part], self._inputs, sums[part], scales[part]):
                 raise BadInput(f"{', '.join(self.names)}: activations that are not finite cannot be made integers")

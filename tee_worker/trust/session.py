@@ -114,7 +114,7 @@ class TrustSession:
             checked=self._checked,
             rejected=self._rejected,
             pads_taken=sum(pads.taken for pads in self.pads),
-            pads_reused=0,
+            pads_reused=sum(pads.reused for pads in self.pads),
             pads_waited=sum(pads.waited for pads in self.pads),
             pads_from=self._pads_from,
             same_host_shares=options.same_host_shares,

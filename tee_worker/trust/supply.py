@@ -18,6 +18,9 @@ _LOOK_SECONDS = 0.005
 """Between two looks at a full supply."""
 
 _NICE = 10
+_END_SECONDS = 5.0
+_AGAIN_SECONDS = 1.0
+"""After an error, of a second worker for one."""
 
 
 class PadSupply:
@@ -31,10 +34,13 @@ class PadSupply:
         self._thread = threading.Thread(target=_run, args=(weakly, self._stop, self.full), name="shmbroker-pads", daemon=True)
         self._thread.start()
 
-    def close(self) -> None:
+    def stop(self) -> None:
         """Make no more."""
         self._stop.set()
-        self._thread.join()
+
+    def join(self) -> None:
+        """Wait a moment for the thread: one that waits for a second worker ends with that."""
+        self._thread.join(_END_SECONDS)
 
 
 def _run(weakly: weakref.ref[TrustSession], stop: threading.Event, full: threading.Event) -> None:
@@ -51,9 +57,12 @@ def _run(weakly: weakref.ref[TrustSession], stop: threading.Event, full: threadi
                 neediest.make_ahead()
         except PadsLost:
             return
-        except Exception:  # whoever calls makes pads itself, and is told why
-            log.exception("making pads ahead of time")
-            return
+        except Exception as error:  # whoever calls makes pads itself, and is told why
+            log.warning("making pads ahead of time: %s", error)
+            full.clear()
+            del session
+            stop.wait(_AGAIN_SECONDS)
+            continue
         del session
         if neediest is None:
             full.set()

@@ -246,7 +246,8 @@ def _call_sealed_for_a_while(
                 board.add("wrong")
             board.add("calls")
     finally:
-        supply.close()
+        supply.stop()
+        supply.join()
 
 
 ClientProgram = Callable[[str, int, Board, str, str], None]

@@ -161,6 +161,7 @@ def test_a_hold_that_nobody_has_any_more_gives_its_lock_up(name: str, instance: 
 
 def test_a_hold_in_a_reference_cycle_gives_its_lock_up_when_it_is_collected(name: str, instance: str) -> None:
     make_segment(name, SMALL, instance=instance, owner="o", owner_pid=1).release()
+    gc.collect()  # what other tests have left
     before = open_files()
     cycle: list[object] = [Hold.on(path_of(name))]
     cycle.append(cycle)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from shmbroker import WrongResult
+from shmbroker import BadInput, WrongResult
 from shmbroker.client import Bindable
 from tee_worker.trust.float_check import WINDOW, FloatLayer, tolerance_of
 from tee_worker.trust.modes import Arithmetic, Trust, TrustOptions
@@ -103,6 +103,21 @@ def test_what_is_not_finite_is_rejected(weight: torch.Tensor, odd: float) -> Non
     op.lie = lie
     with pytest.raises(WrongResult, match="row 2 of call 1"):
         layer(torch.randn(ROWS, COLUMNS))
+
+
+@pytest.mark.parametrize("odd", [torch.nan, torch.inf])
+def test_inputs_that_are_not_finite_are_told_and_no_worker_is_blamed(weight: torch.Tensor, odd: float) -> None:
+    layer, op, session = layer_of(weight)
+    x = torch.randn(ROWS, COLUMNS)
+    x[1, 3] = odd
+
+    def lie(y: torch.Tensor) -> None:
+        y.zero_()
+
+    op.lie = lie
+    with pytest.raises(BadInput, match="activations that are not finite"):
+        layer(x)
+    assert session.report().rejected == 0
 
 
 def test_a_small_deviation_passes_and_at_the_head_changes_no_token(weight: torch.Tensor) -> None:

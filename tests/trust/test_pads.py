@@ -16,6 +16,7 @@ import torch
 
 import shmbroker
 from shmbroker import BadInput, PadsLost
+from shmbroker.trust import pads as pads_module
 from shmbroker.trust import private
 from shmbroker.trust.loops import product
 from shmbroker.trust.pads import Alive, Pad, Pads, fill_random
@@ -105,6 +106,28 @@ def test_a_released_pad_is_wiped_and_so_is_one_that_was_dropped(pads: Pads) -> N
     ready = [batch.masks for batch in pads.ready]
     pads.close()
     assert all(not masks.any() for masks in ready)
+
+
+def test_a_pad_that_was_handed_out_outlives_the_end_of_its_pool(pads: Pads) -> None:
+    """P4: whoever has it goes on to mask with it, though another thread has found a lie meanwhile; a row under zeros would be seen."""
+    pads.make_ahead()
+    (pad,) = pads.take(2)
+    ready = pads.ready[0].masks
+    pads.close()
+    assert pad.masks.any(dim=1).all()
+    assert pad.products.any(dim=1).all()
+    assert not ready[2:].any()
+    pad.release()
+    assert not ready.any()
+
+
+def test_a_pad_is_used_once_whoever_asks(pads: Pads) -> None:
+    """P4."""
+    (pad,) = pads.take(1)
+    pad.use()
+    with pytest.raises(PadsLost, match="a second time"):
+        pad.use()
+    assert pads.reused == 1
 
 
 def test_an_empty_pool_makes_pads_while_its_caller_waits(pads: Pads) -> None:
@@ -224,12 +247,20 @@ def test_a_fork_of_a_process_with_a_blind_model_sends_nothing(client: shmbroker.
 def test_every_batch_has_a_key_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """P8."""
     keys: list[bytes] = []
-    urandom = os.urandom
-    monkeypatch.setattr(os, "urandom", lambda count: keys.append(urandom(count)) or keys[-1])
+    held: list[memoryview] = []
+    keystream = pads_module.keystream
+
+    def noting(key: memoryview, nonce: bytes, counter: int, out: torch.Tensor) -> None:
+        keys.append(bytes(key))
+        held.append(key)
+        keystream(key, nonce, counter, out)
+
+    monkeypatch.setattr(pads_module, "keystream", noting)
     for _ in range(3):
         fill_random(torch.empty(100, dtype=torch.int32))
     assert len(set(keys)) == 3
-    assert all(len(key) == 32 for key in keys)
+    assert all(len(key) == 32 and any(key) for key in keys)
+    assert not any(any(bytes(key)) for key in held), "wiped"
 
 
 def test_pads_are_uniform() -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
+import shutil
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -15,28 +18,49 @@ import torch
 from click.testing import CliRunner
 
 import shmbroker
+from gpu_worker.device import CpuDevice
+from gpu_worker.ops import register
+from gpu_worker.weights import Weights
 from shmbroker import BadInput, WorkerLost
-from shmbroker.models import model_digest
+from shmbroker.models import Checkpoint, model_digest
 from shmbroker.settings import load as loading
 from shmbroker.worker import Worker
 from tee_worker import offload
 from tee_worker.cli import cli
 from tee_worker.trust.modes import Arithmetic, Trust, TrustOptions
+from tee_worker.trust.run import whole_model as pinned
 from tests.processes import run
-from tests.trust.conftest import BLIND, DEALT, SHARES, VERIFY, whole_model
+from tests.threads import STUCK_SECONDS, InThread
+from tests.trust.conftest import BLIND, DEALT, SHARES, VERIFY, whole_model, worker
 
 
 @contextlib.contextmanager
 def serving(service: str) -> Iterator[None]:
     """A worker without a model, in a thread of this process."""
-    worker = Worker(service)
-    thread = threading.Thread(target=worker.serve)
-    thread.start()
+    with run_in_thread(Worker(service)):
+        yield
+
+
+@contextlib.contextmanager
+def run_in_thread(worker: Worker) -> Iterator[None]:
+    ready = threading.Event()
+    running = InThread(lambda: worker.serve(ready.set))
     try:
+        assert ready.wait(STUCK_SECONDS)
         yield
     finally:
         worker.stop()
-        thread.join()
+        running.join()
+
+
+@contextlib.contextmanager
+def serving_model(folder: Path, service: str) -> Iterator[None]:
+    """A worker with a model, in a thread of this process."""
+    device = CpuDevice()
+    worker = Worker(service, identity=Weights.load(Checkpoint.at(folder), torch.float32, device).identity)
+    register(worker, Weights.load(Checkpoint.at(folder), torch.float32, device), device)
+    with run_in_thread(worker):
+        yield
 
 
 @pytest.mark.parametrize("mode", ["verify", "blind", "shares"])
@@ -55,6 +79,10 @@ BAD: dict[str, tuple[Callable[[], TrustOptions], str]] = {
     "other bits": (lambda: TrustOptions(mode=Trust.VERIFY, bits=10), "weights of 10 bits are not known; there are: 8, 12, 14"),
     "no rows": (lambda: TrustOptions(mode=Trust.BLIND, hide_lengths=0), "hide_lengths 0 must be 1 or more rows"),
     "fewer than no pads": (lambda: TrustOptions(mode=Trust.BLIND, pads=-1), "pads -1 must be 0 or more rows"),
+    "bits of no integers": (lambda: TrustOptions(bits=14), "bits are of the exact modes: at 'plain'"),
+    "bits of floats": (lambda: TrustOptions(mode=Trust.VERIFY, arithmetic=Arithmetic.FLOAT, bits=8), "bits are of the exact modes"),
+    "pads of nobody": (lambda: TrustOptions(mode=Trust.VERIFY, pads=9), "pads are made ahead at mode 'blind' alone"),
+    "lengths in plain": (lambda: TrustOptions(hide_lengths=4), "at 'plain' the worker sees every row as it is"),
     "lengths that are seen": (lambda: TrustOptions(mode=Trust.VERIFY, hide_lengths=8), "at 'verify' the worker sees every row as it is"),
 }
 
@@ -78,6 +106,7 @@ def test_workers_that_are_one_or_hide_nothing(
         (client.channel(workers[1]), SHARES, "both workers would map one segment"),
         (other_client.channel(workers[0]), SHARES, "both workers offer service 'first'"),
         (other_client.channel(workers[0]), DEALT, "both workers offer service 'first'"),
+        (None, DEALT, "same_host_shares is of two workers"),
         (other, VERIFY, "a second worker is of modes 'shares' and 'blind'"),
         (other, TrustOptions(), "a second worker is of trust 'shares' and 'blind'"),
     ]
@@ -104,6 +133,46 @@ def test_one_process_that_is_both_workers_is_refused(client: shmbroker.Client, o
         )
 
 
+def test_a_worker_of_the_other_role_takes_over_from_nobody(
+    client: shmbroker.Client, other_client: shmbroker.Client, tiny: Path, broker: shmbroker.LocalBroker
+) -> None:
+    """T5: it offers the first one's service too, and is there when that dies."""
+    with worker(tiny, "rows"), serving_model(tiny, "pads"), serving_model(tiny, "rows"):
+        channel = client.failover_channel("rows", patience=1.0)
+        second = other_client.channel("pads", wait=30)
+        if channel.worker_pid == os.getpid():
+            channel.replace(channel.channel, WorkerLost("so that the other one is in use"))
+        moved = offload(whole_model(tiny), channel, trust=SHARES, second=second, check=False)
+        assert channel.worker_pid != second.worker_pid
+        os.kill(channel.worker_pid, signal.SIGKILL)
+        with pytest.raises(WorkerLost, match="must not be given this"), torch.no_grad():
+            moved.model(torch.tensor([[5, 6]]))
+        assert moved.sealed is not None
+        moved.sealed.close()
+
+
+def test_numbers_in_files_cannot_be_changed_after_they_were_hashed(tiny: Path, tmp_path: Path) -> None:
+    """What is computed with is what was hashed, whatever becomes of the file."""
+    copied = shutil.copytree(tiny, tmp_path / "copied")
+    model = pinned(Checkpoint.at(copied), torch.float32, model_digest(whole_model(tiny)))
+    file = next(copied.glob("*.safetensors"))
+    size = file.stat().st_size
+    with file.open("r+b") as writing:
+        writing.seek(size // 2)
+        writing.write(b"\x7f" * (size - size // 2))
+    assert model_digest(model) == model_digest(whole_model(tiny))
+    with pytest.raises(BadInput, match="is another than --model-digest says"):
+        pinned(Checkpoint.at(copied), torch.float32, model_digest(whole_model(tiny)))
+
+
+def test_what_is_generated_by_is_part_of_the_digest(tiny: Path) -> None:
+    model = whole_model(tiny)
+    before = model_digest(model)
+    assert model.generation_config is not None
+    model.generation_config.suppress_tokens = [7]
+    assert model_digest(model) != before
+
+
 def test_a_worker_without_the_op_or_with_other_weights(client: shmbroker.Client, tiny: Path, workers: tuple[str, str]) -> None:
     with serving("plain-only"), pytest.raises(BadInput, match="ring_linear"):
         offload(whole_model(tiny), client.channel("plain-only", wait=30), trust=VERIFY, check=False)
@@ -122,6 +191,21 @@ def test_numbers_that_are_not_finite_are_told_with_their_module(client: shmbroke
         model.get_input_embeddings().weight[5, 0] = torch.nan
     with pytest.raises(BadInput, match=r"model\.layers\.0\.self_attn.* not finite"), torch.inference_mode():
         model(torch.tensor([[5, 6]]))
+    moved.sealed.close()
+
+
+@pytest.mark.parametrize("options", [VERIFY, BLIND, TrustOptions(mode=Trust.VERIFY, arithmetic=Arithmetic.FLOAT)])
+def test_no_gradient_comes_back_and_that_is_said(
+    client: shmbroker.Client, tiny: Path, workers: tuple[str, str], options: TrustOptions
+) -> None:
+    model = whole_model(tiny)
+    moved = offload(model, client.channel(workers[0]), trust=options, check=False)
+    assert moved.sealed is not None
+    embeds = torch.randn(1, 3, model.config.hidden_size, requires_grad=True)
+    with pytest.raises(BadInput, match="requires grad, and no gradient comes back"):
+        model(inputs_embeds=embeds)
+    with torch.no_grad():
+        model(inputs_embeds=embeds)
     moved.sealed.close()
 
 
@@ -169,7 +253,7 @@ def test_no_file_and_no_variable_lowers_the_floor(files: dict[str, Path], monkey
 
 UNDER: dict[str, list[TrustOptions]] = {
     "verify": [TrustOptions(), TrustOptions(mode=Trust.VERIFY, arithmetic=Arithmetic.FLOAT)],
-    "shares": [TrustOptions(), VERIFY],
+    "shares": [TrustOptions(), VERIFY, SHARES, DEALT],  # on one host they hide nothing from it
     "blind": [TrustOptions(), VERIFY, SHARES, DEALT],
 }
 
@@ -204,6 +288,9 @@ def test_the_command_line_refuses_what_cannot_be(broker: shmbroker.LocalBroker, 
     cases = [
         (["--trust", "verify"], "--trust verify needs --model-digest: .*'tee-worker digest --model"),
         (["--trust", "blind", "--model-digest", "sha256:00"], rf"is another than --model-digest says: it is {digest}"),
+        (["--model-digest", digest], "--model-digest is compared above --trust plain alone"),
+        (["--trust", "verify", "--model-digest", digest, "--answers", "x.json"], "--answers is of --trust plain"),
+        (["--trust", "blind", "--same-host-shares", "--model-digest", digest], "--same-host-shares is of two workers"),
         (["--trust", "verify", "--second", "x", "--model-digest", digest], "--second is of --trust shares"),
         (["--pads-from", "x", "--trust", "shares", "--second", "y", "--model-digest", digest], "--pads-from is of --trust blind"),
         (["--trust", "shares", "--model-digest", digest], "--trust shares needs a second worker: --second SERVICE"),

@@ -13,12 +13,16 @@ import torch
 
 import shmbroker
 from shmbroker.trust.pads import Pad, Pads
+from tee_worker import offload
 from tee_worker.trust.sealed import SealedLayer
 from tests.shared_memory import path_of
 from tests.trust.conftest import BLIND, IDS, MODES, SHARES, generate, sealed, whole_model
 
 WHOLE_EVERY = 16
 """Calls between two looks at every byte; in between at every word of 32 bits, where tensors lie."""
+
+
+PAD = "a pad"
 
 
 class Segment:
@@ -38,6 +42,12 @@ class Segment:
             if len(windows) and bool((windows[places] == here).any()):
                 return True
         return False
+
+    def holds_ids(self) -> bool:
+        """Whether any run of token ids stands anywhere in it: small numbers, of which a counter or a size may be like one or two."""
+        ids = IDS.flatten()
+        runs = [ids[first : first + 4].to(dtype).numpy().tobytes() for dtype in (torch.int64, torch.int32) for first in range(len(ids) - 3)]
+        return any(self._map.find(run) >= 0 for run in runs)
 
     def close(self) -> None:
         self._map.close()
@@ -62,19 +72,18 @@ def windows_of_tensor(tensor: torch.Tensor) -> np.ndarray:
 class Watch:
     """Collects every secret of a model's calls, and looks for them all after each."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, segments: list[Segment], *, pads_too: bool) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, segments: list[Segment]) -> None:
         self.found: list[str] = []
         self.calls = 0
-        self._secrets: dict[str, list[np.ndarray]] = {"token ids": [windows_of_tensor(IDS), windows_of_tensor(IDS.to(torch.int32))]}
+        self._secrets: dict[str, list[np.ndarray]] = {}
         self._segments = segments
         run, take = SealedLayer.run, Pads.take
 
         def watched_take(pads: Pads, rows: int) -> list[Pad]:
             found = take(pads, rows)
-            if pads_too:
-                for pad in found:
-                    self._add("a pad", pad.masks)
-                    self._add("what a weight makes of a pad", pad.products)
+            for pad in found:
+                self._add(PAD, pad.masks)
+                self._add("what a weight makes of a pad", pad.products)
             return found
 
         def watched_run(layer: SealedLayer, call: int, x: torch.Tensor) -> torch.Tensor:
@@ -94,10 +103,14 @@ class Watch:
 
     def look(self) -> None:
         self.calls += 1
+        if any(segment.holds_ids() for segment in self._segments):
+            self.found.append("token ids")
         phases = 4 if self.calls % WHOLE_EVERY == 0 else 1
         for what, windows in self._secrets.items():
             together = np.sort(np.concatenate(windows))
-            if any(segment.holds(together, phases) for segment in self._segments):
+            # At shares the second worker is given the pads: its segment may hold them, and nothing else.
+            searched = self._segments[:1] if what == PAD else self._segments
+            if any(segment.holds(together, phases) for segment in searched):
                 self.found.append(what)
         self._secrets = {what: windows[-8:] for what, windows in self._secrets.items()}  # of the last calls: a block is free again soon
 
@@ -113,8 +126,7 @@ def watched(
 ) -> Watch:
     first, second = clients
     segments = [Segment(first)] + ([Segment(second)] if mode == "shares" else [])
-    # At shares the second worker is given the pads: its segment may hold them, and nothing else.
-    watch = Watch(monkeypatch, segments, pads_too=mode == "blind")
+    watch = Watch(monkeypatch, segments)
     model = whole_model(tiny)
     options = {"blind": BLIND, "shares": SHARES}.get(mode, MODES[mode])
     with sealed(model, first.channel(workers[0]), options, second.channel(workers[1])):
@@ -136,3 +148,16 @@ def test_no_window_of_any_secret_stands_in_the_segment_after_any_call(
 def test_the_search_finds_what_is_there(monkeypatch: pytest.MonkeyPatch, small_clients: Any, tiny: Path, workers: tuple[str, str]) -> None:
     """At ``verify`` the integers lie there in plain."""
     assert "an input as integers" in watched(monkeypatch, small_clients, tiny, workers, "verify").found
+
+
+def test_the_search_finds_token_ids_where_they_are(small_clients: Any, tiny: Path, workers: tuple[str, str]) -> None:
+    """At ``plain`` the worker looks the embedding up."""
+    client, _ = small_clients
+    segment = Segment(client)
+    model = whole_model(tiny)
+    offload(model, client.channel(workers[0]), check=False)
+    assert not segment.holds_ids()
+    with torch.inference_mode():
+        model(IDS)
+    assert segment.holds_ids()
+    segment.close()
