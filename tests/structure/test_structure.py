@@ -252,3 +252,9 @@ def test_tests_and_benchmarks_use_public_names_alone(folder: str) -> None:
 )
 def test_a_private_name_is_seen(line: str) -> None:
     assert private_names(line)
+
+
+def test_every_folder_with_python_files_is_a_package() -> None:
+    """Another is in no wheel, though all works from a clone."""
+    folders = {path.parent for package in PACKAGES for path in (ROOT / package).rglob("*.py")}
+    assert not [folder for folder in folders if not (folder / "__init__.py").is_file()]
