@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from types import ModuleType
 
 import posix_ipc
 import pytest
@@ -14,6 +15,7 @@ from shmbroker.memory.segment import Segment
 from tests.conftest import SegmentOf
 from tests.lane.bells import NEVER_SECONDS, BellNames
 from tests.lane.empty_calls import GEOMETRY
+from tests.lane.kinds_of_ends import KINDS, module_of
 from tests.peers import broker
 
 __all__ = ["broker"]
@@ -56,3 +58,14 @@ def words() -> memoryview:
 def no_recheck(monkeypatch: pytest.MonkeyPatch) -> None:
     """A lost ring is not healed; forked children inherit it."""
     monkeypatch.setattr(waiter, "RECHECK_SECONDS", NEVER_SECONDS)
+
+
+@pytest.fixture(params=KINDS)
+def ends(request: pytest.FixtureRequest) -> ModuleType:
+    """The module of each kind."""
+    return module_of(str(request.param))
+
+
+@pytest.fixture
+def compiled_ends() -> ModuleType:
+    return module_of("compiled")
