@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-MODULES = ("shmbroker.lane._ends", "shmbroker.arena._leases")
+MODULES = ("shmbroker.lane._ends", "shmbroker.arena._leases", "shmbroker.trust._loops")
 MARKS = (b"__asan_report_store8", b"__asan_report_load8", b"__ubsan_handle")
 """Names that a module refers to only where its loads, stores and arithmetic are checked."""
 
