@@ -5,8 +5,8 @@ from glob import glob
 from setuptools import Extension, setup
 
 
-def compiled(name: str, *beside: str) -> Extension:
-    """One extension module: the C file of its name, and those ``beside`` it in its folder."""
+def compiled(name: str, *beside: str, optimized: int = 2) -> Extension:
+    """One extension module: the C file of its name, and those ``beside`` it in its folder. ``optimized``: by the compiler, so much."""
     room, _, module = name.partition(".")
     return Extension(
         f"shmbroker.{name}",
@@ -14,7 +14,7 @@ def compiled(name: str, *beside: str) -> Extension:
         depends=sorted(glob("shmbroker/*/*.h")),
         extra_compile_args=[
             "-std=gnu11",
-            "-O3",
+            f"-O{optimized}",
             "-ffp-contract=off",
             "-fvisibility=hidden",
             "-Wall",
@@ -25,4 +25,10 @@ def compiled(name: str, *beside: str) -> Extension:
     )
 
 
-setup(ext_modules=[compiled("lane._ends", "_submission_ends", "_completion_ends"), compiled("arena._leases"), compiled("trust._loops")])
+setup(
+    ext_modules=[
+        compiled("lane._ends", "_submission_ends", "_completion_ends"),
+        compiled("arena._leases"),
+        compiled("trust._loops", optimized=3),
+    ]
+)

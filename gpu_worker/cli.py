@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from shmbroker import console
+from shmbroker.errors import BadInput
 from shmbroker.settings import DEFAULTS
 from shmbroker.version import __version__
 
@@ -66,6 +67,8 @@ def serve(spin: float, **options: Any) -> None:
 @click.option("--lie-at", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Which one, by its number.")
 def misbehave(spin: float, read: Path | None, lie: str | None, lie_at: int, **options: Any) -> None:
     """Serve as a worker does that is not to be trusted: to try out what --trust of tee-worker is for."""
+    if options["device"] != "cpu":
+        raise BadInput(f"a worker that misbehaves computes on the CPU: leave --device {options['device']} out, and unset the setting")
     console.share_cpus()
     from gpu_worker.misbehaving import Lie, MisbehavingDevice
     from gpu_worker.serve import serve as run

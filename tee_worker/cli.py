@@ -11,7 +11,8 @@ from typing import Any
 import click
 
 from shmbroker import console
-from shmbroker.settings import DOORBELL_WORDS, LANE_WORDS, OWN_DEFAULTS, default_for, listed
+from shmbroker.settings import DOORBELL_WORDS, LANE_WORDS, OWN_DEFAULTS, TRUST_WORDS, default_for, listed
+from shmbroker.trust.bits import BITS
 from shmbroker.version import __version__
 from tee_worker.run_options import LONGEST_CONTEXT, GenerateOptions, PrefillOptions, RunOptions, ServeOptions, default_of
 
@@ -62,7 +63,7 @@ def trust_options(kind: type[RunOptions]) -> Decorator:
         _defaulted(
             kind,
             "--trust",
-            type=click.Choice(["plain", "verify", "blind", "shares"]),
+            type=click.Choice(TRUST_WORDS),
             help="What the GPU worker is trusted with: everything, to see but not to compute right, or nothing (docs/trust.md).",
         ),
         _defaulted(
@@ -74,7 +75,7 @@ def trust_options(kind: type[RunOptions]) -> Decorator:
         _defaulted(
             kind,
             "--bits",
-            type=click.Choice(["8", "12", "14"]),
+            type=click.Choice([str(bits) for bits in BITS]),
             callback=lambda context, option, value: int(value),
             help="Of a weight, as an integer.",
         ),
@@ -290,7 +291,7 @@ def digest(model: str, dtype: str) -> None:
 @click.option("--max-new-tokens", type=click.IntRange(1), default=8, show_default=True)
 @_json_option
 def demo_trust(model: str | None, prompt: str | None, max_new_tokens: int, as_json: bool) -> None:
-    """Show what --trust is for: what a worker reads at each mode, and whether its lie is noticed. About a minute."""
+    """Show what --trust is for: what a worker reads at each mode, and whether its lie is noticed. About two minutes."""
     _begin(0)
     import msgspec
 

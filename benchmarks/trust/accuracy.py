@@ -13,7 +13,7 @@ from benchmarks.split_model.work import prompt
 from benchmarks.table import Table
 from benchmarks.trust.ways import APPROXIMATE, BLIND, PLAIN, VERIFY, split_model, ways
 from shmbroker.models.checkpoint import Checkpoint
-from shmbroker.trust.quantization import BITS
+from shmbroker.trust.bits import BITS
 from tee_worker.trust.modes import Trust, TrustOptions
 
 QUESTIONS = (

@@ -37,12 +37,10 @@ def fill_random(out: torch.Tensor) -> None:
     flat = out.view(-1).view(torch.uint8)
     memory = PrivateMemory(KEY_BYTES)
     key = memory.bytes.numpy().data
-    with open("/dev/urandom", "rb", buffering=0) as source:
-        for first in range(0, flat.numel(), _CHUNK_BYTES):
-            if source.readinto(key) != KEY_BYTES:
-                raise PadsLost("the system's random source gave no key")
-            keystream(key, bytes(NONCE_BYTES), 0, flat[first : first + _CHUNK_BYTES])
-            memory.wipe()
+    for first in range(0, flat.numel(), _CHUNK_BYTES):
+        memory.draw()
+        keystream(key, bytes(NONCE_BYTES), 0, flat[first : first + _CHUNK_BYTES])
+        memory.wipe()
 
 
 class Alive:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from shmbroker.errors import BadInput
+from shmbroker.errors import BadInput, PadsLost
 
 _WIPE_ON_FORK = 18
 """MADV_WIPEONFORK of linux/mman.h, Linux 4.14."""
@@ -28,7 +28,10 @@ class PrivateMemory:
     """Anonymous memory of ``nbytes``, as a tensor of bytes. Raises :class:`BadInput` where P1 to P3 cannot be had."""
 
     def __init__(self, nbytes: int) -> None:
-        self._map = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        try:
+            self._map = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as error:
+            raise BadInput(f"{nbytes} bytes for pads cannot be had ({error.strerror}): make fewer ahead (--pads)") from None
         try:
             self._map.madvise(_WIPE_ON_FORK)
             self._map.madvise(mmap.MADV_DONTDUMP)
@@ -52,6 +55,11 @@ class PrivateMemory:
         for size in shape:
             count *= size
         return self.bytes[offset : offset + count * dtype.itemsize].view(dtype).view(shape)
+
+    def draw(self) -> None:
+        """Random bytes, from the kernel straight into it: no file is opened for them, and no copy lies elsewhere. Raises :class:`PadsLost`."""
+        if _libc.getrandom(ctypes.c_void_p(self.bytes.data_ptr()), ctypes.c_size_t(len(self.bytes)), 0) != len(self.bytes):
+            raise PadsLost(f"the system's random source gives no key ({os.strerror(ctypes.get_errno())})")
 
     def wipe(self) -> None:
         """Zeros."""

@@ -13,9 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from shmbroker.errors import BadInput
-
-BITS = (8, 12, 14)
-"""Of a weight."""
+from shmbroker.trust.bits import check_bits
 
 LARGEST = 2**31 - 1
 
@@ -25,12 +23,6 @@ _NUMBERS_AT_ONCE = 1 << 18
 
 def _rows_at_once(columns: int) -> int:
     return max(1, _NUMBERS_AT_ONCE // max(1, columns))
-
-
-def check_bits(bits: int) -> None:
-    """Raise :class:`BadInput` for bits that there are not."""
-    if bits not in BITS:
-        raise BadInput(f"weights of {bits} bits are not known; there are: {', '.join(map(str, BITS))}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,8 +26,7 @@ SERVICE = "demo-trust"
 LIE_AT = 40
 """Which result is changed: one of the prompt's pass, in the tenth layer or so."""
 
-READ_AT = ("plain", "verify", "blind")
-LIED_AT = ("plain", "verify", "blind")
+MODES = ("plain", "verify", "blind")
 _STDERR = 2
 
 
@@ -78,7 +77,7 @@ def demonstrate(model: str, prompt: str, new_tokens: int, on_line: Callable[[str
         file = Path(folder) / "read"
         on_line(f"A worker that reads. The prompt has {len(secret)} tokens: {prompt!r}")
         with _misbehaving(model, broker.instance, "--read", str(file)):
-            for mode in READ_AT:
+            for mode in MODES:
                 file.write_text("")
                 run(mode)
                 read = _best(file, secret)
@@ -86,7 +85,7 @@ def demonstrate(model: str, prompt: str, new_tokens: int, on_line: Callable[[str
                 readings.append(Reading(mode, found, len(secret), str(tokenizer.decode(read))))
                 on_line(f"  {mode:7} {found:3} of {len(secret)} tokens: {readings[-1].text!r}")
         on_line(f"A worker that lies once: it changes one number of its result {LIE_AT}.")
-        for mode in LIED_AT:
+        for mode in MODES:
             with _misbehaving(model, broker.instance, "--lie", "change", "--lie-at", str(LIE_AT)):
                 try:
                     lies.append(Lying(mode, False, run(mode)))

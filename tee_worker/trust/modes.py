@@ -13,6 +13,7 @@ import msgspec
 from shmbroker.errors import BadInput
 from shmbroker.settings import current
 from shmbroker.settings.arguments import whole
+from shmbroker.trust.bits import check_bits
 
 
 class Trust(str, enum.Enum):
@@ -72,8 +73,7 @@ class TrustOptions(msgspec.Struct, frozen=True, kw_only=True):
             raise BadInput(f"bits are of the exact modes: at {self} weights are as the model has them")
         if self.pads != _PADS and self.mode is not Trust.BLIND:
             raise BadInput(f"pads are made ahead at mode 'blind' alone, not at {self}")
-        if self.bits not in (8, 12, 14):
-            raise BadInput(f"weights of {self.bits} bits are not known; there are: 8, 12, 14")
+        check_bits(self.bits)
         for name, least in (("pads", 0), ("hide_lengths", 1)):
             if whole(name, getattr(self, name)) < least:
                 raise BadInput(f"{name} {getattr(self, name)} must be {least} or more rows")

@@ -16,8 +16,11 @@ from shmbroker.control.status import ask
 from tee_worker import offload
 from tee_worker.offloading.offload import Offloaded
 from tee_worker.trust.modes import Arithmetic, Trust, TrustOptions
+from tests.peers import broker
 from tests.processes import running, wait_until
-from tests.tiny_models import save_random, tiny_llama
+from tests.tee_worker.conftest import tiny
+
+__all__ = ["broker", "tiny"]
 
 IDS = torch.tensor([[5, 17, 3, 88, 41, 2, 60, 9, 33, 71, 12]])
 NEW_TOKENS = 6
@@ -28,17 +31,6 @@ BLIND = TrustOptions(mode=Trust.BLIND, pads=8)
 DEALT = TrustOptions(mode=Trust.BLIND, pads=8, same_host_shares=True)
 SHARES = TrustOptions(mode=Trust.SHARES, same_host_shares=True)
 MODES = {"verify": VERIFY, "approximate": APPROXIMATE, "blind": BLIND, "dealt": DEALT, "shares": SHARES}
-
-
-@pytest.fixture(scope="package")
-def broker() -> Iterator[shmbroker.LocalBroker]:
-    with shmbroker.local_broker() as broker:
-        yield broker
-
-
-@pytest.fixture(scope="package")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_random(tiny_llama(attention_bias=True), tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="package")

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from shmbroker import BadInput
 from shmbroker.trust import loops, python_loops
+from shmbroker.trust.bits import BITS
 from shmbroker.trust.check import VECTORS, Secret, make_secret
-from shmbroker.trust.quantization import BITS, LARGEST, IntegerWeight, joined, quantize_weight
+from shmbroker.trust.quantization import LARGEST, IntegerWeight, joined, quantize_weight
 
 Int32 = st.integers(-(2**31), 2**31 - 1)
 Floats = st.floats(-1e4, 1e4, width=32)

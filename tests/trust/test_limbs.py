@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from gpu_worker.cuda.limbs import LimbProduct, limbs_of
 from gpu_worker.device import CpuDevice
-from shmbroker.trust.quantization import BITS, IntegerWeight
+from shmbroker.trust.bits import BITS
+from shmbroker.trust.quantization import IntegerWeight
 
 Int32 = st.integers(-(2**31), 2**31 - 1)
 

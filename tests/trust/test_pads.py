@@ -6,6 +6,7 @@ import ctypes
 import os
 import platform
 import re
+import resource
 import signal
 import threading
 from collections.abc import Callable
@@ -197,6 +198,7 @@ def in_a_clone(work: Callable[[], bool]) -> bool:
 
 
 def _true(work: Callable[[], bool]) -> bool:
+    torch.set_num_threads(1)  # a forked child has its parent's compute threads by name only
     try:
         return work()
     except BaseException:
@@ -261,6 +263,29 @@ def test_every_batch_has_a_key_of_its_own(monkeypatch: pytest.MonkeyPatch) -> No
     assert len(set(keys)) == 3
     assert all(len(key) == 32 and any(key) for key in keys)
     assert not any(any(bytes(key)) for key in held), "wiped"
+
+
+def test_without_files_to_open_pads_are_made_all_the_same(pads: Pads) -> None:
+    """P8: a process at its limit of open files goes on."""
+
+    def at_the_limit() -> bool:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
+        fill_random(torch.empty(100, dtype=torch.int32))
+        return True
+
+    assert in_a_fork(at_the_limit)
+
+
+def test_no_memory_for_pads_is_one_line() -> None:
+    def without_memory() -> bool:
+        resource.setrlimit(resource.RLIMIT_AS, (1 << 32, 1 << 32))
+        try:
+            PrivateMemory(1 << 40)
+        except BadInput as error:
+            return "make fewer ahead (--pads)" in str(error)
+        return False
+
+    assert in_a_fork(without_memory)
 
 
 def test_pads_are_uniform() -> None:
