@@ -14,7 +14,7 @@ from shmbroker import console
 from shmbroker.settings import DOORBELL_WORDS, LANE_WORDS, OWN_DEFAULTS, TRUST_WORDS, default_for, listed
 from shmbroker.trust.bits import BITS
 from shmbroker.version import __version__
-from tee_worker.run_options import LONGEST_CONTEXT, GenerateOptions, PrefillOptions, RunOptions, ServeOptions, default_of
+from tee_worker.run_options import LONGEST_CONTEXT, MOST_AT_ONCE, GenerateOptions, PrefillOptions, RunOptions, ServeOptions, default_of
 
 Command = Callable[..., Any]
 Decorator = Callable[[Command], Command]
@@ -342,6 +342,20 @@ def check_command(model: str, answers: str | None) -> None:
     type=int,
     metavar="TOKENS",
     help=f"Longest prompt and answer together. Default: the model's, {LONGEST_CONTEXT} at most.",
+)
+@_defaulted(
+    ServeOptions,
+    "--max-concurrency",
+    type=click.IntRange(1),
+    metavar="N",
+    help=f"Sequences computed at once. Default: {MOST_AT_ONCE}, or 1 where the split or the model does not allow it.",
+)
+@_defaulted(
+    ServeOptions,
+    "--api-key",
+    envvar="SHMBROKER_API_KEY",
+    metavar="KEY",
+    help="That requests must carry, but for /health. In $SHMBROKER_API_KEY it is in no list of processes.",
 )
 @run_options(ServeOptions)
 def serve(until_exit: int, **options: Any) -> None:

@@ -12,6 +12,10 @@ LONGEST_CONTEXT = 4096
 """Tokens that ``serve`` makes room for unless more are asked for: at split ``op`` the arena grows with their square."""
 
 
+MOST_AT_ONCE = 8
+"""Sequences that ``serve`` computes together unless another number is asked for, where the split allows it."""
+
+
 class RunOptions(msgspec.Struct, frozen=True, kw_only=True):
     """What every run can be asked for: what is one call, who computes it, and how calls travel. Defaults are the settings'."""
 
@@ -103,6 +107,10 @@ class ServeOptions(RunOptions, frozen=True, kw_only=True):
     """What requests call the model; None: its folder's name."""
     max_context: int | None = None
     """Tokens of prompt and answer together; None: the model's, ``LONGEST_CONTEXT`` at most."""
+    max_concurrency: int | None = None
+    """Sequences that are computed at once; None: ``MOST_AT_ONCE``, or 1 where the split or the model does not allow it."""
+    api_key: str | None = None
+    """That requests must carry; None: none."""
     timeout: float = default_for(command, "timeout")
 
 

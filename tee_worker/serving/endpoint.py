@@ -1,137 +1,295 @@
-"""The HTTP application: Hugging Face's server around one split model."""
+"""The HTTP application: OpenAI's endpoints over one split model. Every error is an OpenAI error object, in streams too."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import hmac
+import json
+import logging
 import time
-from typing import TYPE_CHECKING, Any
+import uuid
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import Any, Protocol, TypeVar
 
 import msgspec
-from fastapi import FastAPI, HTTPException, Request
-from fastapi.responses import JSONResponse
-from transformers.cli.serving.chat_completion import ChatCompletionHandler
-from transformers.cli.serving.completion import CompletionHandler
-from transformers.cli.serving.model_manager import ModelManager
-from transformers.cli.serving.response import ResponseHandler
-from transformers.cli.serving.server import build_server
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from starlette.applications import Starlette
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import Message, Receive, Scope, Send
 
 from shmbroker.errors import ShmBrokerError
-from tee_worker.serving.model_server import ModelServer
+from tee_worker.serving.answers import Answer
+from tee_worker.serving.chat import Chat
+from tee_worker.serving.completions import Completion
+from tee_worker.serving.endpoint_metrics import EndpointMetrics
+from tee_worker.serving.fields import ChatRequest, CompletionRequest, Refused, ResponseRequest, parsed
+from tee_worker.serving.responses import Response as ModelResponse
+from tee_worker.serving.service import Service
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+log = logging.getLogger(__name__)
 
-NOT_SERVED = ("/v1/audio/transcriptions", "/v1/systemone", "/load_model", "/reset")
-"""What Hugging Face's server does besides, and a server of one text model does not."""
+Result = TypeVar("Result")
 
+REQUEST_ID = "x-request-id"
 
-class SplitModels(ModelManager):
-    """The one model that is served, which is there already."""
+MOST_BYTES = 32 << 20
+"""Of a request."""
 
-    def __init__(self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        super().__init__(model_timeout=-1)
-        self.force_model = name
-        self._model = model
-        self._tokenizer = tokenizer
-        self._created = int(time.time())
-
-    def load_model_and_processor(self, *args: Any, **kwargs: Any) -> tuple[PreTrainedModel, Any]:
-        """Whatever is asked for: a name that is not ours is refused before."""
-        return self._model, self._tokenizer
-
-    @staticmethod
-    def process_model_name(model_id: str) -> str:
-        """A local model has no revisions."""
-        return model_id
-
-    def get_gen_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:  # type: ignore[override]
-        """What ``/v1/models`` lists."""
-        return [{"id": self.force_model, "object": "model", "created": self._created, "owned_by": "shmbroker"}]
-
-    def shutdown(self) -> None:
-        """The model goes with the process."""
+_GONE = 499
+"""The status, in log and metrics, of a request whose client went away: as nginx has it."""
 
 
-class _Checked:
-    """What a request's numbers must be. Mixed into Hugging Face's handlers, which raise whatever Python does over them."""
+class Work(Protocol):
+    """A request that is generated."""
 
-    def _build_generation_config(self, body: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        limits = [body.get(name) for name in ("max_tokens", "max_completion_tokens", "max_output_tokens")]
+    answers: list[Answer]
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Of all prompts."""
+
+    async def whole(self) -> dict[str, Any]:
+        """The response, once all is there."""
+
+    def chunks(self) -> AsyncGenerator[dict[str, Any], None]:
+        """The response as a stream."""
+
+
+class Gone(Exception):
+    """The client is not there any more."""
+
+
+class Endpoint:
+    """Answers requests, as an ASGI application. ``api_key``: that they must carry; ``access``: told one line of each."""
+
+    def __init__(self, service: Service, *, api_key: str | None = None, access: Callable[[str], None] = lambda line: None) -> None:
+        self._service = service
+        self._api_key = api_key
+        self._access = access
+        self.at_once = service.engine.most
+        """Sequences that are computed at once."""
+        self._metrics = EndpointMetrics(service.engine.load, service.engine.most)
+        self._app = Starlette(
+            routes=[
+                Route("/v1/chat/completions", self._of(ChatRequest, Chat), methods=["POST"]),
+                Route("/v1/completions", self._of(CompletionRequest, Completion), methods=["POST"]),
+                Route("/v1/responses", self._of(ResponseRequest, ModelResponse, named=True), methods=["POST"]),
+                Route("/v1/models", self._models),
+                Route("/v1/models/{name:path}", self._model),
+                Route("/health", self._health),
+                Route("/metrics", self._render_metrics),
+            ],
+            exception_handlers={HTTPException: _not_served},
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request: let in, answered, counted and logged."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        begun = time.monotonic()
+        headers = Headers(scope=scope)
+        name = scope["request_id"] = headers.get(REQUEST_ID) or uuid.uuid4().hex
+        status = _GONE
+
+        async def sending(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)[REQUEST_ID] = name
+            await send(message)
+
         try:
-            if any(limit is not None and int(limit) < 1 for limit in limits):
-                raise ValueError("at least one token must be asked for")
-            config = super()._build_generation_config(body, *args, **kwargs)  # type: ignore[misc]
-        except (TypeError, ValueError, AttributeError) as error:
-            raise HTTPException(400, f"the request's parameters cannot be used: {error}") from None
-        if body.get("temperature") is not None and body.get("generation_config") is None:
-            config.do_sample = float(body["temperature"]) > 0
-            if not config.do_sample:
-                config.temperature = config.top_p = config.top_k = None
-        return config
+            if self._lets_in(scope["path"], headers.get("authorization", "")):
+                await self._app(scope, receive, sending)
+            else:
+                refusal = _told(
+                    401, "this server wants its API key: 'Authorization: Bearer KEY'", "authentication_error", code="invalid_api_key"
+                )
+                await refusal(scope, receive, sending)
+        finally:
+            self._count(scope, status, begun)
 
+    def _lets_in(self, path: str, authorization: str) -> bool:
+        if self._api_key is None or path == "/health":
+            return True
+        kind, _, key = authorization.partition(" ")
+        return kind.lower() == "bearer" and hmac.compare_digest(key.strip().encode(), self._api_key.encode())
 
-class Chat(_Checked, ChatCompletionHandler):
-    """``/v1/chat/completions``."""
+    def _count(self, scope: Scope, status: int, begun: float) -> None:
+        seconds = time.monotonic() - begun
+        work: Work | None = scope.get("work")
+        if scope.get("gone"):
+            status = _GONE
+        route = scope.get("route")
+        path = route.path if isinstance(route, Route) else "other"
+        self._metrics.requests.labels(path, str(status)).inc()
+        line = f"{scope['method']} {scope['path']!a:.200} {status} {seconds:.3f} s id {scope['request_id']!a:.100}"
+        if work is not None:
+            generated = sum(answer.tokens for answer in work.answers)
+            self._metrics.prompt_tokens.inc(work.prompt_tokens)
+            self._metrics.generated_tokens.inc(generated)
+            self._metrics.duration.observe(seconds)
+            line += f", {work.prompt_tokens} tokens of prompt, {generated} generated"
+            first = [answer.generation.first_at for answer in work.answers if answer.generation.first_at]
+            if first:
+                self._metrics.first_token.observe(min(first) - begun)
+                line += f", the first after {min(first) - begun:.3f} s"
+        self._access(line)
 
-    async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
-        """As Hugging Face's, once the messages are messages."""
-        messages = body.get("messages")
-        if not isinstance(messages, list) or not messages or not all(isinstance(one, dict) and "role" in one for one in messages):
-            raise HTTPException(400, "'messages' must be a list of messages with 'role' and 'content'")
-        _, _, tokenizer = self._resolve_model(body)
-        if getattr(tokenizer, "chat_template", None) is None:
-            raise HTTPException(400, "this model has no chat template: use /v1/completions")
-        return await super().handle_request(body, request_id)
+    def _of(self, fields: type[Any], kind: Callable[..., Work], *, named: bool = False) -> Callable[[Request], Awaitable[Response]]:
+        """What answers at one path. ``named``: events of a stream have their type before them, and it has no last one of its own."""
 
+        async def answer(request: Request) -> Response:
+            try:
+                asked = parsed(fields, await _body(request))
+                self._service.check_model(asked.model)
+                work = kind(self._service, asked, request.scope["request_id"])
+                request.scope["work"] = work
+                if asked.stream:
+                    return await _streaming(request, work, named=named)
+                return JSONResponse(await _unless_gone(request, work.whole()))
+            except Gone:
+                return Response(status_code=_GONE)
+            except Exception as error:
+                status, told = _error(error)
+                return JSONResponse({"error": told}, status)
 
-class Completion(_Checked, CompletionHandler):
-    """``/v1/completions``."""
+        return answer
 
+    async def _models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._card()]})
 
-class Response(_Checked, ResponseHandler):
-    """``/v1/responses``."""
+    async def _model(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        if name != self._service.name:
+            return _told(
+                404, f"this server serves {self._service.name!r}, not {name!r}", "invalid_request_error", "model", "model_not_found"
+            )
+        return JSONResponse(self._card())
 
+    def _card(self) -> dict[str, Any]:
+        service = self._service
+        return {
+            "id": service.name,
+            "object": "model",
+            "created": service.created,
+            "owned_by": "shmbroker",
+            "max_model_len": service.max_context,
+        }
 
-def application(models: SplitModels, server: ModelServer) -> FastAPI:
-    """What answers: with text that ``server`` generates, or with an error in OpenAI's form."""
-    unused: Any = None
-    inner = build_server(
-        models,
-        Chat(models, server),
-        completion_handler=Completion(models, server),
-        response_handler=Response(models, server),
-        transcription_handler=unused,
-        systemone_handler=unused,
-        generation_state=server,
-    )
-
-    async def failed(request: Request, error: Exception) -> JSONResponse:
-        return _told(503, str(error), type(error).__name__)
-
-    async def refused(request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, HTTPException)
-        return _told(error.status_code, str(error.detail), "invalid_request_error")
-
-    inner.add_exception_handler(ShmBrokerError, failed)
-    inner.add_exception_handler(HTTPException, refused)
-    app = FastAPI()
-
-    @app.get("/health")
-    def health() -> JSONResponse:
-        reason = server.trouble()
-        trust = msgspec.to_builtins(server.trust())
+    def _health(self, request: Request) -> Response:
+        reason = self._service.trouble()
+        trust = msgspec.to_builtins(self._service.trust())
         if reason:
             return JSONResponse({"status": "unavailable", "reason": reason, "trust": trust}, status_code=503)
-        return JSONResponse({"status": "ok", "worker": server.worker(), "trust": trust})
+        return JSONResponse({"status": "ok", "worker": self._service.worker(), "trust": trust})
 
-    async def not_served(request: Request) -> JSONResponse:
-        return _told(404, f"{request.url.path} is not served here", "not_found_error")
-
-    for path in NOT_SERVED:
-        app.add_route(path, not_served, methods=["GET", "POST"])
-    app.mount("/", inner)
-    return app
+    def _render_metrics(self, request: Request) -> Response:
+        return Response(self._metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
 
-def _told(status: int, message: str, kind: str) -> JSONResponse:
-    """An error in OpenAI's form."""
-    return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": None}}, status_code=status)
+async def _body(request: Request) -> object:
+    """What was sent, as JSON. Raises :class:`Refused`."""
+    body = b""
+    try:
+        async for part in request.stream():
+            body += part
+            if len(body) > MOST_BYTES:
+                raise Refused(f"the request is larger than {MOST_BYTES} bytes", status=413)
+    except ClientDisconnect:
+        raise Gone from None
+    try:
+        return json.loads(body)
+    except ValueError as error:
+        raise Refused(f"the request's body is no JSON: {error}") from None
+
+
+async def _unless_gone(request: Request, work: Awaitable[Result]) -> Result:
+    """Its result. Raises :class:`Gone`, and cancels it, when the client goes away first."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            request.scope["gone"] = True
+            raise Gone
+        return task.result()
+    finally:
+        for one in (task, gone):
+            one.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _streaming(request: Request, work: Work, *, named: bool) -> Response:
+    """Its status is sent with the first token: what fails before that has a status of its own."""
+    chunks = work.chunks()
+    first: list[dict[str, Any]] = []
+
+    async def begin() -> None:
+        while not any([answer.generation.first_at for answer in work.answers]):
+            try:
+                first.append(await anext(chunks))
+            except StopAsyncIteration:
+                return
+
+    await _unless_gone(request, begin())
+
+    async def events() -> AsyncGenerator[str, None]:
+        try:
+            for chunk in first:
+                yield _event(chunk, named=named)
+            async with contextlib.aclosing(chunks):
+                async for chunk in chunks:
+                    yield _event(chunk, named=named)
+        except (asyncio.CancelledError, GeneratorExit):
+            request.scope["gone"] = True
+            raise
+        except Exception as error:
+            told = _error(error)[1]
+            yield _event({"type": "error", **told} if named else {"error": told}, named=named)
+            return
+        if not named:
+            yield "data: [DONE]\n\n"
+
+    return StreamingResponse(events(), media_type="text/event-stream", headers={"cache-control": "no-cache"})
+
+
+def _event(chunk: dict[str, Any], *, named: bool) -> str:
+    data = json.dumps(chunk, ensure_ascii=False, separators=(",", ":"))
+    return f"event: {chunk['type']}\ndata: {data}\n\n" if named else f"data: {data}\n\n"
+
+
+def _error(error: Exception) -> tuple[int, dict[str, Any]]:
+    """What is told of an error, and its status."""
+    if isinstance(error, Refused):
+        return error.status, _object(str(error), "invalid_request_error", error.param, error.code)
+    if isinstance(error, ShmBrokerError):
+        return 503, _object(str(error), type(error).__name__, None, None)
+    log.error("a request failed", exc_info=error)
+    return 500, _object(f"this is a fault of the server, which has logged it: {type(error).__name__}", "internal_error", None, None)
+
+
+def _object(message: str, kind: str, param: str | None, code: str | None) -> dict[str, Any]:
+    """In OpenAI's form."""
+    return {"message": message, "type": kind, "param": param, "code": code}
+
+
+def _told(status: int, message: str, kind: str, param: str | None = None, code: str | None = None) -> JSONResponse:
+    return JSONResponse({"error": _object(message, kind, param, code)}, status)
+
+
+async def _not_served(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    what = f"{request.method} {request.url.path} is not served here"
+    return _told(error.status_code, what, "not_found_error")

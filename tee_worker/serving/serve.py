@@ -6,23 +6,31 @@ import asyncio
 import contextlib
 import signal
 import socket
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from shmbroker.control.status import ask
 from shmbroker.errors import BadInput
 from shmbroker.models import Checkpoint
 from tee_worker.own_peers import own_peers
+from tee_worker.planning.splits import Splits
 from tee_worker.run_options import LONGEST_CONTEXT, ServeOptions
 from tee_worker.split_run import check, failover_channel, split_run
 
 if TYPE_CHECKING:
     import uvicorn
 
+    from tee_worker.serving.endpoint import Endpoint
+
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 DRAIN_SECONDS = 10
 """How long requests may take to finish after SIGTERM or SIGINT; then they are cut off."""
+
+_PROGRESS_SECONDS = 10.0
+"""Between two words of what takes long."""
 
 READY = "ready: "
 """Begins the line that tells the endpoint's address."""
@@ -43,11 +51,15 @@ def serve(
     """
     _check_host(options.host)
     check(options)
+    splits = Splits.named(options.split)
     try:
-        from tee_worker.serving.endpoint import SplitModels, application
-        from tee_worker.serving.model_server import ModelServer
+        from tee_worker.serving.endpoint import Endpoint
+        from tee_worker.serving.engines import engine_for, places
+        from tee_worker.serving.sampling import Choices
+        from tee_worker.serving.service import Service
     except ImportError as error:
         raise BadInput(f"serving needs packages that are not installed ({error}): pip install 'shmbroker[serve]'") from None
+    at_once = places(splits, options)
     checkpoint = Checkpoint.at(options.model)
     if not options.local:
         ask(options.instance)  # before anything is loaded: a missing broker is told at once
@@ -57,6 +69,7 @@ def serve(
         for number in (signal.SIGTERM, signal.SIGINT):
             stack.callback(signal.signal, number, signal.signal(number, _end))
         tokenizer = checkpoint.tokenizer()
+        loading = stack.enter_context(told_while(f"loading {checkpoint.name}", on_note))
         running = stack.enter_context(
             split_run(
                 options,
@@ -69,17 +82,36 @@ def serve(
                 on_note=on_note,
             )
         )
+        loading()
         name = options.served_model_name or _name_of(checkpoint)
-        generating = ModelServer(running.channel, max_context, running.sealed, running.trust_report)
-        stack.callback(generating.close)
-        app = application(SplitModels(name, running.model, tokenizer), generating)
         host, port = listening.getsockname()[:2]
         url = f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
+        choices = Choices(running.model)
 
-        def ready() -> None:
+        def trouble() -> str:
+            return (running.sealed.session.trouble if running.sealed is not None else "") or running.channel.trouble()
+
+        async def endpoint() -> Endpoint:
+            engine = await engine_for(running.model, at_once, max_context, asked=options.max_concurrency is not None, on_note=on_note)
+            stack.callback(engine.close)
+            stack.callback(running.channel.close)  # first, so that a call on its way fails
+            service = Service(
+                name,
+                running.model,
+                tokenizer,
+                engine,
+                choices,
+                max_context,
+                trouble,
+                lambda: running.channel.worker_name,
+                running.trust_report,
+            )
+            return Endpoint(service, api_key=options.api_key, access=on_note)
+
+        def ready(most: int) -> None:
             trust = running.trust
             print(
-                f"{READY}{url} serves {name!r}, split {running.splits}, at most {max_context} tokens, trust {trust}: {trust.told()}",
+                f"{READY}{url} serves {name!r}, split {running.splits}, at most {max_context} tokens, {most} at once, trust {trust}: {trust.told()}",
                 flush=True,
             )
             on_ready()
@@ -87,7 +119,13 @@ def serve(
         import uvicorn
 
         config = uvicorn.Config(
-            app, log_config=None, access_log=False, timeout_graceful_shutdown=DRAIN_SECONDS, lifespan="off", loop="asyncio", http="h11"
+            _nothing_yet,
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=DRAIN_SECONDS,
+            lifespan="off",
+            loop="asyncio",
+            http="h11",
         )
         server = uvicorn.Server(config)
 
@@ -97,19 +135,50 @@ def serve(
         # Uvicorn has handlers of its own meanwhile, and raises at its end once more what came, for whoever was there before.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, stop)
-        asyncio.run(_run(server, listening, ready, on_alive))
+        asyncio.run(_run(server, listening, endpoint, ready, on_alive))
 
 
-async def _run(server: uvicorn.Server, listening: socket.socket, on_ready: Signal, on_alive: Signal) -> None:
+async def _run(
+    server: uvicorn.Server,
+    listening: socket.socket,
+    endpoint: Callable[[], Awaitable[Endpoint]],
+    on_ready: Callable[[int], object],
+    on_alive: Signal,
+) -> None:
+    made = await endpoint()
+    server.config.app = made
     serving = asyncio.ensure_future(server.serve(sockets=[listening]))
     while not server.started and not serving.done():
         await asyncio.sleep(0.01)
     if server.started:
-        on_ready()
+        on_ready(made.at_once)
     while not serving.done():
         on_alive()
         await asyncio.wait([serving], timeout=1.0)
     await serving
+
+
+async def _nothing_yet(scope: Any, receive: Any, send: Any) -> None:
+    """In the application's place, until it is made."""
+    raise AssertionError("the application is set before the server starts")
+
+
+@contextlib.contextmanager
+def told_while(what: str, on_note: Callable[[str], None]) -> Iterator[Callable[[], None]]:
+    """Tell ``what`` goes on, with the seconds so far, every few seconds until the block ends or what is yielded is called."""
+    begun, over = time.monotonic(), threading.Event()
+
+    def tell() -> None:
+        while not over.wait(_PROGRESS_SECONDS):
+            on_note(f"{what} ({time.monotonic() - begun:.0f} s so far)")
+
+    thread = threading.Thread(target=tell, name="shmbroker-progress", daemon=True)
+    thread.start()
+    try:
+        yield over.set
+    finally:
+        over.set()
+        thread.join()
 
 
 def _end(number: int, frame: FrameType | None) -> None:

@@ -139,10 +139,10 @@ def test_an_answer_ends_where_the_context_does(server: Server) -> None:
     [
         ({"model": "gpt-5", "messages": MESSAGES}, "'talking'"),
         ({"messages": [{"role": "user", "content": "x" * 300}]}, "--max-context"),
-        ({"messages": []}, "'messages' must be"),
+        ({"messages": []}, "messages: must be"),
         ({"messages": MESSAGES, "max_tokens": 0}, "at least one token"),
-        ({"messages": MESSAGES, "max_tokens": "many"}, "cannot be used"),
-        ({"messages": MESSAGES, "temperature": "hot"}, "cannot be used"),
+        ({"messages": MESSAGES, "max_tokens": "many"}, "max_tokens: input should be"),
+        ({"messages": MESSAGES, "temperature": "hot"}, "temperature: input should be"),
     ],
 )
 def test_what_makes_no_sense_is_refused_with_the_reason(server: Server, body: dict[str, object], words: str) -> None:
@@ -259,7 +259,7 @@ def test_what_cannot_be_served_is_one_line(broker: shmbroker.LocalBroker, talkin
     done = run(sys.executable, "-m", "tee_worker", "serve", "--model", str(talking), "--port", "0", *options)
     assert done.returncode == 1
     assert words in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert len([line for line in done.stderr.splitlines() if "so far)" not in line]) == 1, done.stderr
 
 
 def test_a_port_that_is_taken_is_one_line(server: Server, talking: Path) -> None:
@@ -282,7 +282,7 @@ def test_the_embedded_model_answers_a_question(broker: shmbroker.LocalBroker, em
 
 def test_every_program_can_write_a_trace(broker: shmbroker.LocalBroker, talking: Path, tmp_path: Path) -> None:
     its, served, generated = (str(tmp_path / f"{name}.json") for name in ("worker", "serve", "generate"))
-    with gpu_worker(talking, "traced", "--trace", its), serving(talking, "traced", "--trace", served) as server:
+    with gpu_worker(talking, "traced", "--trace", its), serving(talking, "traced", "--max-concurrency", "1", "--trace", served) as server:
         assert ask_chat(server, "x", 4)
         done = run(
             sys.executable, "-m", "tee_worker", "generate", "--model", str(talking), "--service", "traced", "--prompt", "x",

@@ -1,0 +1,192 @@
+"""An answer as text: a sequence's tokens decoded as they come, cut before a stop string, taken apart into what is said, thought and called."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from tokenizers.decoders import DecodeStream
+
+from tee_worker.serving.engine import End, Generation
+from tee_worker.serving.sampling import Chosen
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+    from transformers.utils.chat_parsing import ResponseParser
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Of a function, as the model asks for it; ``arguments``: JSON."""
+
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of an answer."""
+
+    text: str = ""
+    reasoning: str = ""
+    calls: tuple[Call, ...] = ()
+    logprobs: tuple[tuple[Chosen, int], ...] = ()
+    """Of the tokens that it came of, each with where its text begins in the answer's."""
+
+
+@dataclass(slots=True)
+class Answer:
+    """One choice of a request, while it is generated and after."""
+
+    index: int
+    generation: Generation
+    text: TextStream
+    parser: ResponseParser | None = None
+    """Takes the text apart, where the model's is known to have parts."""
+    finish_reason: str = ""
+    whole: str = ""
+    reasoning: str = ""
+    calls: list[Call] = field(default_factory=list)
+    logprobs: list[tuple[Chosen, int]] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        """Generated so far."""
+        return len(self.generation.tokens)
+
+    async def pieces(self) -> AsyncGenerator[Piece, None]:
+        """The parts in their order. Raises what the generation does. Who stops reading ends the generation."""
+        generation, told = self.generation, 0
+        ended = False
+        try:
+            async with contextlib.aclosing(generation.arrivals()) as arrivals:
+                async for tokens in arrivals:
+                    text = "".join([self.text.feed(token, token in generation.sequence.ends) for token in tokens])
+                    chosen = generation.sequence.chooser.chosen[told : self.tokens]
+                    logprobs = [(one, at) for one, at in zip(chosen, self.text.offsets[told:], strict=False) if at < self.text.limit]
+                    told = self.tokens
+                    piece = self._piece(text, logprobs)
+                    if piece is not None:
+                        yield piece
+                    if self.text.stopped:
+                        break
+            ended = not self.text.stopped
+            piece = self._piece(self.text.rest(), [], final=True)
+            self.finish_reason = "tool_calls" if self.calls else End.STOP if self.text.stopped else generation.end
+            if piece is not None:
+                yield piece
+        finally:
+            if not ended:
+                generation.cancel()
+
+    async def all(self) -> Answer:
+        """Read to the end: itself."""
+        async with contextlib.aclosing(self.pieces()) as pieces:
+            async for _ in pieces:
+                pass
+        return self
+
+    def _piece(self, text: str, logprobs: Sequence[tuple[Chosen, int]], *, final: bool = False) -> Piece | None:
+        said, reasoning, calls = self._parts(text, final=final)
+        self.whole += said
+        self.reasoning += reasoning
+        self.calls += calls
+        self.logprobs += logprobs
+        return Piece(said, reasoning, tuple(calls), tuple(logprobs)) if said or reasoning or calls or logprobs else None
+
+    def _parts(self, text: str, *, final: bool) -> tuple[str, str, list[Call]]:
+        if self.parser is None:
+            return text, "", []
+        events = list(self.parser.feed(text)) if text else []
+        if final:
+            with contextlib.suppress(ValueError, RuntimeError):  # it ended within a part: of a call that is not whole, nothing is made
+                events += self.parser.finalize()[1]
+        return parts_of(events)
+
+
+def parts_of(events: Sequence[dict[str, Any]]) -> tuple[str, str, list[Call]]:
+    """What Hugging Face's parser of answers tells: text, reasoning, calls."""
+    from transformers.cli.serving.utils import ReasoningText, ToolCall, response_events_to_chunks
+
+    said, reasoning, calls = "", "", []
+    for one in response_events_to_chunks(list(events)):
+        if isinstance(one, ToolCall):
+            arguments = one.arguments if isinstance(one.arguments, str) else json.dumps(one.arguments)
+            calls.append(Call(one.name, arguments))
+        elif isinstance(one, ReasoningText):
+            reasoning += one
+        else:
+            said += one
+    return said, reasoning, calls
+
+
+class TextStream:
+    """Tokens to text, piece by piece: whole characters, and nothing that may yet turn out to be the beginning of a stop string."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str], *, special: bool = False) -> None:
+        """``special``: with the text of special tokens."""
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream([], skip_special_tokens=not special)
+        self._special = special
+        self._stops = stops
+        self._tokens: list[int] = []
+        self._held = ""
+        self._length = 0
+        """Of the text so far, what is held included."""
+        self.offsets: list[int] = []
+        """Where each token's text begins."""
+        self.stopped = False
+        self.limit: float = float("inf")
+        """Where the text was cut."""
+
+    def feed(self, token: int, end: bool = False) -> str:
+        """One token more; what of the text is certain now."""
+        self.offsets.append(self._length)
+        if self.stopped:
+            return ""
+        if end and not self._special:
+            self.limit = self._length  # its own text is none
+            return ""
+        self._tokens.append(token)
+        return self._more(self._stream.step(self._tokenizer._tokenizer, token) or "")
+
+    def rest(self) -> str:
+        """What is held, once no token comes any more: also a character of which only some bytes came."""
+        if self.stopped:
+            return ""
+        whole = str(self._tokenizer.decode(self._tokens, skip_special_tokens=not self._special))
+        certain = self._more(whole[self._length :])
+        if self.stopped:
+            return certain
+        held, self._held = self._held, ""
+        return certain + held
+
+    def _more(self, text: str) -> str:
+        self._length += len(text)
+        self._held += text
+        return self._certain()
+
+    def _certain(self) -> str:
+        held = self._held
+        found = [at for at in (held.find(stop) for stop in self._stops) if at >= 0]
+        if found:
+            at = min(found)
+            self.stopped = True
+            self.limit = self._length - len(held) + at
+            self._held = ""
+            return held[:at]
+        keep = max([_overlap(held, stop) for stop in self._stops], default=0)
+        cut = len(held) - keep
+        self._held = held[cut:]
+        return held[:cut]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Of the end of ``text``, how much may be the beginning of ``stop``."""
+    for size in range(min(len(text), len(stop) - 1), 0, -1):
+        if stop.startswith(text[-size:]):
+            return size
+    return 0

@@ -1,0 +1,226 @@
+"""Many sequences at once: Hugging Face's continuous batching around a split model, in a thread of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import logging
+import math
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import GenerationConfig
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
+from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
+from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
+from transformers.generation.continuous_batching.requests import FutureRequestState, GenerationOutput
+
+from shmbroker.errors import ShmBrokerError, anew
+from tee_worker.serving.engine import Generation, Load, Result
+from tee_worker.serving.paged_attention import paged
+from tee_worker.serving.sampling import Chooser
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
+
+BLOCK_TOKENS = 32
+"""Of keys and values that are reserved together."""
+
+PASS_TOKENS = 512
+"""In one pass at most: a longer prompt is read in several, between which those that decode get their tokens."""
+
+_LAST_PASS_SECONDS = 5.0
+"""How long the end waits for a pass: a call on its way is failed when the channel closes."""
+
+
+class BatchedEngine:
+    """Generates up to ``most`` sequences at once. Its methods are called in the event loop's thread."""
+
+    def __init__(self, model: PreTrainedModel, *, most: int, max_context: int) -> None:
+        self.most = most
+        self._model = model
+        self._max_context = max_context
+        self._stopping = threading.Event()
+        self._generations: dict[str, Generation] = {}
+        self._batch = self._new_batch()
+
+    def start(self, generation: Generation) -> None:
+        """Begin to generate, when its turn comes. Raises :class:`ShmBrokerError` when the server ends."""
+        if self._stopping.is_set():
+            raise ShmBrokerError("the server is shutting down")
+        if self._batch.over:
+            self._batch.stop()
+            self._batch = self._new_batch()
+        batch, sequence = self._batch, generation.sequence
+        self._generations[generation.name] = generation
+        generation.cancel = functools.partial(self._cancel, batch, generation)
+        batch.register_result_handler(generation.name, functools.partial(self._arrived, batch, generation))
+        added = batch.add_request(
+            list(sequence.prompt),
+            request_id=generation.name,
+            max_new_tokens=sequence.new_tokens,
+            streaming=True,
+            eos_token_id=sorted(sequence.ends) or -1,
+            chooser=sequence.chooser,
+        )
+        # It may have ended since it was looked at: then nobody else tells the sequence.
+        if (added is None or batch.failure is not None) and self._generations.pop(generation.name, None) is not None:
+            generation.fail(ShmBrokerError("the server is shutting down") if batch.failure is None else anew(batch.failure))
+
+    def _arrived(self, batch: Batch, generation: Generation, output: GenerationOutput) -> None:
+        if generation.name not in self._generations:
+            return
+        if output.is_finished():
+            del self._generations[generation.name]
+        if output.error is not None:
+            generation.fail(ShmBrokerError(output.error) if batch.failure is None else anew(batch.failure))
+            return
+        seen = generation.seen
+        generation.seen = len(output.generated_tokens)
+        if generation.seen > seen:
+            generation.put(output.generated_tokens[seen:])
+        if output.is_finished():
+            generation.put([])
+
+    def _cancel(self, batch: Batch, generation: Generation) -> None:
+        if self._generations.pop(generation.name, None) is not None:
+            batch.forget(generation.name)
+
+    async def alone(self, work: Callable[[], Result]) -> Result:
+        """Do ``work`` with the model in another thread while the batch stands still."""
+        return await asyncio.to_thread(self._batch.while_paused, work)
+
+    def load(self) -> Load:
+        """How much it has to do now."""
+        return self._batch.load(self.most)
+
+    def close(self) -> None:
+        """End what generates, and wait a moment for that."""
+        self._stopping.set()
+        self._batch.stop()
+
+    def _new_batch(self) -> Batch:
+        batch = Batch(self._model, self._stopping, most=self.most, max_context=self._max_context)
+        batch.start()
+        return batch
+
+
+class Batch(ContinuousBatchingManager):
+    """Hugging Face's, with the sequences' own choosers, attention sequence by sequence, and room for all of them from the start."""
+
+    def __init__(self, model: PreTrainedModel, stopping: threading.Event, *, most: int, max_context: int) -> None:
+        pass_tokens = max(most, min(PASS_TOKENS, max_context))
+        config = ContinuousBatchingConfig(
+            page_size=BLOCK_TOKENS,
+            num_blocks=most * math.ceil(max_context / BLOCK_TOKENS),
+            max_batch_tokens=pass_tokens,
+            max_requests_per_batch=most,
+            max_blocks_per_request=0,
+            max_memory_percent=1.0,
+            allow_block_sharing=False,  # who shares a prompt's beginning with somebody else would learn it from the time to the first token
+            use_async_batching=False,
+            use_cuda_graph=False,
+            safety_margin=0.0,  # there are blocks for all
+            auto_switch_to_flash=False,
+        )
+        super().__init__(model, GenerationConfig(do_sample=False), config)  # type: ignore[arg-type, no-untyped-call]
+        self._stopping = stopping
+        self.failure: Exception | None = None
+        """What ended it."""
+        self.passes = 0
+        self.logit_processor.logits_processor.append(_Choice())
+        self.logit_processor.tensors_required = 1
+        self.logit_processor.do_processing = True
+        self.logit_processor._retrieve_processors_kwargs()
+
+    def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:
+        """It has ours."""
+
+    def start(self) -> None:
+        """Begin: in a thread that keeps no process alive."""
+        self.background_thread_status.clear()
+        thread = threading.Thread(target=self._run_generation_loop, name="shmbroker-batch", daemon=True)
+        self._generation_thread = thread  # type: ignore[assignment]
+        thread.start()
+
+    @property
+    def over(self) -> bool:
+        """Whether it takes no more sequences."""
+        return self.failure is not None or not self.is_running()
+
+    def _generation_step(self) -> None:
+        try:
+            if self._stopping.is_set():
+                raise ShmBrokerError("the server is shutting down")
+            with paged():
+                super()._generation_step()
+            self.passes += 1
+        except Exception as error:
+            log.warning("the sequences of a pass failed: %s", error)
+            self.failure = error
+            raise
+
+    def forget(self, name: str) -> None:
+        """Generate no more of a sequence, and give its blocks back."""
+        with self.output_router._lock:
+            self.output_router.result_handlers.pop(name, None)
+        self.cancel_request(name)
+
+    def while_paused(self, work: Callable[[], Result]) -> Result:
+        """Do ``work`` between two passes."""
+        with self.pause():
+            return work()
+
+    def load(self, most: int) -> Load:
+        """How much it has to do now."""
+        processor = self.batch_processor
+        if processor is None:
+            return Load(0, self.input_queue.qsize(), 0, 0)
+        scheduler, cache = processor.scheduler, processor.cache
+        free = cache.compute_free_capacity()
+        return Load(
+            len(scheduler.active_requests),
+            len(scheduler.waiting_requests) + self.input_queue.qsize(),
+            round((1 - free) * cache.num_blocks),
+            cache.num_blocks,
+            self.passes,
+        )
+
+    def stop(self, *args: Any, **kwargs: Any) -> None:
+        """End at the next pass, and wait a moment for that."""
+        with contextlib.suppress(RuntimeError):
+            super().stop(block=True, timeout=_LAST_PASS_SECONDS, hard_stop=True)
+        if self.is_running():
+            log.warning("a pass still runs %g s after the end was asked for", _LAST_PASS_SECONDS)
+
+
+class _Choice(ContinuousBatchingLogitsProcessor):
+    """Has each sequence's chooser choose, and leaves a row of logits with that one token."""
+
+    def __init__(self) -> None:
+        self.supported_kwargs = {"chooser": Chooser}
+        self.ignored_kwargs = ()
+        self._choosers: list[Chooser] = []
+
+    def fill_defaults(self, int32_tensor: torch.Tensor) -> None:
+        int32_tensor.zero_()
+
+    def prepare_tensor_args(self, requests_with_new_token: list[FutureRequestState]) -> torch.Tensor:
+        self._choosers = [one.state.logit_processor_kwargs["chooser"] for one in requests_with_new_token]
+        return torch.zeros(len(self._choosers), dtype=torch.int32)
+
+    def __call__(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
+        if all([chooser.plain for chooser in self._choosers]):
+            return scores
+        scores = scores.clone()
+        for row, chooser in enumerate(self._choosers):
+            if not chooser.plain:
+                token = chooser.choose(scores[row])
+                scores[row] = -torch.inf
+                scores[row, token] = 0.0
+        return scores
