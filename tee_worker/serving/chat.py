@@ -31,8 +31,6 @@ class Chat:
             raise Refused("stream_options: only with stream", "stream_options")
         if asked.top_logprobs is not None and not asked.logprobs:
             raise Refused("top_logprobs: only with logprobs", "top_logprobs")
-        if asked.response_format is not None and asked.response_format.type != "text":
-            raise Refused("response_format: only type 'text' is implemented here", "response_format")
         if asked.max_tokens == 0:
             raise Refused("max_tokens: at least one token must be asked for", "max_tokens")
         self.prompt = chat_prompt(

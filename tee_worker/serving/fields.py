@@ -76,22 +76,6 @@ class Asked(_Fields):
     user: str | None = None
 
 
-class JsonSchema(_Fields):
-    """A schema that an answer keeps to."""
-
-    name: str
-    description: str | None = None
-    strict: bool | None = None
-    json_schema: dict[str, Any] = Field(alias="schema")
-
-
-class ResponseFormat(_Fields):
-    """What an answer is."""
-
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = None
-
-
 class ChatRequest(Asked):
     """``/v1/chat/completions``."""
 
@@ -102,6 +86,7 @@ class ChatRequest(Asked):
         "parallel_tool_calls": (True,),
         "metadata": ({},),
         "functions": ([],),
+        "response_format": ({"type": "text"},),
     }
     messages: list[dict[str, Any]]
     max_completion_tokens: int | None = Field(None, ge=1)
@@ -109,7 +94,6 @@ class ChatRequest(Asked):
     top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
     tools: list[dict[str, Any]] | None = None
     tool_choice: Literal["auto", "none"] | None = None
-    response_format: ResponseFormat | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
 
