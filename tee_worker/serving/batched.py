@@ -165,6 +165,11 @@ class Batch(ContinuousBatchingManager):
             self.failure = error
             raise
 
+    def _handle_critical_error(self, error: Exception, batch_processor: Any) -> None:
+        if self.failure is None:  # before the first pass: of what it is made of
+            self.failure = error
+        super()._handle_critical_error(error, batch_processor)
+
     def forget(self, name: str) -> None:
         """Generate no more of a sequence, and give its blocks back."""
         with self.output_router._lock:

@@ -31,6 +31,9 @@ CHECKED_PROMPTS = 7, 4
 
 CHECKED_TOKENS = 3
 
+_LONGEST_REASON = 300
+"""Characters of another library's words that are passed on."""
+
 
 def why_not_at_once(splits: Splits, options: ServeOptions) -> str:
     """Why sequences are served one after the other, as far as options tell; empty where they need not be."""
@@ -71,7 +74,7 @@ async def engine_for(model: PreTrainedModel, at_once: int, max_context: int, *, 
             engine.close()
         if isinstance(error, ShmBrokerError) and not isinstance(error, BadInput):
             raise
-        reason = f"{type(model).__name__} cannot be computed for several requests at once: {error}"
+        reason = f"{type(model).__name__} cannot be computed for several requests at once: {str(error)[:_LONGEST_REASON]}"
         if asked:
             raise BadInput(f"{reason}; give --max-concurrency 1") from error
         on_note(f"one request at a time: {reason}")
