@@ -20,7 +20,7 @@ def register(worker: Worker, weights: Weights, device: Device) -> None:
     layers = Layers(weights.model)
     integers = Integers(device)
 
-    @worker.bound_op(ops.EMBED, out_spec=ops.embed)
+    @worker.bound_op(ops.EMBED, out_spec=ops.embed, row_wise=True)
     def embed(*, module: str, width: int, dtype: str, digests: ops.Digests = ops.NO_DIGESTS) -> Callable[..., None]:
         table = weights.embedding(module, width, dtype)
         weights.check(module, digests)
@@ -39,10 +39,10 @@ def register(worker: Worker, weights: Weights, device: Device) -> None:
 
         return device.staged(run)
 
-    worker.bound_op(ops.LINEAR, out_spec=ops.linear)(linear)
-    worker.bound_op(ops.LM_HEAD, out_spec=ops.linear)(linear)
+    worker.bound_op(ops.LINEAR, out_spec=ops.linear, row_wise=True)(linear)
+    worker.bound_op(ops.LM_HEAD, out_spec=ops.linear, row_wise=True)(linear)
 
-    @worker.bound_op(ops.BATCH_LINEAR, out_spec=ops.batch_linear)
+    @worker.bound_op(ops.BATCH_LINEAR, out_spec=ops.batch_linear, row_wise=True)
     def batch_linear(
         *, modules: Sequence[str], in_features: int, out_features: Sequence[int], digests: Sequence[ops.Digests] = ()
     ) -> Callable[..., None]:
@@ -55,7 +55,7 @@ def register(worker: Worker, weights: Weights, device: Device) -> None:
 
         return device.staged(run)
 
-    @worker.bound_op(ops.RING_LINEAR, out_spec=ops.ring_linear)
+    @worker.bound_op(ops.RING_LINEAR, out_spec=ops.ring_linear, row_wise=True)
     def ring_linear(
         *, modules: Sequence[str], in_features: int, out_features: Sequence[int], bits: int, digests: Sequence[ops.Digests] = ()
     ) -> Callable[..., None]:

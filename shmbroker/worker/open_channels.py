@@ -118,11 +118,12 @@ class OpenChannels:
 
     def _new_channel(self, opening: OpenChannel, mapped: MappedSegment) -> WorkerChannel:
         number, watch, kept = secrets.randbits(63), Watch(opening.process), KeptTensors(self._kept_bytes)
+        share = self._frames.shares.open(opening.client, opening.client_name)
         if self._trace is not None:
             from shmbroker.worker.traced_channel import TracedWorkerChannel
 
-            return TracedWorkerChannel(number, opening, mapped, watch, kept=kept, tracebacks=self._tracebacks, trace=self._trace)
-        return WorkerChannel(number, opening, mapped, watch, kept=kept, tracebacks=self._tracebacks)
+            return TracedWorkerChannel(number, opening, mapped, watch, share, kept=kept, tracebacks=self._tracebacks, trace=self._trace)
+        return WorkerChannel(number, opening, mapped, watch, share, kept=kept, tracebacks=self._tracebacks)
 
     # --- while they are open ------------------------------------------------------------------------------------------------------------
 
@@ -132,6 +133,11 @@ class OpenChannels:
         if channel is None:
             raise ChannelError(f"channel {number} is not open on this worker")
         return channel
+
+    @property
+    def count(self) -> int:
+        """How many are open."""
+        return len(self._channels)
 
     def publish(self) -> None:
         """Write in each client's segment what its channels have counted."""
@@ -173,6 +179,7 @@ class OpenChannels:
         log.info("channel area %d of %s closed after %d calls", opened.index, opened.client_name, counters.calls)
         self._done.calls += counters.calls
         self._done.errors += counters.errors
+        self._frames.shares.close(channel.share)
         mapped = channel.mapped
         mapped.users -= 1
         unused = mapped.users == 0

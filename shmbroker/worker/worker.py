@@ -133,9 +133,25 @@ class Worker:
     def op(self, function: Function, /) -> Function: ...
     @overload
     def op(
-        self, name: str | None = None, /, *, out_spec: OutSpec | None = None, copies_inputs: bool = False, in_place: bool = False
+        self,
+        name: str | None = None,
+        /,
+        *,
+        out_spec: OutSpec | None = None,
+        copies_inputs: bool = False,
+        in_place: bool = False,
+        row_wise: bool = False,
     ) -> Callable[[Function], Function]: ...
-    def op(self, name: Any = None, /, *, out_spec: OutSpec | None = None, copies_inputs: bool = False, in_place: bool = False) -> Any:
+    def op(
+        self,
+        name: Any = None,
+        /,
+        *,
+        out_spec: OutSpec | None = None,
+        copies_inputs: bool = False,
+        in_place: bool = False,
+        row_wise: bool = False,
+    ) -> Any:
         """Register a function as an op, by its own name or ``name``.
 
         The function takes the call's tensors, the arguments fixed at bind and those of the call. With a parameter ``out`` it writes its
@@ -148,28 +164,37 @@ class Worker:
         Inputs are their caller's: to be read, and only until the function returns. One that writes into an input, or keeps one or a view of it, fails
         with an error that says so. ``copies_inputs``: each call is given copies, to keep or to write into. ``in_place``: what is written into inputs is
         for the caller, whose tensors have it when the call is done, wherever they lie.
+
+        ``row_wise``: each row of the outputs (all their dimensions but the last) depends on the same row of each input alone. A long call is then run
+        in pieces where another client waits: the function is called with some of the rows at a time, as ``[1, rows, width]``, and must not mind.
         """
         if callable(name):
             self._register(OpDefinition(name.__name__, name))
             return name
-        return self._decorator(name, out_spec, per_bind=False, copies_inputs=copies_inputs, in_place=in_place)
+        return self._decorator(name, out_spec, per_bind=False, copies_inputs=copies_inputs, in_place=in_place, row_wise=row_wise)
 
     def bound_op(
-        self, name: str | None = None, *, out_spec: OutSpec, copies_inputs: bool = False, in_place: bool = False
+        self,
+        name: str | None = None,
+        *,
+        out_spec: OutSpec,
+        copies_inputs: bool = False,
+        in_place: bool = False,
+        row_wise: bool = False,
     ) -> Callable[[Function], Function]:
         """Register a function that is called once for each bind, with the static arguments, and returns the function to run.
 
         For ops that look something up by their static arguments (weights, say) and must not do so in every call. A parameter ``channel_state`` is
-        a dict that all ops of one channel share, for what they keep from call to call; it ends with the channel. ``copies_inputs`` and ``in_place``
-        are as in :meth:`op`.
+        a dict that all ops of one channel share, for what they keep from call to call; it ends with the channel. ``copies_inputs``, ``in_place``
+        and ``row_wise`` are as in :meth:`op`.
         """
-        return self._decorator(name, out_spec, per_bind=True, copies_inputs=copies_inputs, in_place=in_place)
+        return self._decorator(name, out_spec, per_bind=True, copies_inputs=copies_inputs, in_place=in_place, row_wise=row_wise)
 
     def _decorator(
-        self, name: str | None, out_spec: OutSpec | None, *, per_bind: bool, copies_inputs: bool, in_place: bool
+        self, name: str | None, out_spec: OutSpec | None, *, per_bind: bool, copies_inputs: bool, in_place: bool, row_wise: bool
     ) -> Callable[[Function], Function]:
         def register(function: Function) -> Function:
-            self._register(OpDefinition(name or function.__name__, function, out_spec, per_bind, copies_inputs, in_place))
+            self._register(OpDefinition(name or function.__name__, function, out_spec, per_bind, copies_inputs, in_place, row_wise))
             return function
 
         return register
@@ -265,7 +290,7 @@ class Worker:
             stack.callback(control.join)
             stack.callback(link.stop)
             # And clients, which then place other tensors in the blocks of calls that were not answered, after the last of them has run.
-            stack.callback(frames.finish_running)
+            stack.callback(frames.join)
             stack.callback(self.stop)
             control.start()
             log.debug("%s (%s) answers on %s", self.name, self.id, responder.endpoint)

@@ -18,7 +18,9 @@ if "DRAIN_SECONDS" in os.environ:
 
 KEPT = {"kept_bytes": int(os.environ["KEPT_BYTES"])} if "KEPT_BYTES" in os.environ else {}
 
-worker = shmbroker.Worker(sys.argv[1] if len(sys.argv) > 1 else "test", name="test-worker", trace=os.environ.get("TRACE"), **KEPT)
+worker = shmbroker.Worker(
+    sys.argv[1] if len(sys.argv) > 1 else "test", name=os.environ.get("WORKER_NAME", "test-worker"), trace=os.environ.get("TRACE"), **KEPT
+)
 
 
 @worker.op
@@ -67,6 +69,22 @@ def sleep(x: torch.Tensor, *, out: torch.Tensor, seconds: float) -> None:
 def compute(x: torch.Tensor, *, out: torch.Tensor, seconds: float) -> None:
     """Without a line of Python in between: one call that lets the interpreter lock go."""
     hashlib.pbkdf2_hmac("sha256", b"", b"salt", min(int(seconds * 1e6), (1 << 31) - 1))
+
+
+@worker.op(out_spec=lambda x, gate: TensorSpec(x.shape, x.dtype), row_wise=True)
+def double_rows(x: torch.Tensor, *, out: torch.Tensor, gate: str) -> None:
+    """Slow until the file ``gate`` is there: 20 ms for each piece. Rows of an infinite value cannot be doubled."""
+    if not os.path.exists(gate):
+        time.sleep(0.02)
+    if bool(torch.isinf(x).any()):
+        raise ValueError(f"a row of {x.shape[-2]} is infinite")
+    torch.mul(x, 2, out=out)
+
+
+@worker.op(out_spec=lambda x: TensorSpec((1,), torch.int64))
+def mapped_segments(x: torch.Tensor, *, out: torch.Tensor) -> None:
+    with open("/proc/self/maps") as maps:
+        out.fill_(len({line.split()[-1] for line in maps if ".segment." in line}))
 
 
 @worker.op(out_spec=lambda x: TensorSpec(x.shape, x.dtype))
