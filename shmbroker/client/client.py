@@ -294,9 +294,7 @@ class Client:
             self._areas.give_back(index)
             raise
         worker, pair, answer = opened.worker, opened.pair, opened.answer
-        channel = Channel(
-            self._memory, pair, opened.requester, answer, worker, wanted.service, index, self.timeout, on_close=self._forget
-        )
+        channel = Channel(self._memory, pair, opened.requester, answer, worker, wanted.service, index, self.timeout, on_close=self._forget)
         with self._lock:
             self._channels.append(channel)
         log.info(

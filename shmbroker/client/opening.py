@@ -27,6 +27,7 @@ from shmbroker.control.sockets import Requester
 from shmbroker.errors import (
     BadInput,
     BrokerUnreachable,
+    Busy,
     ChannelError,
     NoSuchService,
     PeerRefused,
@@ -50,7 +51,7 @@ from shmbroker.trace.writer import Trace
 
 log = logging.getLogger(__name__)
 
-_NOT_THIS_ONE = (ChannelError, SegmentError, ProtocolMismatch, PeerRefused, TooManyOpenFiles, BrokerUnreachable)
+_NOT_THIS_ONE = (Busy, ChannelError, SegmentError, ProtocolMismatch, PeerRefused, TooManyOpenFiles, BrokerUnreachable)
 """Of one worker, and no reason why another one should not do."""
 
 CHANNEL_FILES = 12

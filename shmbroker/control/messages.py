@@ -342,33 +342,10 @@ class Refused(Message, frozen=True):
 
 
 AnyMessage = (
-    Hello
-    | Welcome
-    | Heartbeat
-    | HeartbeatSeen
-    | Goodbye
-    | MakeSegment
-    | MakeBell
-    | Made
-    | FindService
-    | Found
-    | GetStatus
-    | StatusReport
-    | PeerGone
-    | AskChannels
-    | ChannelCount
-    | OpenChannel
-    | ChannelOpened
-    | CloseChannel
-    | ChannelClosed
-    | OpenDeviceArena
-    | Done
-    | Bind
-    | Bound
-    | AskOutSpec
-    | OutSpecs
-    | Refused
-)
+    Hello | Welcome | Heartbeat | HeartbeatSeen | Goodbye | MakeSegment | MakeBell | Made | FindService | Found | GetStatus
+    | StatusReport | PeerGone | AskChannels | ChannelCount | OpenChannel | ChannelOpened | CloseChannel | ChannelClosed
+    | OpenDeviceArena | Done | Bind | Bound | AskOutSpec | OutSpecs | Refused
+)  # fmt: skip
 
 
 class Envelope(msgspec.Struct, frozen=True, array_like=True):

@@ -6,7 +6,7 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -29,7 +29,7 @@ from shmbroker.worker.kept_calls import about_kept, with_kept
 from shmbroker.worker.kept_tensors import DEFAULT_KEPT_BYTES, KeptTensors
 from shmbroker.worker.mapped_segment import MappedSegment
 from shmbroker.worker.ops import BoundOp, Static
-from shmbroker.worker.pieces import Pieces
+from shmbroker.worker.pieces import PieceSize, RunUnits
 from shmbroker.worker.prepared_call import PreparedCall
 from shmbroker.worker.shares import Share
 
@@ -46,6 +46,10 @@ _WORKER_STATISTICS = offset_of(ChannelStatistics, "worker_revision")
 _WORD = (1 << 64) - 1
 _call_id_bytes = slice(8, 16)
 _clock_ns = time.monotonic_ns
+
+
+def _nobody() -> int:
+    return 0
 
 
 class Rejected(Exception):
@@ -69,12 +73,13 @@ class Unfinished:
     call_id: int
     key: bytes
     queued_ns: int
-    begun_ns: int
     prepared: PreparedCall
     known: bool
-    pieces: Pieces
+    size: PieceSize
+    units: int
+    run: RunUnits | None
     done: int = 0
-    """Rows."""
+    """Of the units."""
     compute_ns: int = 0
 
 
@@ -100,8 +105,13 @@ class WorkerChannel:
     counters: ChannelCounters = field(default_factory=ChannelCounters)
     tracebacks: bool = True
     """Whether an op's error carries its traceback to the client."""
-    waiting: deque[bytes] = field(default_factory=deque)
-    """Frames that were taken and not yet run."""
+    waiting: deque[tuple[bytes, int]] = field(default_factory=deque)
+    """Frames that were taken and not yet run, with the rows that each was counted as."""
+    waiting_rows: int = 0
+    lane_waiting: Callable[[], int] = _nobody
+    """How many frames wait in its lane."""
+    share_ppm: int = 0
+    """Of the time that the worker computed lately: its client's."""
     unfinished: Unfinished | None = None
     """The call that is being run in pieces."""
     _published: tuple[int, ...] = ()
@@ -114,6 +124,17 @@ class WorkerChannel:
         op_id = next(self._op_ids)
         self.ops[op_id] = op
         return op_id
+
+    def wait(self, frame: bytes, rows: int = 0) -> None:
+        """Have a frame that was taken wait for its turn."""
+        self.waiting.append((frame, rows))
+        self.waiting_rows += rows
+
+    def next_waiting(self) -> bytes:
+        """The frame that has waited longest."""
+        frame, rows = self.waiting.popleft()
+        self.waiting_rows -= rows
+        return frame
 
     def run_frame(self, frame: bytes, draining: bool, divide: bool = False) -> CompletionFields | InFlight | None:
         """:meth:`run` for a frame that may be of any length."""
@@ -149,8 +170,11 @@ class WorkerChannel:
                 prepared.watch()
                 begun_ns = _clock_ns()
             if divide and prepared.pieces is not None:
-                self.unfinished = Unfinished(call_id, key, queued_ns, begun_ns, prepared, known, prepared.pieces)
-                return self.go_on()
+                units, run_units = prepared.pieces.begin()
+                if units > 1:
+                    self.unfinished = Unfinished(call_id, key, queued_ns, prepared, known, prepared.pieces.size, units, run_units)
+                    del run_units
+                    return self.go_on()
             # fault: before op running
             launched = prepared.run()
             # fault: after result written
@@ -179,19 +203,19 @@ class WorkerChannel:
         """Run the next piece of the call that is ``unfinished``. Returns its completion after the last one, None before."""
         one = self.unfinished
         assert one is not None
-        pieces, first = one.pieces, one.done
-        rows = pieces.size.next(pieces.rows - first)
+        assert one.run is not None
+        units = one.size.next(one.units - one.done)
         begun_ns = _clock_ns()
         try:
-            pieces.run(first, first + rows)
+            one.run(one.done, one.done + units)
             piece_ns = _clock_ns() - begun_ns
-            pieces.size.measured(rows, piece_ns)
-            one.done += rows
+            one.size.measured(units, piece_ns)
+            one.done += units
             one.compute_ns += piece_ns
             self.counters.compute_ns += piece_ns
-            if one.done < pieces.rows:
+            if one.done < one.units:
                 return None
-            self.unfinished = None
+            self.unfinished = one.run = None  # what it holds of the inputs must not be taken for the op's doing
             changed = one.prepared.changed()
             if changed or not one.known:
                 self._look_closer(one.key, one.prepared, changed)
@@ -263,7 +287,8 @@ class WorkerChannel:
     def publish(self) -> None:
         """Tell in the client's segment what has been counted since the last time, for whoever looks."""
         counters = self.counters
-        counted = counters.calls, counters.errors, counters.compute_ns, counters.queued_ns
+        waiting = len(self.waiting) + self.lane_waiting()
+        counted = counters.calls, counters.errors, counters.compute_ns, counters.queued_ns, waiting, self.share_ppm
         if counted != self._published:
             self._published = counted
             segment = self.mapped.segment

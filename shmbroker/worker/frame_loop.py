@@ -23,6 +23,7 @@ from shmbroker.lane.waiter import Waiter
 from shmbroker.lane.zmq_lane import ZmqWorkerSocket
 from shmbroker.settings.kinds import Doorbell
 from shmbroker.systemd.notify import Watchdog
+from shmbroker.worker.backlog import Backlog
 from shmbroker.worker.channel import WorkerChannel
 from shmbroker.worker.device_completions import DeviceCompletions, InFlight, completed
 from shmbroker.worker.draining import Stop
@@ -56,7 +57,7 @@ class FrameLoop:
     Ops run without recording gradients, which is a thread's own mode: what they return would keep their inputs, and the outputs of call after call.
 
     ``bell``: what the frame thread sleeps on, rung by clients and by :meth:`change`. ``spin``: seconds to look before sleeping.
-    ``shares``: of its time, by clients. ``watchdog``: thread-safe; fed by both loops.
+    ``shares``: of its time, by clients. ``backlog``: what lets frames in, where not as many may wait as come. ``watchdog``: thread-safe; fed by both loops.
     """
 
     def __init__(
@@ -68,9 +69,11 @@ class FrameLoop:
         spin: float,
         asynchronous: bool = False,
         shares: Shares | None = None,
+        backlog: Backlog | None = None,
         watchdog: Watchdog | None = None,
     ) -> None:
         self.shares = shares or Shares()
+        self._backlog = backlog
         self._bell = bell
         self._socket = socket
         self._stop = stop
@@ -87,8 +90,8 @@ class FrameLoop:
         """Channels whose client does not keep the rules: from whoever writes completions to the control thread."""
         self._turns = Turns()
         """Taken by the frame thread and the zmq thread while an op runs, and while a channel is closed: the device does one thing at a time."""
-        self._sharing = False
-        """The frame thread's own: whether there was more than one client when it last had nothing to do."""
+        self._sharing = backlog is not None
+        """The frame thread's own: whether there was more than one client when it last had nothing to do, or frames are let in."""
         self._last_lane = 0
         """The frame thread's own: where in the list the lane is that had the last turn."""
         self._device_free_ns = 0
@@ -196,14 +199,16 @@ class FrameLoop:
             return True
         if self._turns.free:
             self.shares.rest()
-        self._sharing = self.shares.several
+        self._sharing = self.shares.several or self._backlog is not None
         return False
 
     def _refuse_what_has_come(self) -> None:
         """What had come, not what comes meanwhile: a client that never stops sending must not keep the worker from stopping. What was begun is finished."""
         for channel, lane in self._lanes:
             while channel.unfinished is not None:
-                self._run_turn(channel, lane, self.shares.key(channel.share))
+                self._run_turn(channel, lane)
+            while channel.waiting:
+                self._answer(channel, lane, channel.run_frame(channel.next_waiting(), True))
         for _ in range(max([channel.mapped.segment.geometry.depth for channel, _ in self._lanes], default=0)):
             if not self._run_one_each(self._lanes, True):
                 return
@@ -236,32 +241,61 @@ class FrameLoop:
         """Run a call, or a piece of one, of the client whose turn it is; returns whether any waits. The lanes of one client take turns."""
         best: Key | None = None
         chosen = -1
+        key_of = self.shares.key
         for index in (*range(self._last_lane + 1, len(lanes)), *range(min(self._last_lane + 1, len(lanes)))):
             channel, lane = lanes[index]
-            if channel.unfinished is not None or lane.ready():
-                key = self.shares.key(channel.share)
-                if best is None or key < best:
+            if self._backlog is not None:
+                self._let_in(self._backlog, channel, lane)
+            if channel.unfinished is not None or channel.waiting or lane.ready():
+                if chosen < 0:
+                    chosen = index
+                    continue
+                if best is None:  # compared only where two want the turn
+                    best = key_of(lanes[chosen][0].share)
+                key = key_of(channel.share)
+                if key < best:
                     best, chosen = key, index
-        if best is None:
+        if chosen < 0:
             return False
         self._last_lane = chosen
-        self._run_turn(*lanes[chosen], best)
+        self._run_turn(*lanes[chosen])
         return True
 
-    def _run_turn(self, channel: WorkerChannel, lane: ShmWorkerLane, key: Key) -> None:
+    def _let_in(self, backlog: Backlog, channel: WorkerChannel, lane: ShmWorkerLane) -> None:
+        """Have what has come on a lane wait in its channel, or refuse it."""
+        for _ in range(channel.mapped.segment.geometry.depth):
+            taken = lane.take()
+            if taken is None:
+                return
+            refused = backlog.let_in(channel, taken[4], self._all_channels())
+            if refused is not None:
+                self._answer(channel, lane, refused)
+
+    def _all_channels(self) -> list[WorkerChannel]:
+        return [*[channel for channel, _ in list(self._lanes)], *list(self._by_token.values())]
+
+    def _run_turn(self, channel: WorkerChannel, lane: ShmWorkerLane) -> None:
         """Run the next call of a lane, or the next piece of its unfinished one."""
-        self._turns.take(key)
+        turns = self._turns
+        if turns.waiting or not turns.device.acquire(False):
+            turns.wait(self.shares.key(channel.share))
         try:
             self.shares.begin(channel.share)
             begun_ns = _clock_ns()
             if channel.unfinished is not None:
                 completion: CompletionFields | InFlight | None = channel.go_on()
+            elif channel.waiting:
+                completion = channel.run_frame(channel.next_waiting(), False, divide=self.shares.several)
             else:
                 taken = lane.take()
                 completion = None if taken is None else channel.run(taken, False, divide=True)
             self.shares.charge(channel.share, _clock_ns() - begun_ns)
         finally:
             self._turns.give_back()
+        self._answer(channel, lane, completion)
+
+    def _answer(self, channel: WorkerChannel, lane: ShmWorkerLane, completion: CompletionFields | InFlight | None) -> None:
+        """Give a call's completion back, if it has one yet."""
         if completion is None:
             return
         if self._completions is not None:
@@ -306,7 +340,7 @@ class FrameLoop:
                 self._watchdog.turning("zmq lane")
             if not self._next_of_messages():
                 self._socket.wait(ZMQ_WAIT_SECONDS)
-            self._take_messages(_MESSAGES_AT_ONCE if stopping or self.shares.several else 1)
+            self._take_messages(_MESSAGES_AT_ONCE if stopping or self.shares.several or self._backlog else 1)
             while self._run_next_message() and stopping:
                 pass
             if stopping:
@@ -324,8 +358,10 @@ class FrameLoop:
                 log.warning("a frame with a token that no channel has was dropped")
             elif len(channel.waiting) >= channel.mapped.segment.geometry.depth:
                 log.warning("client %s sends more frames than its channel may have: one was dropped", channel.opened.client_name)
-            else:
-                channel.waiting.append(frame)
+            elif self._backlog is None:
+                channel.wait(frame)
+            elif (refused := self._backlog.let_in(channel, frame, self._all_channels())) is not None:
+                self._socket.complete(token, refused)
 
     def _next_of_messages(self) -> tuple[Key, bytes] | None:
         """Whose turn it is among the channels that have frames here, or an unfinished call: its key, and the channel's token."""
@@ -352,7 +388,7 @@ class FrameLoop:
             if channel.unfinished is not None:
                 outcome: CompletionFields | InFlight | None = channel.go_on()
             else:
-                outcome = channel.run_frame(channel.waiting.popleft(), self._stop.requested, divide=self.shares.several)
+                outcome = channel.run_frame(channel.next_waiting(), self._stop.requested, divide=self.shares.several)
             if outcome is not None:
                 self._socket.complete(token, completed(outcome))
             self.shares.charge(channel.share, _clock_ns() - begun_ns)

@@ -14,7 +14,7 @@ import torch
 from shmbroker.arena.spec import TensorSpec, spec_of
 from shmbroker.errors import BadInput
 from shmbroker.lane.outputs import Outputs, OutSpec
-from shmbroker.worker.pieces import Pieces, PieceSize, pieces_of
+from shmbroker.worker.pieces import Pieces, PieceSize, TilePieces, is_long, pieces_by_row
 
 Static = dict[str, Any]
 """Arguments by name: fixed at bind, or of one call."""
@@ -121,7 +121,7 @@ class BoundOp:
         self._takes_out = "out" in inspect.signature(function).parameters
         self._proven: set[object] = set()
         """Kinds of calls in which the op was seen to leave its inputs alone."""
-        self._piece_size = PieceSize()
+        self._piece_size = PieceSize(1, 1) if hasattr(function, "tiles") else PieceSize()
 
     def outputs(self, inputs: Sequence[TensorSpec], arguments: Static) -> Outputs:
         """Specs of the outputs for such inputs: from the out_spec, else from a run on torch's ``meta`` device, which computes nothing.
@@ -190,10 +190,16 @@ class BoundOp:
         return functools.partial(function, *inputs, out=out, **self._kwargs, **arguments)
 
     def pieces(self, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor], arguments: Static, *, single: bool) -> Pieces | None:
-        """The same call as pieces; None where the op is not row-wise, or the call no longer than one."""
+        """The same call as pieces; None where the op cannot be divided, or the call is no longer than one."""
+        if not is_long(outputs):
+            return None
+        tiles = getattr(self._function, "tiles", None)
+        if tiles is not None and not self._definition.copies_inputs:
+            out = outputs[0] if single else tuple(outputs)
+            return TilePieces(functools.partial(tiles, *inputs, out=out, **self._kwargs, **arguments), self._piece_size)
         if not self._definition.row_wise:
             return None
-        return pieces_of(lambda some, room: self.prepare(some, room, arguments, single=single), inputs, outputs, self._piece_size)
+        return pieces_by_row(lambda some, room: self.prepare(some, room, arguments, single=single), inputs, outputs, self._piece_size)
 
     def is_proven(self, kind: object) -> bool:
         """Whether a call of this ``kind`` has left its inputs alone, or may do with them what it likes."""

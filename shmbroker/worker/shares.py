@@ -13,8 +13,11 @@ W4  Time that was had while nobody else wanted any is owed to nobody.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+from shmbroker.errors import BadInput
 
 MOST_AHEAD_NS = 2e9
 """How far a client gets ahead of the virtual time: what it had beyond that, in one call that could not be divided, is forgiven."""
@@ -35,6 +38,16 @@ class Share:
     """Open ones."""
     turns: int = 0
     """The number of its last turn."""
+
+
+def checked_weights(weights: Mapping[str, float]) -> dict[str, float]:
+    """The same, as floats. Raises :class:`BadInput` for a weight that is not a number above 0."""
+    for name, weight in weights.items():
+        if not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
+            raise BadInput(
+                f"weight {weight!r} of client {name!r} cannot be used: give a number above 0, e.g. 2 for twice the time of others"
+            )
+    return {name: float(weight) for name, weight in weights.items()}
 
 
 class Shares:

@@ -217,3 +217,55 @@ def test_two_long_calls_of_two_clients_end_in_turns(worker: int, client: shmbrok
     assert not one.done()
     gate.touch()
     assert torch.equal(one.result(), x * 2)
+
+
+# --- as much as a worker takes --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_worker_with_as_many_channels_as_it_takes_refuses_and_the_next_one_is_asked(client: shmbroker.Client) -> None:
+    with worker_process("few", WORKER_NAME="one", MAX_CHANNELS="1"), worker_process("few", WORKER_NAME="two", MAX_CHANNELS="2"):
+        channels = [client.channel("few") for _ in range(3)]
+        assert collections.Counter(channel.worker_name for channel in channels) == {"one": 1, "two": 2}
+        with pytest.raises(shmbroker.Busy, match=r"has [12] channels open, as many as it takes"):
+            client.channel("few")
+        with pytest.raises(shmbroker.Busy, match="has 1 channels open, as many as it takes"):
+            client.channel("few", worker="one")
+        channels[0].close()
+        assert client.channel("few").worker_name == channels[0].worker_name
+
+
+@pytest.mark.parametrize("lane", ["shm", "zmq"])
+def test_calls_beyond_the_rows_that_may_wait_are_refused_and_may_be_made_again(
+    client: shmbroker.Client, other: shmbroker.Client, gate: Path, lane: str
+) -> None:
+    """W5: and another client, which has nothing waiting, is let in."""
+    with worker_process("narrow", MAX_WAITING_ROWS="10"):
+        double = other.channel("narrow", lane=lane).bind("double")
+        double(torch.ones(1))
+        double_rows = client.channel("narrow", lane=lane).bind("double_rows", gate=str(gate))
+        x, wide = rows(client, 6), rows(client, 640)
+        long = double_rows.submit(wide)
+        assert double(torch.ones(1)).item() == 2.0
+        others = [double_rows.submit(x) for _ in range(4)]
+        assert double(torch.ones(20, 1)).shape == (20, 1)
+        gate.touch()
+        assert torch.equal(long.result(), wide * 2)
+        answers = []
+        for one in others:
+            try:
+                answers.append(one.result().shape)
+            except shmbroker.Busy as error:
+                answers.append(str(error))
+        assert answers[0] == (1, 6, 4)
+        assert "6 rows wait, 6 more would be more than the 10 that may" in str(answers[1])
+        assert "make the same call again in a moment" in str(answers[1])
+        assert torch.equal(double_rows(x), x * 2)
+
+
+def test_a_bound_on_waiting_rows_refuses_nobody_who_waits_for_each_call(client: shmbroker.Client, gate: Path) -> None:
+    with worker_process("narrow", MAX_WAITING_ROWS="1"):
+        gate.touch()
+        double_rows = client.channel("narrow").bind("double_rows", gate=str(gate))
+        x = rows(client, 640)
+        for _ in range(3):
+            assert torch.equal(double_rows(x), x * 2)

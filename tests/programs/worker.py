@@ -16,10 +16,13 @@ from shmbroker.worker import draining
 if "DRAIN_SECONDS" in os.environ:
     draining.DRAIN_SECONDS = float(os.environ["DRAIN_SECONDS"])
 
-KEPT = {"kept_bytes": int(os.environ["KEPT_BYTES"])} if "KEPT_BYTES" in os.environ else {}
+LIMITS = {"kept_bytes": int(os.environ["KEPT_BYTES"])} if "KEPT_BYTES" in os.environ else {}
+for limit in ("max_channels", "max_waiting_rows"):
+    if limit.upper() in os.environ:
+        LIMITS[limit] = int(os.environ[limit.upper()])
 
 worker = shmbroker.Worker(
-    sys.argv[1] if len(sys.argv) > 1 else "test", name=os.environ.get("WORKER_NAME", "test-worker"), trace=os.environ.get("TRACE"), **KEPT
+    sys.argv[1] if len(sys.argv) > 1 else "test", name=os.environ.get("WORKER_NAME", "test-worker"), trace=os.environ.get("TRACE"), **LIMITS
 )
 
 
@@ -101,7 +104,7 @@ def same(x: TensorSpec) -> TensorSpec:
     return x
 
 
-KEPT_INPUTS: list[object] = []
+LIMITS_INPUTS: list[object] = []
 
 
 @worker.op(out_spec=same)
@@ -165,19 +168,19 @@ def remember(x: torch.Tensor, *, how: str = "itself") -> torch.Tensor:
         "closure": lambda: lambda: x,
         "nothing": lambda: None,
     }
-    KEPT_INPUTS.append(keep[how]())
+    LIMITS_INPUTS.append(keep[how]())
     return x
 
 
 @worker.op(out_spec=same, copies_inputs=True)
 def remember_copy(x: torch.Tensor) -> torch.Tensor:
-    KEPT_INPUTS.append(x)
+    LIMITS_INPUTS.append(x)
     return x
 
 
 @worker.op(out_spec=lambda x: TensorSpec((3,), torch.float32))
 def recall(x: torch.Tensor) -> torch.Tensor:
-    return torch.tensor([one[0].item() for one in KEPT_INPUTS[-3:]])  # type: ignore[index]
+    return torch.tensor([one[0].item() for one in LIMITS_INPUTS[-3:]])  # type: ignore[index]
 
 
 @worker.op(out_spec=lambda x: TensorSpec((2,), torch.bool))

@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import pytest
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import shmbroker
+from gpu_worker.cli import cli as gpu_worker
 from shmbroker.worker.shares import MOST_AHEAD_NS, Share, Shares
 
 MS = 1e6
@@ -141,3 +144,16 @@ def test_there_is_something_to_share_while_more_than_one_client_has_a_channel() 
 @pytest.mark.parametrize(("name", "weight"), [("chat", 3.0), ("other", 1.0)])
 def test_a_client_has_the_weight_of_its_name(name: str, weight: float) -> None:
     assert Shares({"chat": 3.0}).open("a", name).weight == weight
+
+
+@pytest.mark.parametrize("weight", [0, -1, float("nan"), float("inf"), "2"])
+def test_a_weight_that_is_no_number_above_0_is_told(weight: object) -> None:
+    with pytest.raises(shmbroker.BadInput, match="of client 'chat' cannot be used: give a number above 0"):
+        shmbroker.Worker("any", client_weights={"chat": weight})  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("told", ["chat", "chat=", "=2", "chat=0", "chat=-1", "chat=much"])
+def test_the_option_for_weights_takes_a_name_and_a_number(told: str) -> None:
+    outcome = CliRunner().invoke(gpu_worker, ["serve", "--weight", told])
+    assert outcome.exit_code == 2
+    assert "give a client's name and a number above 0, e.g. chat=2" in " ".join(outcome.output.split())
