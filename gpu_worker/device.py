@@ -63,7 +63,7 @@ _WORTH_SHARING = 1 << 19
 """Products of numbers: some 30 us on one core, a few times what waking another thread costs."""
 
 
-_TILE_PRODUCTS = 250_000_000
+_TILE_PRODUCTS = 220_000_000
 """Of two numbers, in a tile: some 5 ms on one core."""
 
 _TILE_ROWS = 256

@@ -193,13 +193,21 @@ class FrameLoop:
                 waiter.wait(something, receivers, SHM_WAIT_SECONDS)
 
     def _share(self, lanes: list[tuple[WorkerChannel, ShmWorkerLane]]) -> bool:
-        """Run a call, or a piece of one; returns whether any waited."""
+        """Give each client that is not ahead a turn, else the one that is ahead least; returns whether any wanted one."""
         self._sharing = True
-        if self._run_next(lanes):
+        shares, busy, ahead = self.shares, False, False
+        for channel, lane in lanes:
+            if self._backlog is not None:
+                self._let_in(self._backlog, channel, lane)
+            if shares.is_ahead(channel.share):
+                ahead = True
+            elif self._run_turn(channel, lane):
+                busy = True
+        if busy or (ahead and self._run_next(lanes)):
             return True
         if self._turns.free:
-            self.shares.rest()
-        self._sharing = self.shares.several or self._backlog is not None
+            shares.rest()
+        self._sharing = shares.several or self._backlog is not None
         return False
 
     def _refuse_what_has_come(self) -> None:
@@ -238,28 +246,17 @@ class FrameLoop:
         return busy
 
     def _run_next(self, lanes: list[tuple[WorkerChannel, ShmWorkerLane]]) -> bool:
-        """Run a call, or a piece of one, of the client whose turn it is; returns whether any waits. The lanes of one client take turns."""
-        best: Key | None = None
-        chosen = -1
-        key_of = self.shares.key
-        for index in (*range(self._last_lane + 1, len(lanes)), *range(min(self._last_lane + 1, len(lanes)))):
-            channel, lane = lanes[index]
-            if self._backlog is not None:
-                self._let_in(self._backlog, channel, lane)
-            if channel.unfinished is not None or channel.waiting or lane.ready():
-                if chosen < 0:
-                    chosen = index
-                    continue
-                if best is None:  # compared only where two want the turn
-                    best = key_of(lanes[chosen][0].share)
-                key = key_of(channel.share)
-                if key < best:
-                    best, chosen = key, index
-        if chosen < 0:
+        """Run a call, or a piece of one, of the client that is ahead least; returns whether any waits. The lanes of one client take turns."""
+        after = self._last_lane + 1
+        waiting = [
+            (self.shares.key(lanes[index][0].share), (index - after) % len(lanes), index)
+            for index in range(len(lanes))
+            if lanes[index][0].unfinished is not None or lanes[index][0].waiting or lanes[index][1].ready()
+        ]
+        if not waiting:
             return False
-        self._last_lane = chosen
-        self._run_turn(*lanes[chosen])
-        return True
+        self._last_lane = min(waiting)[2]
+        return self._run_turn(*lanes[self._last_lane])
 
     def _let_in(self, backlog: Backlog, channel: WorkerChannel, lane: ShmWorkerLane) -> None:
         """Have what has come on a lane wait in its channel, or refuse it."""
@@ -274,25 +271,30 @@ class FrameLoop:
     def _all_channels(self) -> list[WorkerChannel]:
         return [*[channel for channel, _ in list(self._lanes)], *list(self._by_token.values())]
 
-    def _run_turn(self, channel: WorkerChannel, lane: ShmWorkerLane) -> None:
-        """Run the next call of a lane, or the next piece of its unfinished one."""
-        turns = self._turns
+    def _run_turn(self, channel: WorkerChannel, lane: ShmWorkerLane) -> bool:
+        """Run the next call of a lane, or the next piece of its unfinished one; returns whether there was any."""
+        taken = None
+        if channel.unfinished is None and not channel.waiting:
+            taken = lane.take()
+            if taken is None:
+                return False
+        turns, shares = self._turns, self.shares
         if turns.waiting or not turns.device.acquire(False):
-            turns.wait(self.shares.key(channel.share))
+            turns.wait(shares.key(channel.share))
         try:
-            self.shares.begin(channel.share)
+            shares.begin(channel.share)
             begun_ns = _clock_ns()
-            if channel.unfinished is not None:
-                completion: CompletionFields | InFlight | None = channel.go_on()
-            elif channel.waiting:
-                completion = channel.run_frame(channel.next_waiting(), False, divide=self.shares.several)
+            if taken is not None:
+                completion = channel.run(taken, False, divide=True)
+            elif channel.unfinished is not None:
+                completion = channel.go_on()
             else:
-                taken = lane.take()
-                completion = None if taken is None else channel.run(taken, False, divide=True)
-            self.shares.charge(channel.share, _clock_ns() - begun_ns)
+                completion = channel.run_frame(channel.next_waiting(), False, divide=shares.several)
+            shares.charge(channel.share, _clock_ns() - begun_ns)
         finally:
-            self._turns.give_back()
+            turns.give_back()
         self._answer(channel, lane, completion)
+        return True
 
     def _answer(self, channel: WorkerChannel, lane: ShmWorkerLane, completion: CompletionFields | InFlight | None) -> None:
         """Give a call's completion back, if it has one yet."""

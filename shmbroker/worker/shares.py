@@ -4,7 +4,7 @@ Start-time fair queueing (P. Goyal, H. Vin, H. Cheng, "Start-time Fair Queuing",
 divided by its weight. What it wants to run next starts where its last one finished, but not before where the one that was begun last started, which
 is the worker's virtual time; of those that wait, the one with the earliest start runs.
 
-W1  Of the clients that wait, the one that has had least time for its weight goes first.
+W1  Of the clients that wait, the one that has had least time for its weight goes first; those within 0.2 ms of each other are alike.
 W2  None waits for ever: between two turns of a client that waits, each other one has, for its weight, no more than that client had in the first of
     the two, and one turn.
 W3  Who wanted nothing has saved up nothing: it comes back as one that has had as much as the one whose turn was begun last.
@@ -21,6 +21,9 @@ from shmbroker.errors import BadInput
 
 MOST_AHEAD_NS = 2e9
 """How far a client gets ahead of the virtual time: what it had beyond that, in one call that could not be divided, is forgiven."""
+
+ALIKE_NS = 2e5
+"""Clients that are no further ahead of the virtual time than this have a turn each, one after the other."""
 
 Key = tuple[float, float, int]
 """By which clients that wait are compared: the start of what they want to run, what they have had, and when they last had a turn."""
@@ -88,6 +91,10 @@ class Shares:
         """What the client of ``share`` is compared by, while it waits (W1, W3)."""
         finish = share.finish
         return (finish if finish > self._now else self._now), finish, share.turns
+
+    def is_ahead(self, share: Share) -> bool:
+        """Whether its client has had so much that others go first. Those that are not are all alike: calls of microseconds are not worth comparing."""
+        return share.finish > self._now + ALIKE_NS
 
     def begin(self, share: Share) -> None:
         """A turn of ``share`` begins."""
