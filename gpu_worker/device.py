@@ -73,6 +73,7 @@ _SLOW_TILE_ROWS = 64
 """Of 16-bit numbers, which many processors multiply far slower."""
 
 _LEAST_TILE_COLUMNS = 128
+"""A product with one column is another routine's, whose bits depend on how many rows it has; one with so few takes no time anyway."""
 
 
 def _cut(length: int, most: int) -> list[tuple[int, int]]:
@@ -123,7 +124,11 @@ class CpuDevice:
                 [out[first:end, left:right]],
             )
             for (weight, bias), out in zip(layers, outs, strict=True)
-            for first, end in _cut(len(x), _TILE_ROWS if x.dtype is torch.float32 else _SLOW_TILE_ROWS)
+            for first, end in (
+                [(0, len(x))]
+                if weight.shape[1] < _LEAST_TILE_COLUMNS
+                else _cut(len(x), _TILE_ROWS if x.dtype is torch.float32 else _SLOW_TILE_ROWS)
+            )
             for left, right in _cut(weight.shape[1], max(_LEAST_TILE_COLUMNS, _TILE_PRODUCTS // (_TILE_ROWS * weight.shape[0])))
         ]
 

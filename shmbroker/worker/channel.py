@@ -173,7 +173,8 @@ class WorkerChannel:
                 units, run_units = prepared.pieces.begin()
                 if units > 1:
                     self.unfinished = Unfinished(call_id, key, queued_ns, prepared, known, prepared.pieces.size, units, run_units)
-                    del run_units
+                del run_units  # what it holds of the inputs must not be taken for the op's doing
+                if units > 1:
                     return self.go_on()
             # fault: before op running
             launched = prepared.run()

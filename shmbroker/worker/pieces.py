@@ -2,6 +2,7 @@
 
 What is written is the same as by the whole call, bit by bit, as long as the op computes a row (or a tile) alike whatever else is computed with it. The
 products of torch do on the CPU, but for less than some 4 rows, which are another routine's: no piece here has fewer than :data:`LEAST_ROWS`.
+A product with one column is another routine's too, and its bits depend on the number of rows: an op that has such is not to be registered as row-wise.
 """
 
 from __future__ import annotations
