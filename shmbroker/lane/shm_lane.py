@@ -81,9 +81,22 @@ class ShmWorkerLane:
         """False when the client has left its queue full, against the rules."""
         self.take = self.receiver.take
         self.ready = self.receiver.ready
+        self._words = segment.words
+        self._taken_word = offsets.submissions_taken // 8
+        self._first_sequence_word = offsets.submissions // 8
+        self._depth = segment.geometry.depth
+
+    def waiting(self) -> int:
+        """How many frames are published and not taken. From any thread, while the lane is open."""
+        words, depth = self._words, self._depth
+        first = words[self._taken_word]
+        for position in range(first, first + depth):
+            if words[self._first_sequence_word + position % depth * (layout.SUBMISSION_SLOT_BYTES // 8)] != position + 1:
+                return position - first
+        return depth
 
     def close(self) -> None:
         """Give the client's bell up, and the segment."""
         self.peer_bell.close()
         if hasattr(self, "complete"):
-            del self.complete, self.receiver, self.take, self.ready, self.sleeping
+            del self.complete, self.receiver, self.take, self.ready, self.sleeping, self._words
