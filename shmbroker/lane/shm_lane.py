@@ -87,8 +87,10 @@ class ShmWorkerLane:
         self._depth = segment.geometry.depth
 
     def waiting(self) -> int:
-        """How many frames are published and not taken. From any thread, while the lane is open."""
-        words, depth = self._words, self._depth
+        """How many frames are published and not taken; none once the lane is closed. From any thread, while the segment is mapped."""
+        words, depth = getattr(self, "_words", None), self._depth
+        if words is None:
+            return 0
         first = words[self._taken_word]
         for position in range(first, first + depth):
             if words[self._first_sequence_word + position % depth * (layout.SUBMISSION_SLOT_BYTES // 8)] != position + 1:
