@@ -88,13 +88,14 @@ class ShmWorkerLane:
 
     def waiting(self) -> int:
         """How many frames are published and not taken; none once the lane is closed. From any thread, while the segment is mapped."""
-        words, depth = getattr(self, "_words", None), self._depth
+        words: memoryview | None = getattr(self, "_words", None)
+        depth = self._depth
         if words is None:
             return 0
         first = words[self._taken_word]
         for position in range(first, first + depth):
             if words[self._first_sequence_word + position % depth * (layout.SUBMISSION_SLOT_BYTES // 8)] != position + 1:
-                return position - first
+                return int(position - first)
         return depth
 
     def close(self) -> None:

@@ -133,9 +133,11 @@ class TextStream:
         self._special = special
         self._stops = stops
         self._tokens: list[int] = []
+        self._text = ""
+        """So far, what is held included."""
         self._held = ""
         self._length = 0
-        """Of the text so far, what is held included."""
+        """Of the text so far."""
         self.offsets: list[int] = []
         """Where each token's text begins."""
         self.stopped = False
@@ -158,14 +160,15 @@ class TextStream:
         if self.stopped:
             return ""
         whole = str(self._tokenizer.decode(self._tokens, skip_special_tokens=not self._special))
-        certain = self._more(whole[self._length :])
+        certain = self._more(whole[self._length :] if whole.startswith(self._text) else "")
         if self.stopped:
             return certain
         held, self._held = self._held, ""
         return certain + held
 
     def _more(self, text: str) -> str:
-        self._length += len(text)
+        self._text += text
+        self._length = len(self._text)
         self._held += text
         return self._certain()
 

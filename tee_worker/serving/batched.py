@@ -34,6 +34,8 @@ BLOCK_TOKENS = 32
 PASS_TOKENS = 512
 """In one pass at most: a longer prompt is read in several, between which those that decode get their tokens."""
 
+_SHUTTING_DOWN = "the server is shutting down"
+
 _LAST_PASS_SECONDS = 5.0
 """How long the end waits for a pass: a call on its way is failed when the channel closes."""
 
@@ -51,12 +53,7 @@ class BatchedEngine:
 
     def start(self, generation: Generation) -> None:
         """Begin to generate, when its turn comes. Raises :class:`ShmBrokerError` when the server ends."""
-        if self._stopping.is_set():
-            raise ShmBrokerError("the server is shutting down")
-        if self._batch.over:
-            self._batch.stop()
-            self._batch = self._new_batch()
-        batch, sequence = self._batch, generation.sequence
+        batch, sequence = self._present(), generation.sequence
         self._generations[generation.name] = generation
         generation.cancel = functools.partial(self._cancel, batch, generation)
         batch.register_result_handler(generation.name, functools.partial(self._arrived, batch, generation))
@@ -70,7 +67,7 @@ class BatchedEngine:
         )
         # It may have ended since it was looked at: then nobody else tells the sequence.
         if (added is None or batch.failure is not None) and self._generations.pop(generation.name, None) is not None:
-            generation.fail(ShmBrokerError("the server is shutting down") if batch.failure is None else anew(batch.failure))
+            generation.fail(ShmBrokerError(_SHUTTING_DOWN) if batch.failure is None else anew(batch.failure))
 
     def _arrived(self, batch: Batch, generation: Generation, output: GenerationOutput) -> None:
         if generation.name not in self._generations:
@@ -92,8 +89,8 @@ class BatchedEngine:
             batch.forget(generation.name)
 
     async def alone(self, work: Callable[[], Result]) -> Result:
-        """Do ``work`` with the model in another thread while the batch stands still."""
-        return await asyncio.to_thread(self._batch.while_paused, work)
+        """Do ``work`` with the model in another thread while the batch stands still. Raises :class:`ShmBrokerError` when the server ends."""
+        return await asyncio.to_thread(self._present().while_paused, work)
 
     def load(self) -> Load:
         """How much it has to do now."""
@@ -103,6 +100,15 @@ class BatchedEngine:
         """End what generates, and wait a moment for that."""
         self._stopping.set()
         self._batch.stop()
+
+    def _present(self) -> Batch:
+        """The batch, made anew where something has ended it."""
+        if self._stopping.is_set():
+            raise ShmBrokerError(_SHUTTING_DOWN)
+        if self._batch.over:
+            self._batch.stop()
+            self._batch = self._new_batch()
+        return self._batch
 
     def _new_batch(self) -> Batch:
         batch = Batch(self._model, self._stopping, most=self.most, max_context=self._max_context)
@@ -156,7 +162,7 @@ class Batch(ContinuousBatchingManager):
     def _generation_step(self) -> None:
         try:
             if self._stopping.is_set():
-                raise ShmBrokerError("the server is shutting down")
+                raise ShmBrokerError(_SHUTTING_DOWN)
             with paged():
                 super()._generation_step()
             self.passes += 1
@@ -177,8 +183,12 @@ class Batch(ContinuousBatchingManager):
         self.cancel_request(name)
 
     def while_paused(self, work: Callable[[], Result]) -> Result:
-        """Do ``work`` between two passes."""
-        with self.pause():
+        """Do ``work`` between two passes. Raises what has ended the batch, where something has."""
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(self.pause())
+            except RuntimeError as error:
+                raise ShmBrokerError(str(error)) if self.failure is None else anew(self.failure) from None
             return work()
 
     def load(self, most: int) -> Load:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -137,6 +138,9 @@ def chat_prompt(service: Service, messages: Sequence[dict[str, Any]], tools: lis
     if getattr(tokenizer, "chat_template", None) is None:
         raise Refused("this model has no chat template: use /v1/completions", "messages")
     told = messages_of(messages)
+    own = sorted(set(arguments) & set(inspect.signature(type(tokenizer).apply_chat_template).parameters))
+    if own:
+        raise Refused(f"chat_template_kwargs: {own[0]!r} is the server's own: only what the model's template knows", "chat_template_kwargs")
     try:
         ids: Any = tokenizer.apply_chat_template(
             told, add_generation_prompt=True, tools=tools, tokenize=True, return_dict=False, **arguments

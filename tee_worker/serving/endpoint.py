@@ -206,7 +206,7 @@ async def _body(request: Request) -> object:
         raise Gone from None
     try:
         return json.loads(body)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Refused(f"the request's body is no JSON: {error}") from None
 
 

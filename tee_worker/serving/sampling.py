@@ -150,8 +150,12 @@ class Chooser:
         self._length += 1
 
 
+LEAST_LOGPROB = -9999.0
+"""Told of what cannot be, as JSON has no infinity; OpenAI's figure."""
+
+
 def told(logits: torch.Tensor, token: int, count: int) -> Chosen:
     """A token's log probability, and the ``count`` likeliest, from logits ``[vocabulary]``."""
-    logprobs = torch.log_softmax(logits, dim=-1)
+    logprobs = torch.log_softmax(logits, dim=-1).nan_to_num(nan=LEAST_LOGPROB, neginf=LEAST_LOGPROB)
     values, tokens = logprobs.topk(min(count, len(logprobs)))
     return Chosen(token, float(logprobs[token]), tuple(zip(tokens.tolist(), values.tolist(), strict=True)))

@@ -175,6 +175,8 @@ def test_the_model_is_found_by_its_name(server: Server) -> None:
         ("chat/completions", {"messages": MESSAGES, "response_format": {"type": "json_object"}}, "response_format"),
         ("chat/completions", {"messages": MESSAGES, "stream_options": {"include_usage": True}}, "stream_options"),
         ("chat/completions", {"messages": MESSAGES, "model": "gpt-5"}, "model"),
+        ("chat/completions", {"messages": MESSAGES, "chat_template_kwargs": {"chat_template": "x"}}, "chat_template_kwargs"),
+        ("chat/completions", {"messages": MESSAGES, "chat_template_kwargs": {"return_tensors": "pt"}}, "chat_template_kwargs"),
         ("completions", {"prompt": ""}, "prompt"),
         ("completions", {"prompt": []}, "prompt"),
         ("completions", {"prompt": [100000]}, "prompt"),
@@ -196,7 +198,7 @@ def test_what_cannot_be_done_is_refused_in_openais_form(server: Server, path: st
     assert error["param"] == param
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"\xff", b'"x"'])
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"\xff", b'"x"', b"[" * 100000])
 def test_what_is_no_request_is_refused_in_openais_form(server: Server, body: bytes) -> None:
     answer = requests.post(f"{server.url}/chat/completions", data=body, timeout=60)
     assert answer.status_code == 400
