@@ -12,6 +12,8 @@ LONGEST_CONTEXT = 4096
 """Tokens that ``serve`` makes room for unless more are asked for: at split ``op`` the arena grows with their square."""
 
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
 MOST_AT_ONCE = 8
 """Sequences that ``serve`` computes together unless another number is asked for, where the split allows it."""
 

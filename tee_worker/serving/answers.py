@@ -60,27 +60,36 @@ class Answer:
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """The parts in their order. Raises what the generation does. Who stops reading ends the generation."""
         generation, told = self.generation, 0
+        held: list[tuple[Chosen, int]] = []
+        """Of tokens whose text may yet be cut."""
         ended = False
         try:
             async with contextlib.aclosing(generation.arrivals()) as arrivals:
                 async for tokens in arrivals:
                     text = "".join([self.text.feed(token, token in generation.sequence.ends) for token in tokens])
-                    chosen = generation.sequence.chooser.chosen[told : self.tokens]
-                    logprobs = [(one, at) for one, at in zip(chosen, self.text.offsets[told:], strict=False) if at < self.text.limit]
+                    held += zip(generation.sequence.chooser.chosen[told : self.tokens], self.text.offsets[told:], strict=False)
                     told = self.tokens
-                    piece = self._piece(text, logprobs)
+                    piece = self._piece(text, self._certain(held, self.text.certain))
                     if piece is not None:
                         yield piece
                     if self.text.stopped:
                         break
             ended = not self.text.stopped
-            piece = self._piece(self.text.rest(), [], final=True)
+            rest = self.text.rest()
+            piece = self._piece(rest, self._certain(held, self.text.limit), final=True)
             self.finish_reason = "tool_calls" if self.calls else End.STOP if self.text.stopped else generation.end
             if piece is not None:
                 yield piece
         finally:
             if not ended:
                 generation.cancel()
+
+    @staticmethod
+    def _certain(held: list[tuple[Chosen, int]], end: float) -> list[tuple[Chosen, int]]:
+        """Those whose text begins before ``end``, taken out of ``held``."""
+        found = [one for one in held if one[1] < end]
+        held[:] = held[len(found) :]
+        return found
 
     async def all(self) -> Answer:
         """Read to the end: itself."""
@@ -100,11 +109,16 @@ class Answer:
     def _parts(self, text: str, *, final: bool) -> tuple[str, str, list[Call]]:
         if self.parser is None:
             return text, "", []
-        events = list(self.parser.feed(text)) if text else []
+        try:
+            found = parts_of(self.parser.feed(text)) if text else ("", "", [])
+        except Exception:  # a call that is none: what was written is said as it is
+            self.parser = None
+            return text, "", []
         if final:
-            with contextlib.suppress(ValueError, RuntimeError):  # it ended within a part: of a call that is not whole, nothing is made
-                events += self.parser.finalize()[1]
-        return parts_of(events)
+            with contextlib.suppress(Exception):  # it ended within a part: of a call that is not whole, nothing is made
+                said, reasoning, calls = parts_of(self.parser.finalize()[1])
+                found = found[0] + said, found[1] + reasoning, found[2] + calls
+        return found
 
 
 def parts_of(events: Sequence[dict[str, Any]]) -> tuple[str, str, list[Call]]:
@@ -153,7 +167,17 @@ class TextStream:
             self.limit = self._length  # its own text is none
             return ""
         self._tokens.append(token)
-        return self._more(self._stream.step(self._tokenizer._tokenizer, token) or "")
+        try:
+            text = self._stream.step(self._tokenizer._tokenizer, token)
+        except Exception:  # bytes that are no character confuse it, for good
+            self._stream = DecodeStream([], skip_special_tokens=not self._special)
+            text = self._stream.step(self._tokenizer._tokenizer, token)
+        return self._more(text or "")
+
+    @property
+    def certain(self) -> float:
+        """How much of the text is certain: what begins before it is not cut."""
+        return self.limit if self.stopped else self._length - len(self._held)
 
     def rest(self) -> str:
         """What is held, once no token comes any more: also a character of which only some bytes came."""

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import logging
 import math
+import queue
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -20,13 +21,14 @@ from transformers.generation.continuous_batching.requests import FutureRequestSt
 
 from shmbroker.errors import ShmBrokerError, anew
 from tee_worker.serving.engine import Generation, Load, Result
-from tee_worker.serving.paged_attention import paged
+from tee_worker.serving.paged_attention import PagedAttention, paged
 from tee_worker.serving.sampling import Chooser
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
+logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)  # it has tokens of prompts in its words; what happens is told here
 
 BLOCK_TOKENS = 32
 """Of keys and values that are reserved together."""
@@ -43,12 +45,18 @@ _LAST_PASS_SECONDS = 5.0
 class BatchedEngine:
     """Generates up to ``most`` sequences at once. Its methods are called in the event loop's thread."""
 
-    def __init__(self, model: PreTrainedModel, *, most: int, max_context: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, attention: PagedAttention, *, most: int, max_context: int, pass_tokens: int = PASS_TOKENS
+    ) -> None:
+        """``attention``: of the model, installed. ``pass_tokens``: in one pass at most."""
         self.most = most
+        self._attention = attention
+        self._pass_tokens = max(most, min(pass_tokens, max_context))
         self._model = model
         self._max_context = max_context
         self._stopping = threading.Event()
         self._generations: dict[str, Generation] = {}
+        self._one_alone = asyncio.Lock()
         self._batch = self._new_batch()
 
     def start(self, generation: Generation) -> None:
@@ -71,9 +79,15 @@ class BatchedEngine:
 
     def _arrived(self, batch: Batch, generation: Generation, output: GenerationOutput) -> None:
         if generation.name not in self._generations:
+            if not output.is_finished():
+                batch.forget(generation.name)  # it was cancelled before the batch knew of it
             return
         if output.is_finished():
             del self._generations[generation.name]
+        if generation.sequence.chooser.error is not None:
+            generation.cancel()
+            generation.fail(generation.sequence.chooser.error)
+            return
         if output.error is not None:
             generation.fail(ShmBrokerError(output.error) if batch.failure is None else anew(batch.failure))
             return
@@ -90,15 +104,24 @@ class BatchedEngine:
 
     async def alone(self, work: Callable[[], Result]) -> Result:
         """Do ``work`` with the model in another thread while the batch stands still. Raises :class:`ShmBrokerError` when the server ends."""
-        return await asyncio.to_thread(self._present().while_paused, work)
+        async with self._one_alone:  # the batch would stand still for as long as any of several is at it
+            return await asyncio.to_thread(self._present().while_paused, functools.partial(self._as_it_was, work))
+
+    def _as_it_was(self, work: Callable[[], Result]) -> Result:
+        with self._attention.without():
+            return work()
 
     def load(self) -> Load:
         """How much it has to do now."""
         return self._batch.load(self.most)
 
+    def stop(self) -> None:
+        """Have what generates fail at its next token."""
+        self._stopping.set()
+
     def close(self) -> None:
         """End what generates, and wait a moment for that."""
-        self._stopping.set()
+        self.stop()
         self._batch.stop()
 
     def _present(self) -> Batch:
@@ -107,11 +130,13 @@ class BatchedEngine:
             raise ShmBrokerError(_SHUTTING_DOWN)
         if self._batch.over:
             self._batch.stop()
+            if self._batch.failure is not None:
+                self._batch.failure.__traceback__ = None  # it has the old one's cache in hand
             self._batch = self._new_batch()
         return self._batch
 
     def _new_batch(self) -> Batch:
-        batch = Batch(self._model, self._stopping, most=self.most, max_context=self._max_context)
+        batch = Batch(self._model, self._stopping, most=self.most, max_context=self._max_context, pass_tokens=self._pass_tokens)
         batch.start()
         return batch
 
@@ -119,8 +144,7 @@ class BatchedEngine:
 class Batch(ContinuousBatchingManager):
     """Hugging Face's, with the sequences' own choosers, attention sequence by sequence, and room for all of them from the start."""
 
-    def __init__(self, model: PreTrainedModel, stopping: threading.Event, *, most: int, max_context: int) -> None:
-        pass_tokens = max(most, min(PASS_TOKENS, max_context))
+    def __init__(self, model: PreTrainedModel, stopping: threading.Event, *, most: int, max_context: int, pass_tokens: int) -> None:
         config = ContinuousBatchingConfig(
             page_size=BLOCK_TOKENS,
             num_blocks=most * math.ceil(max_context / BLOCK_TOKENS),
@@ -138,6 +162,7 @@ class Batch(ContinuousBatchingManager):
         self._stopping = stopping
         self.failure: Exception | None = None
         """What ended it."""
+        self.output_router.output_queue = _Unread()
         self.passes = 0
         self.logit_processor.logits_processor.append(_Choice())
         self.logit_processor.tensors_required = 1
@@ -214,6 +239,23 @@ class Batch(ContinuousBatchingManager):
             log.warning("a pass still runs %g s after the end was asked for", _LAST_PASS_SECONDS)
 
 
+class _Unread(queue.Queue[GenerationOutput]):
+    """For what comes of a sequence that nobody reads any more: it keeps nothing."""
+
+    def put(self, item: GenerationOutput, block: bool = True, timeout: float | None = None) -> None:
+        pass
+
+
+def _chosen(chooser: Chooser, logits: torch.Tensor) -> int:
+    """The next token; where it cannot be chosen any, and the chooser says so: the other sequences of the pass have nothing to do with it."""
+    if chooser.error is None:
+        try:
+            return chooser.choose(logits)
+        except Exception as error:
+            chooser.error = error
+    return 0
+
+
 class _Choice(ContinuousBatchingLogitsProcessor):
     """Has each sequence's chooser choose, and leaves a row of logits with that one token."""
 
@@ -235,7 +277,7 @@ class _Choice(ContinuousBatchingLogitsProcessor):
         scores = scores.clone()
         for row, chooser in enumerate(self._choosers):
             if not chooser.plain:
-                token = chooser.choose(scores[row])
+                token = _chosen(chooser, scores[row])
                 scores[row] = -torch.inf
                 scores[row, token] = 0.0
         return scores

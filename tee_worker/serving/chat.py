@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import inspect
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, TemplateError, meta
 
 from tee_worker.serving.answers import Answer, Call, Piece
 from tee_worker.serving.fields import ChatRequest, Refused
@@ -37,6 +40,8 @@ class Chat:
         self.prompt = chat_prompt(
             service, asked.messages, None if asked.tool_choice == "none" else asked.tools or None, asked.chat_template_kwargs or {}
         )
+        if None not in (asked.max_tokens, asked.max_completion_tokens) and asked.max_tokens != asked.max_completion_tokens:
+            raise Refused("max_tokens: max_completion_tokens says something else: give one of them", "max_tokens")
         limit = asked.max_completion_tokens if asked.max_completion_tokens is not None else asked.max_tokens
         logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
         sampling, stops = service.sampling(asked, logprobs), service.stops(asked.stop)
@@ -93,7 +98,8 @@ class Chat:
 
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
         text = self._service.text_of(token)
-        return {"token": text, "bytes": list(text.encode()), "logprob": logprob}
+        # A part of a character has no bytes that the tokenizer would tell.
+        return {"token": text, "bytes": None if "\N{REPLACEMENT CHARACTER}" in text else list(text.encode()), "logprob": logprob}
 
     async def chunks(self) -> AsyncGenerator[dict[str, Any], None]:
         """The response as a stream."""
@@ -132,12 +138,26 @@ class Chat:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._service.name}
 
 
-def chat_prompt(service: Service, messages: Sequence[dict[str, Any]], tools: list[Any] | None, arguments: Mapping[str, Any]) -> list[int]:
-    """The token ids of messages by the model's chat template; ``arguments``: for it. Raises :class:`Refused`."""
+def chat_prompt(
+    service: Service,
+    messages: Sequence[dict[str, Any]],
+    tools: list[Any] | None,
+    arguments: Mapping[str, Any],
+    places: Sequence[str] | None = None,
+) -> list[int]:
+    """The token ids of messages by the model's chat template; ``arguments``: for it; ``places``: as of ``messages_of``. Raises :class:`Refused`."""
     tokenizer = service.tokenizer
     if getattr(tokenizer, "chat_template", None) is None:
         raise Refused("this model has no chat template: use /v1/completions", "messages")
-    told = messages_of(messages)
+    told = messages_of(messages, places)
+    for place, message in enumerate(told):
+        service.check_length(message["content"], f"messages.{place}.content")
+    known = _variables_of(tokenizer.chat_template) if isinstance(tokenizer.chat_template, str) else None
+    if tools and known is not None and "tools" not in known:
+        raise Refused("tools: this model's chat template has no place for them", "tools")
+    for name in arguments:
+        if known is not None and name not in known:
+            raise Refused(f"chat_template_kwargs: this model's chat template does not know {name!r}", "chat_template_kwargs")
     own = sorted(set(arguments) & set(inspect.signature(type(tokenizer).apply_chat_template).parameters))
     if own:
         raise Refused(f"chat_template_kwargs: {own[0]!r} is the server's own: only what the model's template knows", "chat_template_kwargs")
@@ -148,6 +168,15 @@ def chat_prompt(service: Service, messages: Sequence[dict[str, Any]], tools: lis
     except Exception as error:  # a template raises whatever it likes over messages that it does not take
         raise Refused(f"messages: this model's chat template does not take them: {error}", "messages") from None
     return [int(one) for one in ids]
+
+
+@functools.cache
+def _variables_of(template: str) -> frozenset[str] | None:
+    """What a chat template asks for; None where that cannot be told."""
+    try:
+        return frozenset(meta.find_undeclared_variables(Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)))  # noqa: S701
+    except TemplateError:
+        return None
 
 
 def parser_of(service: Service, prompt: Sequence[int], tools: Sequence[dict[str, Any]] | None) -> Any:

@@ -10,6 +10,8 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tee_worker.serving.answers import TextStream
+from tee_worker.serving.engines import turns_with_length
 from tee_worker.serving.fields import MOST_CHOICES, CompletionRequest, Refused
 from tee_worker.serving.merged import merged
 from tee_worker.serving.sampling import Chosen
@@ -51,7 +53,12 @@ class Completion:
             raise Refused(f"prompt: at most {MOST_CHOICES} answers in one request, prompts times n", "prompt")
         sampling, stops = service.sampling(asked, asked.logprobs), service.stops(asked.stop)
         for prompt in self._prompts:
-            service.room(prompt.ids)
+            if limit or len(prompt.ids) > service.max_context:
+                service.room(prompt.ids)
+        if self._echo and self._logprobs is not None and turns_with_length(service.model):
+            raise Refused(
+                "echo: with logprobs it is not possible for this model, whose rotary embedding depends on the length of a pass", "echo"
+            )
         self.answers = [
             service.answer(place * self._choices + index, prompt.ids, sampling.of(index), limit, stops)
             for place, prompt in enumerate(self._prompts)
@@ -62,6 +69,7 @@ class Completion:
     def _prompt(self, told: str | list[int]) -> _Prompt:
         tokenizer = self._service.tokenizer
         if isinstance(told, str):
+            self._service.check_length(told, "prompt")
             return _Prompt([int(one) for one in tokenizer(told)["input_ids"]], told)
         vocabulary = self._service.model.config.get_text_config().vocab_size
         if any(not 0 <= one < vocabulary for one in told):
@@ -106,7 +114,9 @@ class Completion:
                 if piece is None:
                     yield self._chunk(answer.index, "", None, answer.finish_reason)
                 else:
-                    yield self._chunk(answer.index, piece.text, self._told(None, piece.logprobs), None)
+                    yield self._chunk(
+                        answer.index, piece.text, self._told(None, piece.logprobs, self._prompts[answer.index // self._choices]), None
+                    )
         if self._usage_in_stream:
             yield {**self._head(), "choices": [], "usage": self.usage}
 
@@ -124,8 +134,11 @@ class Completion:
     def _chunk(self, index: int, text: str, logprobs: dict[str, Any] | None, finish_reason: str | None) -> dict[str, Any]:
         return {**self._head(), "choices": [{"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}]}
 
-    def _told(self, prompt: _Prompt | None, found: Sequence[tuple[Chosen, int]]) -> dict[str, Any] | None:
-        """Log probabilities in the form of this endpoint: of the prompt's tokens, where it is given, and of those ``found``."""
+    def _told(self, prompt: _Prompt | None, found: Sequence[tuple[Chosen, int]], after: _Prompt | None = None) -> dict[str, Any] | None:
+        """Log probabilities in the form of this endpoint: of the prompt's tokens, where it is given, and of those ``found``.
+
+        ``after``: the prompt that these come after, where it was told before.
+        """
         if self._logprobs is None:
             return None
         text_of = self._service.text_of
@@ -133,21 +146,29 @@ class Completion:
         logprobs: list[float | None] = []
         top: list[dict[str, float] | None] = []
         offsets: list[int] = []
-        at = 0
-        for one in [] if prompt is None else [None, *(prompt.scored or [])]:
-            assert prompt is not None
-            text = text_of(prompt.ids[len(tokens)])
-            tokens.append(text)
-            logprobs.append(None if one is None else one.logprob)
-            top.append(None if one is None else {text_of(other): logprob for other, logprob in one.top})
-            offsets.append(at)
-            at += len(text)
+        if prompt is not None:
+            stream = TextStream(self._service.tokenizer, [])
+            for token, one in zip(prompt.ids, [None, *(prompt.scored or [])], strict=False):
+                stream.feed(token)
+                tokens.append(text_of(token))
+                logprobs.append(None if one is None else one.logprob)
+                top.append(None if one is None else self._top(one))
+            offsets += stream.offsets
+        shown = prompt or (after if self._echo else None)
+        at = 0 if shown is None else len(shown.text)
         for chosen, offset in found:
             tokens.append(text_of(chosen.token))
             logprobs.append(chosen.logprob)
-            top.append({text_of(other): logprob for other, logprob in chosen.top})
+            top.append(self._top(chosen))
             offsets.append(at + offset)
         return {"tokens": tokens, "token_logprobs": logprobs, "top_logprobs": top, "text_offset": offsets}
+
+    def _top(self, one: Chosen) -> dict[str, float]:
+        """By text; of tokens with the same, the likeliest."""
+        found: dict[str, float] = {}
+        for token, logprob in one.top:
+            found.setdefault(self._service.text_of(token), logprob)
+        return found
 
 
 def _prompts_of(told: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:

@@ -8,6 +8,7 @@ import hmac
 import json
 import logging
 import time
+import traceback
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any, Protocol, TypeVar
@@ -23,6 +24,7 @@ from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
 from shmbroker.errors import ShmBrokerError
+from tee_worker.run_options import LOOPBACK
 from tee_worker.serving.answers import Answer
 from tee_worker.serving.chat import Chat
 from tee_worker.serving.completions import Completion
@@ -37,8 +39,11 @@ Result = TypeVar("Result")
 
 REQUEST_ID = "x-request-id"
 
-MOST_BYTES = 32 << 20
+MOST_BYTES = 8 << 20
 """Of a request."""
+
+_NOT_LOGGED = ("/health", "/metrics")
+"""Paths that others ask for all the time."""
 
 _GONE = 499
 """The status, in log and metrics, of a request whose client went away: as nginx has it."""
@@ -84,7 +89,7 @@ class Endpoint:
                 Route("/health", self._health),
                 Route("/metrics", self._render_metrics),
             ],
-            exception_handlers={HTTPException: _not_served},
+            exception_handlers={HTTPException: _not_served, Exception: _unexpected},
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -105,21 +110,32 @@ class Endpoint:
             await send(message)
 
         try:
-            if self._lets_in(scope["path"], headers.get("authorization", "")):
-                await self._app(scope, receive, sending)
-            else:
-                refusal = _told(
-                    401, "this server wants its API key: 'Authorization: Bearer KEY'", "authentication_error", code="invalid_api_key"
-                )
-                await refusal(scope, receive, sending)
+            refusal = self._refusal(scope, headers)
+            await (refusal or self._app)(scope, receive, sending)
         finally:
+            work: Work | None = scope.get("work")
+            for answer in work.answers if work is not None else []:
+                answer.generation.cancel()  # nobody reads it any more, however it came to that
             self._count(scope, status, begun)
 
-    def _lets_in(self, path: str, authorization: str) -> bool:
-        if self._api_key is None or path == "/health":
-            return True
-        kind, _, key = authorization.partition(" ")
-        return kind.lower() == "bearer" and hmac.compare_digest(key.strip().encode(), self._api_key.encode())
+    def stop(self) -> None:
+        """Have what is generated fail at its next token: the server ends."""
+        self._service.engine.stop()
+
+    def _refusal(self, scope: Scope, headers: Headers) -> Response | None:
+        """What is answered to who is not let in; None to who is."""
+        if self._api_key is not None and scope["path"] != "/health":
+            kind, _, key = headers.get("authorization", "").partition(" ")
+            if kind.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), self._api_key.encode()):
+                return _told(
+                    401, "this server wants its API key: 'Authorization: Bearer KEY'", "authentication_error", code="invalid_api_key"
+                )
+        if self._api_key is None and _host_of(headers.get("host", "")) not in LOOPBACK:
+            told = "without an API key this server answers to names of this machine's loopback alone: a page in a browser could ask it"
+            return _told(403, told, "permission_error")
+        if scope["method"] == "POST" and headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            return _told(415, "requests are JSON: 'Content-Type: application/json'", "invalid_request_error")
+        return None
 
     def _count(self, scope: Scope, status: int, begun: float) -> None:
         seconds = time.monotonic() - begun
@@ -140,7 +156,8 @@ class Endpoint:
             if first:
                 self._metrics.first_token.observe(min(first) - begun)
                 line += f", the first after {min(first) - begun:.3f} s"
-        self._access(line)
+        if scope["path"] not in _NOT_LOGGED:
+            self._access(line)
 
     def _of(self, fields: type[Any], kind: Callable[..., Work], *, named: bool = False) -> Callable[[Request], Awaitable[Response]]:
         """What answers at one path. ``named``: events of a stream have their type before them, and it has no last one of its own."""
@@ -196,7 +213,7 @@ class Endpoint:
 
 async def _body(request: Request) -> object:
     """What was sent, as JSON. Raises :class:`Refused`."""
-    body = b""
+    body = bytearray()
     try:
         async for part in request.stream():
             body += part
@@ -205,7 +222,11 @@ async def _body(request: Request) -> object:
     except ClientDisconnect:
         raise Gone from None
     try:
-        return json.loads(body)
+        found = json.loads(body)
+        json.dumps(found, ensure_ascii=False).encode()
+        return found
+    except UnicodeEncodeError:
+        raise Refused("the request's text has half a character: a surrogate without its other one") from None
     except (ValueError, RecursionError) as error:
         raise Refused(f"the request's body is no JSON: {error}") from None
 
@@ -246,18 +267,22 @@ async def _streaming(request: Request, work: Work, *, named: bool) -> Response:
     await _unless_gone(request, begin())
 
     async def events() -> AsyncGenerator[str, None]:
+        told = 0
         try:
             for chunk in first:
+                told += 1
                 yield _event(chunk, named=named)
             async with contextlib.aclosing(chunks):
                 async for chunk in chunks:
+                    told += 1
                     yield _event(chunk, named=named)
         except (asyncio.CancelledError, GeneratorExit):
             request.scope["gone"] = True
             raise
         except Exception as error:
-            told = _error(error)[1]
-            yield _event({"type": "error", **told} if named else {"error": told}, named=named)
+            what = _error(error)[1]
+            event = {"type": "error", "sequence_number": told, "error": what, **{name: what[name] for name in ("code", "message", "param")}}
+            yield _event(event if named else {"error": what}, named=named)
             return
         if not named:
             yield "data: [DONE]\n\n"
@@ -276,7 +301,8 @@ def _error(error: Exception) -> tuple[int, dict[str, Any]]:
         return error.status, _object(str(error), "invalid_request_error", error.param, error.code)
     if isinstance(error, ShmBrokerError):
         return 503, _object(str(error), type(error).__name__, None, None)
-    log.error("a request failed", exc_info=error)
+    # Not its words: they may be of what was asked or answered.
+    log.error("a request failed: %s\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
     return 500, _object(f"this is a fault of the server, which has logged it: {type(error).__name__}", "internal_error", None, None)
 
 
@@ -287,6 +313,16 @@ def _object(message: str, kind: str, param: str | None, code: str | None) -> dic
 
 def _told(status: int, message: str, kind: str, param: str | None = None, code: str | None = None) -> JSONResponse:
     return JSONResponse({"error": _object(message, kind, param, code)}, status)
+
+
+def _host_of(host: str) -> str:
+    """Without its port."""
+    return host.rpartition("]")[0].removeprefix("[") if host.startswith("[") else host.partition(":")[0].lower()
+
+
+async def _unexpected(request: Request, error: Exception) -> JSONResponse:
+    status, told = _error(error)
+    return JSONResponse({"error": told}, status)
 
 
 async def _not_served(request: Request, error: Exception) -> JSONResponse:

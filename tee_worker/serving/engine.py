@@ -110,5 +110,8 @@ class Engine(Protocol):
     def load(self) -> Load:
         """How much it has to do now."""
 
+    def stop(self) -> None:
+        """Have what generates fail at its next token."""
+
     def close(self) -> None:
         """End what generates, and wait a moment for that."""

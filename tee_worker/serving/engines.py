@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import LogitsProcessorList
@@ -15,7 +15,7 @@ from tee_worker.offloading.self_check import TOLERANCE
 from tee_worker.planning.splits import Split, Splits
 from tee_worker.run_options import MOST_AT_ONCE, ServeOptions
 from tee_worker.serving.engine import Engine, Generation, SequenceToGenerate
-from tee_worker.serving.paged_attention import install_paged_attention
+from tee_worker.serving.paged_attention import PagedAttention
 from tee_worker.serving.sampling import Chooser, Sampling
 from tee_worker.serving.sequential import SequentialEngine
 
@@ -30,6 +30,8 @@ CHECKED_PROMPTS = 7, 4
 """Tokens of the prompts that are computed together and alone before anybody else's are."""
 
 CHECKED_TOKENS = 3
+
+_TURNING_WITH_LENGTH = ("longrope", "dynamic")
 
 _LONGEST_REASON = 300
 """Characters of another library's words that are passed on."""
@@ -61,17 +63,21 @@ async def engine_for(model: PreTrainedModel, at_once: int, max_context: int, *, 
     """
     if at_once == 1:
         return SequentialEngine(model)
-    engine = None
+    engine = attention = None
     try:
         from tee_worker.serving.batched import BatchedEngine  # here: what it takes of the library moves
 
-        install_paged_attention(model)
-        engine = BatchedEngine(model, most=at_once, max_context=max_context)
+        if turns_with_length(model):
+            raise BadInput("its rotary embedding depends on how long the longest sequence of a pass is")
+        attention = PagedAttention(model)
+        engine = BatchedEngine(model, attention, most=at_once, max_context=max_context)
         await _check(model, engine)
         return engine
     except Exception as error:
         if engine is not None:
             engine.close()
+        if attention is not None:
+            attention.remove()
         if isinstance(error, ShmBrokerError) and not isinstance(error, BadInput):
             raise
         reason = f"{type(model).__name__} cannot be computed for several requests at once: {str(error)[:_LONGEST_REASON]}"
@@ -79,6 +85,14 @@ async def engine_for(model: PreTrainedModel, at_once: int, max_context: int, *, 
             raise BadInput(f"{reason}; give --max-concurrency 1") from error
         on_note(f"one request at a time: {reason}")
         return SequentialEngine(model)
+
+
+def turns_with_length(model: PreTrainedModel) -> bool:
+    """Whether the rotary embedding of a token depends on the length of what it is computed with (longrope, dynamic)."""
+    config: Any = model.config.get_text_config()
+    told = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kinds = [told, *[one for one in told.values() if isinstance(one, dict)]]
+    return any(kind.get("rope_type", kind.get("type")) in _TURNING_WITH_LENGTH for kind in kinds)
 
 
 class _Recorder(Chooser):

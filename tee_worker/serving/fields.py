@@ -143,6 +143,7 @@ def parsed(kind: type[Fields], body: object) -> Fields:
         first = error.errors(include_url=False, include_context=False)[0]
         param = ".".join(str(one) for one in first["loc"] if not _of_a_union(one))
         if first["type"] == "extra_forbidden":
+            param = ".".join(str(one) for one in first["loc"])
             raise Refused(f"{param} is not implemented here: leave it out (docs/serve.md has the fields)", param) from None
         raise Refused(f"{param}: {first['msg'][0].lower()}{first['msg'][1:]}", param) from None
 

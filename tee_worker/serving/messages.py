@@ -10,15 +10,16 @@ from tee_worker.serving.fields import Refused
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 _TEXTS = ("text", "input_text", "output_text")
+_OF_A_PART = ("type", "text", "logprobs")
 _EMPTY: tuple[Any, ...] = (None, "", [], {})
 _KNOWN = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
 
 
-def messages_of(told: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For a template. Raises :class:`Refused` that names what is wrong."""
+def messages_of(told: Sequence[dict[str, Any]], places: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """For a template; ``places``: where in the request each stands. Raises :class:`Refused` that names what is wrong."""
     if not told:
         raise Refused("messages: must be a list of messages with 'role' and 'content', and is empty", "messages")
-    return [_message(one, f"messages.{place}") for place, one in enumerate(told)]
+    return [_message(one, place) for one, place in zip(told, places or [f"messages.{place}" for place in range(len(told))], strict=True)]
 
 
 def _message(told: dict[str, Any], where: str) -> dict[str, Any]:
@@ -55,6 +56,9 @@ def text_of(content: object, where: str) -> str:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind not in _TEXTS:
             raise Refused(f"{where}.{place}.type: only text is served here, not {kind!r}", f"{where}.{place}.type")
+        others = [name for name, value in part.items() if name not in _OF_A_PART and value not in _EMPTY]
+        if others:
+            raise Refused(f"{where}.{place}.{others[0]} is not implemented here: leave it out", f"{where}.{place}.{others[0]}")
         if not isinstance(part.get("text"), str):
             raise Refused(f"{where}.{place}.text: must be a string", f"{where}.{place}.text")
         texts.append(part["text"])

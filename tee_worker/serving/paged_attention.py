@@ -105,33 +105,46 @@ def _fused(attend: Attention) -> bool:
     return attend is sdpa_attention_forward
 
 
-def install_paged_attention(model: PreTrainedModel) -> None:
-    """Have every attention of ``model`` able to take part in passes of many sequences. Raises :class:`BadInput` for one that cannot."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+class PagedAttention:
+    """Every attention of a model, made able to take part in passes of many sequences."""
 
-    before = model.config._attn_implementation or "eager"
-    mask_of = ALL_MASK_ATTENTION_FUNCTIONS[before]
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Installs it."""
+        from transformers import AttentionInterface, AttentionMaskInterface
+        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    def mask(*args: Any, **kwargs: Any) -> Any:
-        return None if is_paged() else mask_of(*args, **kwargs)
+        self._model = model
+        self._before = model.config._attn_implementation or "eager"
+        mask_of = ALL_MASK_ATTENTION_FUNCTIONS[self._before]
 
-    for module in model.modules():
-        if getattr(module, "layer_idx", None) is None or not hasattr(module, "config"):
-            continue
-        config: Any = module.config
-        name = config._attn_implementation or "eager"
-        if name == "eager":
-            attend = _eager_of(module)
-            if attend is None:
+        def mask(*args: Any, **kwargs: Any) -> Any:
+            return None if is_paged() else mask_of(*args, **kwargs)
+
+        for module in model.modules():
+            if getattr(module, "layer_idx", None) is None or not hasattr(module, "config"):
                 continue
-        else:
-            attend = ALL_ATTENTION_FUNCTIONS[name]
-        setattr(module, ATTRIBUTE, attend)
-    AttentionInterface.register(NAME, paged_attention_forward)
-    AttentionMaskInterface.register(NAME, mask)
-    model.set_attn_implementation(NAME)
+            config: Any = module.config
+            name = config._attn_implementation or "eager"
+            attend = _eager_of(module) if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
+            if attend is not None:
+                setattr(module, ATTRIBUTE, attend)
+        AttentionInterface.register(NAME, paged_attention_forward)
+        AttentionMaskInterface.register(NAME, mask)
+        model.set_attn_implementation(NAME)
+
+    @contextlib.contextmanager
+    def without(self) -> Iterator[None]:
+        """The model as it was, for the length of a block in which no pass of many sequences runs: some models look at the attention's name."""
+        self.remove()
+        try:
+            yield
+        finally:
+            self._model.set_attn_implementation(NAME)
+
+    def remove(self) -> None:
+        """The model as it was."""
+        self._model.set_attn_implementation(self._before)
 
 
 def _eager_of(module: nn.Module) -> Attention | None:

@@ -26,7 +26,8 @@ class Response:
         self._asked = asked
         self._created = int(time.time())
         tools = _tools_of(asked)
-        self.prompt = chat_prompt(service, _messages_of(asked), tools, {})
+        messages = _messages_of(asked)
+        self.prompt = chat_prompt(service, [one for one, _ in messages], tools, {}, [place for _, place in messages])
         sampling = Sampling(temperature=asked.temperature, top_p=asked.top_p, seed=asked.seed)
         self.answers = [
             service.answer(0, self.prompt, sampling, asked.max_output_tokens, [], parser_of(service, self.prompt, tools)),
@@ -71,7 +72,7 @@ class Response:
             "output": self._output(status) if reason else [],
             "parallel_tool_calls": True,
             "temperature": asked.temperature,
-            "tool_choice": "auto",
+            "tool_choice": asked.tool_choice or "auto",
             "tools": asked.tools or [],
             "top_p": asked.top_p,
             "usage": self.usage if reason else None,
@@ -132,25 +133,63 @@ class Response:
         yield {"type": f"response.{whole['status']}", "response": whole}
 
 
-def _messages_of(asked: ResponseRequest) -> list[dict[str, Any]]:
-    """As of a chat. Raises :class:`Refused` for items that are not text or calls."""
-    told: list[dict[str, Any]] = []
+_OF_AN_ITEM = {
+    "message": ("role", "content", "phase"),
+    "function_call": ("call_id", "name", "arguments"),
+    "function_call_output": ("call_id", "output"),
+    "reasoning": ("summary", "content"),
+}
+"""What is read of each kind of item. All may have a type, an id and a status, as the server gives them."""
+
+Placed = list[tuple[dict[str, Any], str]]
+"""Messages as of a chat, each with where it stands in the request."""
+
+
+def _messages_of(asked: ResponseRequest) -> Placed:
+    """Raises :class:`Refused` for items that are not text or calls."""
+    told: Placed = []
     if asked.instructions:
-        told.append({"role": "system", "content": asked.instructions})
+        told.append(({"role": "system", "content": asked.instructions}, "instructions"))
     if isinstance(asked.input, str):
-        return [*told, {"role": "user", "content": asked.input}]
+        return [*told, ({"role": "user", "content": asked.input}, "input")]
     for place, item in enumerate(asked.input):
-        where, kind = f"input.{place}", item.get("type", "message")
-        if kind == "message":
-            told.append({"role": item.get("role"), "content": text_of(item.get("content"), f"{where}.content")})
-        elif kind == "function_call":
-            function = {"name": item.get("name"), "arguments": item.get("arguments")}
-            told.append({"role": "assistant", "tool_calls": [{"id": item.get("call_id"), "type": "function", "function": function}]})
-        elif kind == "function_call_output":
-            told.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": text_of(item.get("output"), f"{where}.output")})
-        else:
+        where = f"input.{place}"
+        kind = item.get("type") or "message"
+        if kind not in _OF_AN_ITEM:
             raise Refused(f"{where}.type: only messages and function calls are served here, not {kind!r}", f"{where}.type")
+        others = [
+            name
+            for name, value in item.items()
+            if name not in ("type", "id", "status", *_OF_AN_ITEM[kind]) and value not in (None, "", [], {})
+        ]
+        if others:
+            raise Refused(f"{where}.{others[0]} is not implemented here: leave it out", f"{where}.{others[0]}")
+        _add(told, kind, item, where)
     return told
+
+
+def _add(told: Placed, kind: str, item: dict[str, Any], where: str) -> None:
+    """One item more. What an assistant thinks, says and calls in a row is one message."""
+    last = told[-1][0] if told else {}
+    own = last if last.get("role") == "assistant" else None
+    if kind == "message" and item.get("role") != "assistant":
+        told.append(({"role": item.get("role"), "content": text_of(item.get("content"), f"{where}.content")}, where))
+    elif kind == "function_call_output":
+        told.append(
+            ({"role": "tool", "tool_call_id": item.get("call_id"), "content": text_of(item.get("output"), f"{where}.output")}, where)
+        )
+    else:
+        if own is None:
+            own = {"role": "assistant", "content": ""}
+            told.append((own, where))
+        if kind == "message":
+            own["content"] += text_of(item.get("content"), f"{where}.content")
+        elif kind == "reasoning":
+            parts = [one.get("text") for one in item.get("content") or item.get("summary") or [] if isinstance(one, dict)]
+            own["reasoning_content"] = own.get("reasoning_content", "") + "".join(one for one in parts if isinstance(one, str))
+        else:
+            function = {"name": item.get("name"), "arguments": item.get("arguments")}
+            own.setdefault("tool_calls", []).append({"id": item.get("call_id"), "type": "function", "function": function})
 
 
 def _tools_of(asked: ResponseRequest) -> list[dict[str, Any]] | None:
@@ -160,5 +199,4 @@ def _tools_of(asked: ResponseRequest) -> list[dict[str, Any]] | None:
     for place, tool in enumerate(asked.tools):
         if tool.get("type") != "function":
             raise Refused(f"tools.{place}.type: only functions are served here, not {tool.get('type')!r}", f"tools.{place}.type")
-    names = ("name", "description", "parameters")
-    return [{"type": "function", "function": {name: tool[name] for name in names if name in tool}} for tool in asked.tools]
+    return [{"type": "function", "function": {name: value for name, value in tool.items() if name != "type"}} for tool in asked.tools]

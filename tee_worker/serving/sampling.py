@@ -18,6 +18,10 @@ _OF_THE_WHOLE = ("guidance_scale", "num_beams", "num_return_sequences", "stop_st
 """Of a model's generation configuration: what is not of single tokens, and so is not taken from it."""
 
 
+LEAST_TEMPERATURE = 1e-4
+"""Below it the likeliest token is chosen: nothing else has any probability left in float32."""
+
+
 class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     """What a request asks for. None: as the model's generation configuration says."""
 
@@ -78,8 +82,8 @@ class Choices:
         """The model's generation configuration with a request's own values."""
         config = copy.deepcopy(self._config)
         if sampling.temperature is not None:
-            config.do_sample = sampling.temperature > 0
-            config.temperature = sampling.temperature or 1.0
+            config.do_sample = sampling.temperature >= LEAST_TEMPERATURE
+            config.temperature = sampling.temperature if config.do_sample else 1.0
         if sampling.top_p is not None:
             config.top_p = sampling.top_p
         if sampling.top_k is not None:
@@ -101,16 +105,19 @@ class Chooser:
         self._sampled = sampled
         self._processors = processors
         self._penalties = sampling.frequency_penalty, sampling.presence_penalty
-        self._bias = sampling.logit_bias
+        self._biased = torch.tensor(list(sampling.logit_bias), dtype=torch.long)
+        self._bias = torch.tensor(list(sampling.logit_bias.values()))
         self._logprobs = sampling.logprobs
         self._ids = torch.tensor(list(prompt), dtype=torch.long)
         self._length = len(prompt)
         self._generated: Counter[int] = Counter()
+        self.error: Exception | None = None
+        """What went wrong in choosing: of this sequence alone."""
         self.tells = sampling.logprobs is not None
         """Whether log probabilities are asked for."""
         self.chosen: list[Chosen] = []
         """Where log probabilities are asked for, the tokens so far."""
-        self.plain = not (sampled or processors or any(self._penalties) or self._bias or self._logprobs is not None)
+        self.plain = not (sampled or processors or any(self._penalties) or sampling.logit_bias or self._logprobs is not None)
         """Whether the token is the one with the largest logit, and nothing else is to be done."""
         self._generator = torch.Generator()
         if sampling.seed is None:
@@ -125,12 +132,11 @@ class Chooser:
     def choose(self, logits: torch.Tensor) -> int:
         """The next token, from the model's logits, float32 ``[vocabulary]``."""
         scores = logits.clone()
-        for token, bias in self._bias.items():
-            scores[token] += bias
+        if len(self._bias):
+            scores[self._biased] += self._bias
         frequency, presence = self._penalties
-        if frequency or presence:
-            for token, count in self._generated.items():
-                scores[token] -= frequency * count + presence
+        if (frequency or presence) and self._generated:
+            scores[list(self._generated)] -= frequency * torch.tensor(list(self._generated.values())) + presence
         if self._processors:
             scores = self._processors(self._ids[None, : self._length], scores[None])[0]  # type: ignore[arg-type]
         if self._sampled:

@@ -72,9 +72,13 @@ class SequentialEngine:
         """How much it has to do now."""
         return Load(self._running, self._work.qsize())
 
+    def stop(self) -> None:
+        """Have what generates fail at its next token."""
+        self._stopping.set()
+
     def close(self) -> None:
         """End what generates, and wait a moment for that."""
-        self._stopping.set()
+        self.stop()
         self._work.put(None)
         self._thread.join(_LAST_CALL_SECONDS)
         if self._thread.is_alive():

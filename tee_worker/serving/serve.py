@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import signal
 import socket
 import threading
@@ -17,7 +18,7 @@ from shmbroker.errors import BadInput
 from shmbroker.models import Checkpoint
 from tee_worker.own_peers import own_peers
 from tee_worker.planning.splits import Splits
-from tee_worker.run_options import LONGEST_CONTEXT, ServeOptions
+from tee_worker.run_options import LONGEST_CONTEXT, LOOPBACK, ServeOptions
 from tee_worker.split_run import check, failover_channel, split_run
 
 if TYPE_CHECKING:
@@ -25,9 +26,14 @@ if TYPE_CHECKING:
 
     from tee_worker.serving.endpoint import Endpoint
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 DRAIN_SECONDS = 10
-"""How long requests may take to finish after SIGTERM or SIGINT; then they are cut off."""
+"""How long requests may take to finish after SIGTERM or SIGINT; then they are told that the server ends."""
+
+_TOLD_SECONDS = 5
+"""In which they are told."""
+
+_LOOK_SECONDS = 0.2
+"""Between two looks whether a signal has come, where something else is waited for."""
 
 _PROGRESS_SECONDS = 10.0
 """Between two words of what takes long."""
@@ -50,6 +56,7 @@ def serve(
     before.
     """
     _check_host(options.host)
+    _check_key(options.api_key)
     check(options)
     splits = Splits.named(options.split)
     try:
@@ -77,6 +84,7 @@ def serve(
                 failover_channel,
                 prompt_tokens=max_context,
                 new_tokens=1,
+                spare=_spare(checkpoint, at_once, max_context),
                 name="tee-worker serve",
                 peers=own_peers(options, on_note, "--model", options.model) if options.local else None,
                 on_note=on_note,
@@ -94,7 +102,6 @@ def serve(
         async def endpoint() -> Endpoint:
             engine = await engine_for(running.model, at_once, max_context, asked=options.max_concurrency is not None, on_note=on_note)
             stack.callback(engine.close)
-            stack.callback(running.channel.close)  # first, so that a call on its way fails
             service = Service(
                 name,
                 running.model,
@@ -122,7 +129,7 @@ def serve(
             _nothing_yet,
             log_config=None,
             access_log=False,
-            timeout_graceful_shutdown=DRAIN_SECONDS,
+            timeout_graceful_shutdown=DRAIN_SECONDS + _TOLD_SECONDS,
             lifespan="off",
             loop="asyncio",
             http="h11",
@@ -135,7 +142,7 @@ def serve(
         # Uvicorn has handlers of its own meanwhile, and raises at its end once more what came, for whoever was there before.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, stop)
-        asyncio.run(_run(server, listening, endpoint, ready, on_alive))
+        asyncio.run(_run(server, listening, endpoint, ready, on_alive, running.channel.close))
 
 
 async def _run(
@@ -144,18 +151,44 @@ async def _run(
     endpoint: Callable[[], Awaitable[Endpoint]],
     on_ready: Callable[[int], object],
     on_alive: Signal,
+    close_channel: Callable[[], None],
 ) -> None:
-    made = await endpoint()
-    server.config.app = made
-    serving = asyncio.ensure_future(server.serve(sockets=[listening]))
-    while not server.started and not serving.done():
-        await asyncio.sleep(0.01)
-    if server.started:
-        on_ready(made.at_once)
-    while not serving.done():
-        on_alive()
-        await asyncio.wait([serving], timeout=1.0)
-    await serving
+    """Make the endpoint and serve until a signal. ``close_channel``: fails every call, also one that waits for a worker."""
+    made: Endpoint | None = None
+
+    async def end() -> None:
+        """Whoever generates, or waits for a worker, is told so."""
+        if made is not None:
+            made.stop()
+        await asyncio.to_thread(close_channel)
+
+    try:
+        making = asyncio.ensure_future(endpoint())
+        while not making.done():
+            await asyncio.wait([making], timeout=_LOOK_SECONDS)
+            if server.should_exit:
+                await end()
+                await asyncio.gather(making, return_exceptions=True)
+                return
+        made = making.result()
+        server.config.app = made
+        serving = asyncio.ensure_future(server.serve(sockets=[listening]))
+        while not server.started and not serving.done():
+            await asyncio.sleep(0.01)
+        if server.started:
+            on_ready(made.at_once)
+        over: float | None = None
+        while not serving.done():
+            on_alive()
+            await asyncio.wait([serving], timeout=_LOOK_SECONDS if server.should_exit else 1.0)
+            if server.should_exit and over is None:
+                over = time.monotonic() + DRAIN_SECONDS
+            if over is not None and time.monotonic() > over:
+                over = math.inf
+                await end()
+        await serving
+    finally:
+        await end()
 
 
 async def _nothing_yet(scope: Any, receive: Any, send: Any) -> None:
@@ -192,6 +225,17 @@ def _check_host(host: str) -> None:
             f"--host {host!r} is not this machine's loopback: whoever reaches the endpoint could use it, and prompts and answers would cross "
             "the network as they are; serve on 127.0.0.1 and put a proxy with TLS and authentication before it"
         )
+
+
+def _check_key(key: str | None) -> None:
+    if key is not None and (not key or key.strip() != key or not key.isascii() or not key.isprintable()):
+        raise BadInput("--api-key must be printable ASCII characters, without blanks before or after: no client could send another")
+
+
+def _spare(checkpoint: Checkpoint, at_once: int, max_context: int) -> int:
+    """So many largest tensors more than one request's: a pass has the logits of ``at_once``."""
+    config = checkpoint.config().get_text_config()
+    return int(-(-2 * (at_once - 1) * config.vocab_size // (max_context * config.hidden_size)))
 
 
 def _listen(host: str, port: int) -> socket.socket:

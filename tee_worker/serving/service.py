@@ -20,6 +20,15 @@ if TYPE_CHECKING:
     from tee_worker.serving.fields import Asked
 
 
+LONGEST_TOKEN = 256
+"""Characters. A text with more than so many for each token that there is room for is too long without being looked at."""
+
+MOST_BIASES = 1024
+
+_LONGEST_ID = 10
+"""Digits."""
+
+
 @dataclass(slots=True)
 class Service:
     """One model, for the handlers of all endpoints. Used in the event loop's thread."""
@@ -83,9 +92,11 @@ class Service:
     def sampling(self, asked: Asked, logprobs: int | None) -> Sampling:
         """What a request says of sampling. Raises :class:`Refused`."""
         vocabulary = self.model.config.get_text_config().vocab_size
+        if len(asked.logit_bias or {}) > MOST_BIASES:
+            raise Refused(f"logit_bias: at most {MOST_BIASES} tokens", "logit_bias")
         bias: dict[int, float] = {}
         for token, value in (asked.logit_bias or {}).items():
-            if not token.isdecimal() or int(token) >= vocabulary:
+            if not token.isdecimal() or len(token) > _LONGEST_ID or int(token) >= vocabulary:
                 raise Refused(f"logit_bias: {token!r} is no token id: this model has 0 to {vocabulary - 1}", "logit_bias")
             if not -100 <= value <= 100:
                 raise Refused(f"logit_bias: {value!r} for token {token} is not in -100 to 100", "logit_bias")
@@ -107,6 +118,15 @@ class Service:
         if any(not stop for stop in stops) or len(stops) > MOST_STOPS:
             raise Refused(f"stop: give up to {MOST_STOPS} strings, none of them empty", "stop")
         return stops
+
+    def check_length(self, text: str, param: str) -> None:
+        """Raise :class:`Refused` for a text that cannot fit, before it is divided into tokens."""
+        if len(text) > self.max_context * LONGEST_TOKEN:
+            raise Refused(
+                f"{param}: {len(text)} characters cannot be {self.max_context} tokens (--max-context): shorten it",
+                param,
+                code="context_length_exceeded",
+            )
 
     def text_of(self, token: int) -> str:
         """Of one token."""

@@ -177,6 +177,13 @@ def test_the_model_is_found_by_its_name(server: Server) -> None:
         ("chat/completions", {"messages": MESSAGES, "model": "gpt-5"}, "model"),
         ("chat/completions", {"messages": MESSAGES, "chat_template_kwargs": {"chat_template": "x"}}, "chat_template_kwargs"),
         ("chat/completions", {"messages": MESSAGES, "chat_template_kwargs": {"return_tensors": "pt"}}, "chat_template_kwargs"),
+        ("chat/completions", {"messages": MESSAGES, "tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ("chat/completions", {"messages": MESSAGES, "max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
+        ("chat/completions", {"messages": [{"role": "user", "content": "x" * 100000}]}, "messages.0.content"),
+        ("chat/completions", {"messages": MESSAGES, "logit_bias": {"1" * 5000: 1}}, "logit_bias"),
+        ("chat/completions", {"messages": MESSAGES, "str": 1}, "str"),
+        ("responses", {"input": [{"role": "user", "content": [{"type": "input_image"}]}], "instructions": "x"}, "input.0.content.0.type"),
+        ("responses", {"input": [{"role": "user", "content": "x", "cache": 1}]}, "input.0.cache"),
         ("completions", {"prompt": ""}, "prompt"),
         ("completions", {"prompt": []}, "prompt"),
         ("completions", {"prompt": [100000]}, "prompt"),
@@ -198,9 +205,9 @@ def test_what_cannot_be_done_is_refused_in_openais_form(server: Server, path: st
     assert error["param"] == param
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"\xff", b'"x"', b"[" * 100000])
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"\xff", b'"x"', b"[" * 100000, b'{"messages": "\\ud800"}'])
 def test_what_is_no_request_is_refused_in_openais_form(server: Server, body: bytes) -> None:
-    answer = requests.post(f"{server.url}/chat/completions", data=body, timeout=60)
+    answer = requests.post(f"{server.url}/chat/completions", data=body, headers={"Content-Type": "application/json"}, timeout=60)
     assert answer.status_code == 400
     assert answer.json()["error"]["type"] == "invalid_request_error"
 
@@ -208,6 +215,33 @@ def test_what_is_no_request_is_refused_in_openais_form(server: Server, body: byt
 def test_other_methods_and_paths_are_errors_in_openais_form(server: Server) -> None:
     assert requests.get(f"{server.url}/chat/completions", timeout=60).json()["error"]["message"].startswith("GET /v1/chat/completions")
     assert requests.get(f"{server.url}/odd", timeout=60).status_code == 404
+
+
+def test_a_page_in_a_browser_is_not_answered(server: Server) -> None:
+    """Neither what a form may send anywhere, nor by another name that leads to loopback."""
+    assert requests.post(f"{server.url}/completions", data='{"prompt": "x"}', timeout=60).status_code == 415
+    for host in ("evil.example", "evil.example:80", ""):
+        assert requests.get(f"{server.url}/models", headers={"Host": host}, timeout=60).status_code in (400, 403)
+    assert requests.get(f"{server.url}/models", headers={"Host": "[::1]:8000"}, timeout=60).status_code == 200
+
+
+def test_a_talk_goes_on_with_what_the_server_gave(server: Server, talking: Path) -> None:
+    first = server.client.responses.create(model="talking", input="Why", max_output_tokens=4, temperature=0)
+    talk = [{"role": "user", "content": "Why"}, *[one.model_dump() for one in first.output], {"role": "user", "content": "And"}]
+    second = server.client.responses.create(model="talking", input=talk, max_output_tokens=4, temperature=0)  # type: ignore[arg-type]
+    assert second.output_text == expected(talking, f"user:Why;assistant:{first.output_text};user:And;a:", 4)
+
+
+def test_a_stream_with_the_prompt_has_the_offsets_of_the_whole(server: Server) -> None:
+    fields = {"echo": True, "logprobs": 1, "max_tokens": 4}
+    whole = complete(server, "Once", **fields).choices[0].logprobs
+    offsets, tokens = [], []
+    for chunk in complete(server, "Once", stream=True, **fields):
+        for choice in chunk.choices:
+            if choice.logprobs:
+                offsets += choice.logprobs.text_offset
+                tokens += choice.logprobs.tokens
+    assert (offsets, tokens) == (whole.text_offset, whole.tokens)
 
 
 def test_metrics_tell_of_tokens_and_time_and_the_batch(server: Server) -> None:

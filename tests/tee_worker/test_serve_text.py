@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +13,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GenerationConfig, LlamaForCausalLM, LogitsProcessorList
 
-from tee_worker.serving.answers import TextStream
+from benchmarks.families.names import FAMILIES
+from benchmarks.families.tiny import tiny_family, whole_model
+from shmbroker.errors import BadInput
+from tee_worker.serving.answers import Answer, TextStream
+from tee_worker.serving.batched import BatchedEngine
+from tee_worker.serving.engine import Engine, Generation, SequenceToGenerate
+from tee_worker.serving.engines import engine_for, turns_with_length
 from tee_worker.serving.fields import ChatRequest, CompletionRequest, Refused, ResponseRequest, parsed
 from tee_worker.serving.messages import messages_of
-from tee_worker.serving.sampling import Choices, Chooser, Sampling
+from tee_worker.serving.paged_attention import PagedAttention
+from tee_worker.serving.sampling import Choices, Chooser, Chosen, Sampling
+from tee_worker.serving.sequential import SequentialEngine
 from tests.tiny_models import tiny_llama
 
 
@@ -61,6 +71,38 @@ def test_text_is_cut_before_the_first_stop_string_wherever_tokens_end(text: str,
 
 def test_what_cannot_begin_a_stop_string_is_not_held_back() -> None:
     assert streamed("abcd", ["cx"]) == ["a", "b", "", "cd", ""]
+
+
+def test_log_probabilities_of_what_may_be_cut_are_held_back() -> None:
+    """The tokens of a stop string are in no answer, and neither are their log probabilities."""
+
+    async def read() -> list[tuple[str, list[int]]]:
+        chooser = Chooser([1], Sampling(logprobs=0), LogitsProcessorList(), sampled=False)
+        generation = Generation(SequenceToGenerate([1], 10, frozenset(), chooser))
+        for letter in "xyab!":
+            chooser.chosen.append(Chosen(ord(letter), -1.0))
+            generation.put([ord(letter)])
+        generation.put([])
+        answer = Answer(0, generation, LetterStream(["ab"]))
+        return [(piece.text, [one.token for one, _ in piece.logprobs]) async for piece in answer.pieces()]
+
+    assert asyncio.run(read()) == [("x", [ord("x")]), ("y", [ord("y")])]
+
+
+def test_a_call_that_is_none_is_said_as_it_was_written() -> None:
+    class Parser:
+        def feed(self, text: str) -> list[dict[str, Any]]:
+            raise ValueError("no JSON")
+
+    generation = Generation(SequenceToGenerate([1], 10, frozenset(), Chooser([1], Sampling(), LogitsProcessorList(), sampled=False)))
+    answer = Answer(0, generation, LetterStream([]), Parser())  # type: ignore[arg-type]
+
+    async def read() -> str:
+        generation.put([ord(letter) for letter in "<tool_call>x"])
+        generation.put([])
+        return (await answer.all()).whole
+
+    assert asyncio.run(read()) == "<tool_call>x"
 
 
 # --- fields -----------------------------------------------------------------------------------------------------------------------------
@@ -202,6 +244,64 @@ def test_a_models_own_generation_configuration_is_kept_and_a_request_overrides_i
     assert greedy.choose(logits) == 3, "1 is in the prompt, and the model's own penalty holds"
     model.generation_config = GenerationConfig(eos_token_id=4)
     assert Choices(model).chooser([1], Sampling()).plain
+    assert Choices(model).chooser([1], Sampling(temperature=1e-40)).plain, "nothing but the likeliest has any probability"
+
+
+# --- together ---------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt_oss"])
+def test_windows_and_passes_shorter_than_a_text_change_nothing(tmp_path: Path, family: str) -> None:
+    """A window of 8 tokens, passes of 16, texts of 40 and more: the logits of each pass are those of the sequence alone."""
+    model = whole_model(tiny_family(tmp_path / family, family, **({} if family == "llama" else {"sliding_window": 8})))
+    prompts = [[(7 * place + length) % 90 + 3 for place in range(length)] for length in (41, 3, 23)]
+    expected = [
+        model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False)[0, len(prompt) :].tolist()  # type: ignore[operator]
+        for prompt in prompts
+    ]
+
+    async def together() -> list[list[int]]:
+        engine = BatchedEngine(model, PagedAttention(model), most=4, max_context=64, pass_tokens=16)
+
+        async def one(prompt: list[int]) -> list[int]:
+            generation = Generation(
+                SequenceToGenerate(prompt, 6, frozenset(), Chooser(prompt, Sampling(), LogitsProcessorList(), sampled=False))
+            )
+            engine.start(generation)
+            async for _ in generation.arrivals():
+                pass
+            return generation.tokens
+
+        try:
+            return await asyncio.gather(*[one(prompt) for prompt in prompts])
+        finally:
+            engine.close()
+
+    assert asyncio.run(together()) == expected
+
+
+@pytest.mark.parametrize(("family", "words"), [("bloom", "other numbers than alone"), ("mamba", "layer type"), ("nemotron", "paged cache")])
+def test_a_model_that_cannot_be_computed_together_is_as_it_was(tmp_path: Path, family: str, words: str) -> None:
+    model = whole_model(tiny_family(tmp_path / family, family, **FAMILIES.get(family, {})))
+    before, notes = model.config._attn_implementation, list[str]()
+
+    async def made(*, asked: bool) -> Engine:
+        engine = await engine_for(model, 4, 64, asked=asked, on_note=notes.append)
+        engine.close()
+        return engine
+
+    assert isinstance(asyncio.run(made(asked=False)), SequentialEngine)
+    assert words in notes[0]
+    assert model.config._attn_implementation == before
+    with pytest.raises(BadInput, match="give --max-concurrency 1"):
+        asyncio.run(made(asked=True))
+
+
+def test_an_embedding_that_turns_with_length_is_served_one_by_one() -> None:
+    config = tiny_llama()
+    assert not turns_with_length(LlamaForCausalLM(config))
+    config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    assert turns_with_length(LlamaForCausalLM(config))
 
 
 def test_what_is_taken_of_the_librarys_batching_is_there() -> None:

@@ -92,6 +92,30 @@ def test_greedy_ones_beside_sampled_ones_keep_their_texts(server: Server, texts:
     assert found == again, "a seed is a request's own, whoever is computed beside it"
 
 
+def test_one_that_cannot_be_chosen_for_fails_alone(server: Server, texts: dict[str, str], talking: Path) -> None:
+    """A temperature at which float32 has no numbers is the likeliest token, and harms nobody."""
+
+    def ask(question: str) -> str:
+        hot = question == QUESTIONS[0]
+        answer = server.client.chat.completions.create(
+            model="talking", messages=[{"role": "user", "content": question}], max_tokens=TOKENS, temperature=1e-40 if hot else 0
+        )
+        return answer.choices[0].message.content or ""
+
+    assert all_at_once(ask, QUESTIONS[:4]) == {question: texts[question] for question in QUESTIONS[:4]}
+
+
+def test_scored_prompts_beside_generations(server: Server, texts: dict[str, str]) -> None:
+    def ask(question: str) -> str:
+        if QUESTIONS.index(question) % 2:
+            return ask_chat(server, question, TOKENS)
+        answer = server.client.completions.create(model="talking", prompt=question, max_tokens=1, echo=True, logprobs=1, temperature=0)
+        return str(answer.choices[0].logprobs and len(answer.choices[0].logprobs.tokens or []))
+
+    found = all_at_once(ask, QUESTIONS)
+    assert found == {question: texts[question] if place % 2 else str(len(question) + 1) for place, question in enumerate(QUESTIONS)}
+
+
 def test_all_streams_go_on_when_their_worker_is_killed(broker: shmbroker.LocalBroker, talking: Path) -> None:
     questions = QUESTIONS[:8]
     texts = {question: expected(talking, chat_prompt(question), 100) for question in questions}
@@ -134,6 +158,8 @@ def test_when_patience_is_over_all_fail_with_the_reason_and_the_next_is_served(b
             return "it ended"
 
         assert all("took over" in error for error in all_at_once(ask, QUESTIONS[:4]).values())
+        with pytest.raises(openai.APIError, match="took over"):
+            list(server.client.responses.create(model="talking", input="x", stream=True))
         with pytest.raises(openai.InternalServerError, match="took over") as refused:
             ask_chat(server, "x")
         assert refused.value.status_code == 503
@@ -168,9 +194,43 @@ def test_clients_that_go_away_leave_nothing(server: Server, broker: shmbroker.Lo
     assert ask_chat(server, "x") == ask_chat(server, "x")
 
 
+def test_a_stream_of_events_tells_what_went_wrong_in_its_midst(broker: shmbroker.LocalBroker, talking: Path) -> None:
+    with gpu_worker(talking, "broken") as worker, serving(talking, "broken", "--failover", "0") as server:
+
+        def read() -> None:
+            for event in server.client.responses.create(model="talking", input="x", temperature=0, max_output_tokens=150, stream=True):
+                if event.type == "response.output_text.delta":
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(worker, signal.SIGKILL)
+
+        with pytest.raises(openai.APIError, match="died"):
+            read()
+
+
+def test_the_end_is_told_to_who_waits_for_a_worker(broker: shmbroker.LocalBroker, talking: Path) -> None:
+    """Also to one whose prompt is scored."""
+    with contextlib.ExitStack() as stack:
+        worker = stack.enter_context(gpu_worker(talking, "ends"))
+        server = stack.enter_context(serving(talking, "ends", "--failover", "600"))
+        os.kill(worker, signal.SIGKILL)
+        pool = stack.enter_context(ThreadPoolExecutor(2))
+
+        def ask(body: dict[str, object]) -> requests.Response:
+            return requests.post(server.url + "/completions", json=body, timeout=300)
+
+        answers = [pool.submit(ask, {"prompt": "x", **more}) for more in ({}, {"echo": True, "logprobs": 1})]
+        wait_until(lambda: "waiting" in server.health().text)
+        server.process.send_signal(signal.SIGTERM)
+        for answer in answers:
+            assert answer.result().status_code == 503
+            assert set(answer.result().json()["error"]) == {"message", "type", "param", "code"}
+        assert server.process.wait(300) == 0
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        (("--api-key", ""), "--api-key"),
         (("--split", "layer", "--max-concurrency", "4"), "or give --max-concurrency 1"),
         (("--split", "block", "--max-concurrency", "2"), "keeps keys and values"),
         (("--split", "fused:0-1,linear:2", "--max-concurrency", "2"), "for all layers"),
