@@ -76,6 +76,7 @@ class _Zygote:
             while True:
                 told = self._receive()
                 if "pid" in told:
+                    self._statuses.pop(told["pid"], None)  # of one that had the same pid before
                     return int(told["pid"])
 
     def status(self, pid: int) -> int | None:
