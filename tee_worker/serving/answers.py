@@ -51,6 +51,8 @@ class Answer:
     reasoning: str = ""
     calls: list[Call] = field(default_factory=list)
     logprobs: list[tuple[Chosen, int]] = field(default_factory=list)
+    _unsaid: str = ""
+    """What the parser was given and has made nothing of yet."""
 
     @property
     def tokens(self) -> int:
@@ -109,16 +111,28 @@ class Answer:
     def _parts(self, text: str, *, final: bool) -> tuple[str, str, list[Call]]:
         if self.parser is None:
             return text, "", []
+        self._unsaid += text
         try:
-            found = parts_of(self.parser.feed(text)) if text else ("", "", [])
-        except Exception:  # a call that is none: what was written is said as it is
-            self.parser = None
-            return text, "", []
-        if final:
-            with contextlib.suppress(Exception):  # it ended within a part: of a call that is not whole, nothing is made
+            events = list(self.parser.feed(text)) if text else []
+            found = parts_of(events)
+            self._unsaid = _after(self._unsaid, found)
+            if final:
                 said, reasoning, calls = parts_of(self.parser.finalize()[1])
                 found = found[0] + said, found[1] + reasoning, found[2] + calls
-        return found
+            return found
+        except Exception:  # a call that is none, or is not whole: it is said as it was written
+            self.parser = None
+            return self._unsaid, "", []
+
+
+def _after(text: str, found: tuple[str, str, list[Call]]) -> str:
+    """What of ``text`` comes after what was ``found`` in it."""
+    said, reasoning, calls = found
+    if calls:
+        return ""
+    for one in (reasoning, said):
+        text = text[text.find(one) + len(one) :] if one in text else text
+    return text
 
 
 def parts_of(events: Sequence[dict[str, Any]]) -> tuple[str, str, list[Call]]:

@@ -113,7 +113,7 @@ class BatchedEngine:
 
     def load(self) -> Load:
         """How much it has to do now."""
-        return self._batch.load(self.most)
+        return self._batch.load()
 
     def stop(self) -> None:
         """Have what generates fail at its next token."""
@@ -216,7 +216,7 @@ class Batch(ContinuousBatchingManager):
                 raise ShmBrokerError(str(error)) if self.failure is None else anew(self.failure) from None
             return work()
 
-    def load(self, most: int) -> Load:
+    def load(self) -> Load:
         """How much it has to do now."""
         processor = self.batch_processor
         if processor is None:

@@ -52,7 +52,6 @@ class Service:
             raise Refused(
                 f"model: this server serves {self.name!r}, not {asked!r}",
                 "model",
-                status=404 if "/" in asked else 400,
                 code="model_not_found",
             )
 

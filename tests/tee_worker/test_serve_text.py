@@ -89,20 +89,43 @@ def test_log_probabilities_of_what_may_be_cut_are_held_back() -> None:
     assert asyncio.run(read()) == [("x", [ord("x")]), ("y", [ord("y")])]
 
 
-def test_a_call_that_is_none_is_said_as_it_was_written() -> None:
-    class Parser:
-        def feed(self, text: str) -> list[dict[str, Any]]:
-            raise ValueError("no JSON")
+class CallParser:
+    """Takes all after ``<`` for a call, as the library's does: nothing is told of it until ``>``, where it raises if it is no JSON."""
 
-    generation = Generation(SequenceToGenerate([1], 10, frozenset(), Chooser([1], Sampling(), LogitsProcessorList(), sampled=False)))
-    answer = Answer(0, generation, LetterStream([]), Parser())  # type: ignore[arg-type]
+    def __init__(self) -> None:
+        self.call = ""
+
+    def feed(self, text: str) -> list[dict[str, Any]]:
+        events: list[dict[str, Any]] = []
+        for letter in text:
+            if letter == ">":
+                json.loads(self.call[1:])
+            elif self.call or letter == "<":
+                self.call += letter
+            else:
+                events.append({"type": "region_chunk", "field": "content", "text": letter})
+        return events
+
+    def finalize(self) -> tuple[object, list[dict[str, Any]]]:
+        if self.call:
+            raise ValueError("the end, within a call")
+        return None, []
+
+
+@pytest.mark.parametrize("text", ["well <no JSON> then", "<no JSON>", "well <it ends her", "well", "a a<a a>"])
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_a_call_that_is_none_is_said_as_it_was_written(text: str, size: int) -> None:
+    """All of it, wherever tokens end."""
+    generation = Generation(SequenceToGenerate([1], 100, frozenset(), Chooser([1], Sampling(), LogitsProcessorList(), sampled=False)))
+    answer = Answer(0, generation, LetterStream([]), CallParser())  # type: ignore[arg-type]
 
     async def read() -> str:
-        generation.put([ord(letter) for letter in "<tool_call>x"])
+        for first in range(0, len(text), size):
+            generation.put([ord(letter) for letter in text[first : first + size]])
         generation.put([])
         return (await answer.all()).whole
 
-    assert asyncio.run(read()) == "<tool_call>x"
+    assert asyncio.run(read()) == text
 
 
 # --- fields -----------------------------------------------------------------------------------------------------------------------------
@@ -278,6 +301,49 @@ def test_windows_and_passes_shorter_than_a_text_change_nothing(tmp_path: Path, f
             engine.close()
 
     assert asyncio.run(together()) == expected
+
+
+class Failing(Chooser):
+    """Cannot choose its third token."""
+
+    def choose(self, logits: torch.Tensor) -> int:
+        if len(self.chosen) == 2:
+            raise RuntimeError("no such luck")
+        return super().choose(logits)
+
+
+def test_one_that_cannot_be_chosen_for_fails_alone(tmp_path: Path) -> None:
+    model = whole_model(tiny_family(tmp_path / "llama", "llama"))
+    prompt = [5, 6, 7]
+    expected = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)[0, 3:].tolist()  # type: ignore[operator]
+
+    async def together() -> tuple[list[int], Generation]:
+        engine = BatchedEngine(model, PagedAttention(model), most=4, max_context=64)
+        failing = Failing(prompt, Sampling(logprobs=0), LogitsProcessorList(), sampled=False)
+        both = [
+            Generation(SequenceToGenerate(prompt, 8, frozenset(), one)) for one in (failing, Choices(model).chooser(prompt, Sampling()))
+        ]
+
+        async def read(generation: Generation) -> list[int]:
+            engine.start(generation)
+            async for _ in generation.arrivals():
+                pass
+            return generation.tokens
+
+        try:
+            failed, whole = await asyncio.gather(*[read(one) for one in both], return_exceptions=True)
+            assert isinstance(failed, RuntimeError)
+            assert isinstance(whole, list), whole
+            while engine.load().running:
+                await asyncio.sleep(0.01)
+            assert engine.load().blocks_used == 0
+            return whole, both[0]
+        finally:
+            engine.close()
+
+    whole, failed = asyncio.run(together())
+    assert whole == expected
+    assert failed.tokens == expected[:2], "nothing that was not chosen came out"
 
 
 @pytest.mark.parametrize(("family", "words"), [("bloom", "other numbers than alone"), ("mamba", "layer type"), ("nemotron", "paged cache")])

@@ -92,9 +92,7 @@ def test_greedy_ones_beside_sampled_ones_keep_their_texts(server: Server, texts:
     assert found == again, "a seed is a request's own, whoever is computed beside it"
 
 
-def test_one_that_cannot_be_chosen_for_fails_alone(server: Server, texts: dict[str, str], talking: Path) -> None:
-    """A temperature at which float32 has no numbers is the likeliest token, and harms nobody."""
-
+def test_a_temperature_beyond_float32_is_the_likeliest_token_and_harms_nobody(server: Server, texts: dict[str, str]) -> None:
     def ask(question: str) -> str:
         hot = question == QUESTIONS[0]
         answer = server.client.chat.completions.create(
