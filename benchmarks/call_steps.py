@@ -31,6 +31,7 @@ from shmbroker.memory.segment import Segment, make_segment, unlink_segment
 from shmbroker.worker.channel import WorkerChannel
 from shmbroker.worker.mapped_segment import MappedSegment
 from shmbroker.worker.ops import OpDefinition
+from shmbroker.worker.shares import Share
 
 SHAPE = (1, 1024, 2048)
 """8 MiB of float32."""
@@ -117,7 +118,7 @@ def steps_of_a_call() -> Iterator[Steps]:
         opening = OpenChannel(
             client="00", client_name="steps", process=process, segment=segment.name, index=0, service="", lane="", doorbell="", bell=""
         )
-        channel = WorkerChannel(1, opening, MappedSegment(segment), Watch(process))
+        channel = WorkerChannel(1, opening, MappedSegment(segment), Watch(process), Share("00", 1.0))
         op_id = channel.bind(OpDefinition("echo", lambda x, *, out: None, lambda x: x).bind({}, {}))
         x = arena.empty(SHAPE, torch.float32)
         carrier = _Carrier()

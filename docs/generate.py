@@ -45,6 +45,7 @@ LETTERS = {
     "K": "When somebody is killed",
     "P": "Pads, and the memory that they lie in",
     "T": "Workers that are not trusted",
+    "W": "Sharing a worker's time",
 }
 """What each letter of an invariant stands for, in the order of the page."""
 

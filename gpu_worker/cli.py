@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,19 @@ from shmbroker.version import __version__
 def cli(log_level: str) -> None:
     """Hold a model's weights and compute for TEE workers."""
     console.set_up_logging(log_level)
+
+
+def _weights(context: click.Context, option: click.Parameter, told: tuple[str, ...]) -> dict[str, float]:
+    weights = {}
+    for text in told:
+        name, _, weight = text.rpartition("=")
+        try:
+            weights[name] = float(weight)
+        except ValueError:
+            weights[name] = 0.0
+        if not name or not 0 < weights[name] < math.inf:
+            raise click.BadParameter(f"{text!r}: give a client's name and a number above 0, e.g. chat=2")
+    return weights
 
 
 def _serve_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -41,6 +55,21 @@ def _serve_options(command: Callable[..., None]) -> Callable[..., None]:
                 default=DEFAULTS.spin,
                 show_default=True,
                 help="Microseconds to look for the next call before sleeping.",
+            ),
+            click.option("--max-channels", type=click.IntRange(1), metavar="N", help="Refuse more. Default: no limit."),
+            click.option(
+                "--max-waiting-rows",
+                type=click.IntRange(1),
+                metavar="N",
+                help="While more wait, refuse further calls of clients that have some waiting. Default: no limit.",
+            ),
+            click.option(
+                "--weight",
+                "client_weights",
+                multiple=True,
+                callback=_weights,
+                metavar="NAME=W",
+                help="Clients of this name have W times the time that others have, while both wait. May be given again.",
             ),
             click.option("--trace", metavar="FILE", help="Write a trace of every call, for ui.perfetto.dev (docs/traces.md)."),
             click.option("--until-exit", type=int, default=0, metavar="PID", help="End when this process does."),

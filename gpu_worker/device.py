@@ -44,6 +44,11 @@ class Device(Protocol):
     def linear(self, x: torch.Tensor, layers: Sequence[tuple[torch.Tensor, torch.Tensor | None]], outs: Sequence[torch.Tensor]) -> None:
         """``out = x @ weight + bias`` for each layer: x ``[n, in]``, weight ``[in, out]`` (transposed view), out ``[n, out]``."""
 
+    def linear_tiles(
+        self, x: torch.Tensor, layers: Sequence[tuple[torch.Tensor, torch.Tensor | None]], outs: Sequence[torch.Tensor]
+    ) -> list[Callable[[], object]]:
+        """:meth:`linear` in parts, to be run one after the other; none where it is not to be divided."""
+
     def matmul(self, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
         """``out = a @ b``: ``[n, m, k]``, ``[n, k, l]``, ``[n, m, l]``."""
 
@@ -56,6 +61,26 @@ _OUTPUTS_AT_ONCE = 4
 
 _WORTH_SHARING = 1 << 19
 """Products of numbers: some 30 us on one core, a few times what waking another thread costs."""
+
+
+_TILE_PRODUCTS = 220_000_000
+"""Of two numbers, in a tile: some 5 ms on one core."""
+
+_TILE_ROWS = 256
+"""With them, tiles of a product of 1024 rows and 1024 x 5632 take in all what the whole takes; with 64 rows and all columns it is 1.6 times as long."""
+
+_SLOW_TILE_ROWS = 64
+"""Of 16-bit numbers, which many processors multiply far slower."""
+
+_LEAST_TILE_COLUMNS = 128
+"""A product with one column is another routine's, whose bits depend on how many rows it has; one with so few takes no time anyway."""
+
+
+def _cut(length: int, most: int) -> list[tuple[int, int]]:
+    """``[0, length)`` in parts of about ``most``, at multiples of 16: no part so small that another routine would compute it."""
+    parts = max(1, round(length / most))
+    ends = [round_up(length * part // parts, 16) for part in range(1, parts)]
+    return list(zip([0, *ends], [*ends, length], strict=True))
 
 
 class CpuDevice:
@@ -86,6 +111,26 @@ class CpuDevice:
                 torch.mm(x, weight, out=out)
             else:
                 torch.addmm(bias, x, weight, out=out)
+
+    def linear_tiles(
+        self, x: torch.Tensor, layers: Sequence[tuple[torch.Tensor, torch.Tensor | None]], outs: Sequence[torch.Tensor]
+    ) -> list[Callable[[], object]]:
+        """Some rows times some columns each: a weight that is cut by columns too is not read anew for each piece."""
+        return [
+            functools.partial(
+                self.linear,
+                x[first:end],
+                [(weight[:, left:right], None if bias is None else bias[left:right])],
+                [out[first:end, left:right]],
+            )
+            for (weight, bias), out in zip(layers, outs, strict=True)
+            for first, end in (
+                [(0, len(x))]
+                if weight.shape[1] < _LEAST_TILE_COLUMNS
+                else _cut(len(x), _TILE_ROWS if x.dtype is torch.float32 else _SLOW_TILE_ROWS)
+            )
+            for left, right in _cut(weight.shape[1], max(_LEAST_TILE_COLUMNS, _TILE_PRODUCTS // (_TILE_ROWS * weight.shape[0])))
+        ]
 
     def matmul(self, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
         """A batch of matrix products."""

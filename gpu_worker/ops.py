@@ -15,12 +15,33 @@ from shmbroker.models import ops
 from shmbroker.worker import Worker
 
 
+class Linear:
+    """Linear layers with the same input ``[..., in_features]``; ``out``: one tensor, or one for each layer."""
+
+    def __init__(self, device: Device, layers: Sequence[tuple[torch.Tensor, torch.Tensor | None]], in_features: int) -> None:
+        self._device = device
+        self._layers = layers
+        self._in_features = in_features
+
+    def __call__(self, x: torch.Tensor, *, out: torch.Tensor | Sequence[torch.Tensor]) -> None:
+        """All at once."""
+        self._device.linear(x.reshape(-1, self._in_features), self._layers, _flat(out))
+
+    def tiles(self, x: torch.Tensor, *, out: torch.Tensor | Sequence[torch.Tensor]) -> list[Callable[[], object]]:
+        """The same in parts."""
+        return self._device.linear_tiles(x.reshape(-1, self._in_features), self._layers, _flat(out))
+
+
+def _flat(out: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [one.view(-1, one.shape[-1]) for one in ([out] if isinstance(out, torch.Tensor) else out)]
+
+
 def register(worker: Worker, weights: Weights, device: Device) -> None:
     """Register ``embed``, ``linear``, ``batch_linear``, ``matmul``, ``ring_linear``, ``lm_head``, ``attention_block``, ``mlp_block`` and ``full_layer``."""
     layers = Layers(weights.model)
     integers = Integers(device)
 
-    @worker.bound_op(ops.EMBED, out_spec=ops.embed)
+    @worker.bound_op(ops.EMBED, out_spec=ops.embed, row_wise=True)
     def embed(*, module: str, width: int, dtype: str, digests: ops.Digests = ops.NO_DIGESTS) -> Callable[..., None]:
         table = weights.embedding(module, width, dtype)
         weights.check(module, digests)
@@ -33,11 +54,7 @@ def register(worker: Worker, weights: Weights, device: Device) -> None:
     def linear(*, module: str, in_features: int, out_features: int, digests: ops.Digests = ops.NO_DIGESTS) -> Callable[..., None]:
         layers = [weights.linear(module, in_features, out_features)]
         weights.check(module, digests)
-
-        def run(x: torch.Tensor, *, out: torch.Tensor) -> None:
-            device.linear(x.reshape(-1, in_features), layers, [out.view(-1, out_features)])
-
-        return device.staged(run)
+        return device.staged(Linear(device, layers, in_features))
 
     worker.bound_op(ops.LINEAR, out_spec=ops.linear)(linear)
     worker.bound_op(ops.LM_HEAD, out_spec=ops.linear)(linear)
@@ -49,13 +66,9 @@ def register(worker: Worker, weights: Weights, device: Device) -> None:
         layers = [weights.linear(module, in_features, width) for module, width in zip(modules, out_features, strict=True)]
         for module, told in zip(modules, digests, strict=False):
             weights.check(module, told)
+        return device.staged(Linear(device, layers, in_features))
 
-        def run(x: torch.Tensor, *, out: Sequence[torch.Tensor]) -> None:
-            device.linear(x.reshape(-1, in_features), layers, [one.view(-1, one.shape[-1]) for one in out])
-
-        return device.staged(run)
-
-    @worker.bound_op(ops.RING_LINEAR, out_spec=ops.ring_linear)
+    @worker.bound_op(ops.RING_LINEAR, out_spec=ops.ring_linear, row_wise=True)
     def ring_linear(
         *, modules: Sequence[str], in_features: int, out_features: Sequence[int], bits: int, digests: Sequence[ops.Digests] = ()
     ) -> Callable[..., None]:

@@ -39,6 +39,9 @@ def serve(
     spin: float,
     until_exit: int,
     trace: str | None,
+    max_channels: int | None = None,
+    max_waiting_rows: int | None = None,
+    client_weights: dict[str, float] | None = None,
     misbehaving: Device | None = None,
 ) -> None:
     """Load ``model``, or make random weights of ``shape``, and serve until told to stop. Raises :class:`ShmBrokerError` for whatever is wrong with the arguments.
@@ -64,6 +67,9 @@ def serve(
         identity=weights.identity,
         trace=trace,
         memory=target.memory,
+        max_channels=max_channels,
+        max_waiting_rows=max_waiting_rows,
+        client_weights=client_weights,
     )
     register(worker, weights, target)
     worker.serve()

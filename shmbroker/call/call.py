@@ -14,7 +14,7 @@ from shmbroker.call.plan import Plan
 from shmbroker.call.state import DONE, EXPIRED, OUTSTANDING, CallState
 from shmbroker.call.statistics import OpStatistics
 from shmbroker.call.write_back import Back, copy_back
-from shmbroker.errors import BadFrame, BadInput, CallError, CallTimeout, RemoteOpError, ShmBrokerError, WorkerDraining, anew
+from shmbroker.errors import BadFrame, BadInput, Busy, CallError, CallTimeout, RemoteOpError, ShmBrokerError, WorkerDraining, anew
 from shmbroker.lane.completion_frames import Completion, CompletionFields
 from shmbroker.lane.op_error import read_op_error
 from shmbroker.memory.layout import Status
@@ -172,7 +172,7 @@ class Call:
             "stay held until the worker is done with them; raise timeout= if the op needs longer"
         )
 
-    def _error_of(self, completion: Completion) -> CallError:
+    def _error_of(self, completion: Completion) -> ShmBrokerError:
         text = completion.body.decode("utf-8", "replace")
         name = self.statistics.name
         peer = self.plan.carrier.worker_name
@@ -186,6 +186,10 @@ class Call:
         if completion.status == Status.DRAINING:
             return WorkerDraining(
                 f"op {name!r}, call {self.call_id}: worker {peer!r} is shutting down and did not run it; call another worker"
+            )
+        if completion.status == Status.BUSY:
+            return Busy(
+                f"op {name!r}, call {self.call_id}: worker {peer!r} refused it before it was begun: {text}; make the same call again in a moment"
             )
         return CallError(f"op {name!r}, call {self.call_id}: worker {peer!r} answered with unknown status {completion.status}")
 

@@ -20,7 +20,7 @@ from shmbroker.client.areas import Areas
 from shmbroker.client.channel import Channel
 from shmbroker.client.closing import Closing
 from shmbroker.client.failover import FailoverChannel
-from shmbroker.client.opening import Identity, Opener
+from shmbroker.client.opening import Identity, Opener, Wanted
 from shmbroker.client.own_segment import own_segment, without_a_name
 from shmbroker.client.publisher import Publisher
 from shmbroker.control import messages as m
@@ -30,13 +30,11 @@ from shmbroker.control.joining import ask_broker, peer_name, resolve_instance
 from shmbroker.control.liveness import this_process
 from shmbroker.control.sockets import Requester
 from shmbroker.errors import BadInput, ChannelError
-from shmbroker.lane.choice import asked
 from shmbroker.lane.own_bell import OwnBell
 from shmbroker.memory import layout, names
 from shmbroker.memory.geometry import Geometry
 from shmbroker.memory.open_files import require_files, telling_exhaustion
 from shmbroker.settings.arguments import seconds, seconds_or_none, whole
-from shmbroker.settings.kinds import Doorbell, Lane
 from shmbroker.settings.load import current
 from shmbroker.settings.sizes import parse_bytes
 from shmbroker.trace.writer import Trace
@@ -236,14 +234,21 @@ class Client:
     # --- channels -----------------------------------------------------------------------------------------------------------------------
 
     def channel(
-        self, service: str | None = None, *, lane: str | None = None, doorbell: str | None = None, wait: float | None = None
+        self,
+        service: str | None = None,
+        *,
+        lane: str | None = None,
+        doorbell: str | None = None,
+        wait: float | None = None,
+        worker: str | None = None,
     ) -> Channel:
         """Open a channel to a worker that offers ``service``, waiting ``wait`` seconds for one to come. What is not given: as the settings.
 
+        Of several, the one with the fewest channels; ``worker``: the one of this name (``shmbroker status`` lists them).
         ``lane``: ``shm`` (queues in shared memory) or ``zmq`` (a socket); ``doorbell`` of lane shm: ``sem`` or ``poll``. ``auto`` takes the fastest
-        that works at both ends. Raises :class:`NoSuchService`, :class:`ChannelError`, :class:`BadInput`.
+        that works at both ends. Raises :class:`NoSuchService`, :class:`Busy`, :class:`ChannelError`, :class:`BadInput`.
         """
-        return self._channel(service, lane, doorbell, wait, frozenset())
+        return self._channel(Wanted.of(service, lane, doorbell, wait, worker))
 
     def failover_channel(
         self,
@@ -265,48 +270,38 @@ class Client:
         return FailoverChannel(
             self.memory,
             service,
-            lambda passed_over: self._channel(service, lane, doorbell, 0.0 if passed_over else wait, passed_over),
+            lambda passed_over: self._channel(Wanted.of(service, lane, doorbell, 0.0 if passed_over else wait, None, passed_over)),
             patience,
         )
 
-    def _channel(
-        self, service: str | None, lane: str | None, doorbell: str | None, wait: float | None, passed_over: frozenset[str]
-    ) -> Channel:
+    def _channel(self, wanted: Wanted) -> Channel:
         self._check_open()
-        settings = current()
-        service = settings.service if service is None else service
-        lane, doorbell = settings.lane if lane is None else lane, settings.doorbell if doorbell is None else doorbell
-        wait = settings.wait if wait is None else seconds("wait", wait)
-        if not isinstance(service, str) or not service:
-            raise BadInput(f"a service is named by a string, not by {service!r}")
-        wanted = asked(lane, doorbell)
         with self._opener.opening():
             reachable = self._reachable()
             if reachable is self:
-                return self._open(service, wanted, wait, passed_over)
-        return reachable._channel(service, lane, doorbell, wait, passed_over)  # whose own closing ends it
+                return self._open(wanted)
+        return reachable._channel(wanted)  # whose own closing ends it
 
-    def _open(self, service: str, wanted: tuple[Lane, Doorbell], wait: float, passed_over: frozenset[str]) -> Channel:
+    def _open(self, wanted: Wanted) -> Channel:
         """While it does, closing waits: what it opens is closed too."""
         index = self._areas.take()
         if index is None:
             parked = f", {self._areas.parked} of them closed over a call that still runs" if self._areas.parked else ""
             raise ChannelError(f"all {self._areas.count} channels of this client are open{parked}: close one, or connect(channels=...)")
         try:
-            opened = self._opener.open_any(service, wait, passed_over, *wanted, index)
+            opened = self._opener.open_any(wanted, index)
         except BaseException:
             self._areas.give_back(index)
             raise
-        channel = Channel(
-            self._memory, opened.pair, opened.requester, opened.answer, opened.worker, service, index, self.timeout, on_close=self._forget
-        )
+        worker, pair, answer = opened.worker, opened.pair, opened.answer
+        channel = Channel(self._memory, pair, opened.requester, answer, worker, wanted.service, index, self.timeout, on_close=self._forget)
         with self._lock:
             self._channels.append(channel)
         log.info(
             "channel to %s (pid %d) for %r: lane %s, doorbell %s, control %s",
-            opened.worker.name,
-            opened.worker.process.pid,
-            service,
+            worker.name,
+            worker.process.pid,
+            wanted.service,
             channel.lane,
             channel.doorbell,
             channel.control,

@@ -1,13 +1,19 @@
-"""Opening a channel: finding a worker that offers a service, and making the two ends of the lane to it."""
+"""Opening a channel: finding the worker of a service that has the fewest, and making the two ends of the lane to it.
+
+How many a worker has, it says itself, and opens one more only while that is no more than any other was seen to have: of clients that open at the same
+instant, having seen the same numbers, one is served and the others look again.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
+import math
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import zmq
 
@@ -19,7 +25,9 @@ from shmbroker.control.joining import ask_broker
 from shmbroker.control.liveness import Watch, this_process
 from shmbroker.control.sockets import Requester
 from shmbroker.errors import (
+    BadInput,
     BrokerUnreachable,
+    Busy,
     ChannelError,
     NoSuchService,
     PeerRefused,
@@ -29,24 +37,34 @@ from shmbroker.errors import (
     TooManyOpenFiles,
     WorkerLost,
 )
+from shmbroker.lane.choice import asked
 from shmbroker.lane.doorbell import PollingBell, SemaphoreBell
 from shmbroker.lane.shm_lane import CLIENT_SLEEPING, ShmClientLane, clear_channel
 from shmbroker.lane.waiter import Waiter
 from shmbroker.lane.zmq_lane import ZmqClientLane
 from shmbroker.memory.open_files import require_files, telling_exhaustion
 from shmbroker.memory.segment import Segment
+from shmbroker.settings.arguments import seconds
 from shmbroker.settings.kinds import Doorbell, Lane
+from shmbroker.settings.load import current
 from shmbroker.trace.writer import Trace
 
 log = logging.getLogger(__name__)
 
-_NOT_THIS_ONE = (ChannelError, SegmentError, ProtocolMismatch, PeerRefused, TooManyOpenFiles, BrokerUnreachable)
+_NOT_THIS_ONE = (Busy, ChannelError, SegmentError, ProtocolMismatch, PeerRefused, TooManyOpenFiles, BrokerUnreachable)
 """Of one worker, and no reason why another one should not do."""
 
 CHANNEL_FILES = 12
 """Open files that a channel takes at most: its sockets, the watch on its worker, and those that last for a moment."""
 
 _SERVICE_POLL_SECONDS = 0.05
+
+COUNT_SECONDS = 0.5
+"""How long a worker may take to say how many channels it has. One that loads something meanwhile is the last to be given another."""
+
+_MOST_LOOKS = 64
+"""At the numbers of several workers, for one channel; then it is opened whatever they are."""
+
 _CLOSED = "the client is closed"
 
 STOP_SECONDS = 15.0
@@ -65,6 +83,40 @@ class Identity:
     name: str
     bell_name: str
     """The doorbell that workers ring."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """The channel that is asked for. ``worker``: the name of the only one that will do; ``passed_over``: ids of those that will not."""
+
+    service: str
+    lane: Lane
+    doorbell: Doorbell
+    wait: float
+    """Seconds."""
+    worker: str | None
+    passed_over: frozenset[str]
+
+    @classmethod
+    def of(
+        cls,
+        service: str | None,
+        lane: str | None,
+        doorbell: str | None,
+        wait: float | None,
+        worker: str | None = None,
+        passed_over: frozenset[str] = frozenset(),
+    ) -> Wanted:
+        """What is not given is as the settings say. Raises :class:`BadInput`."""
+        settings = current()
+        service = settings.service if service is None else service
+        lane, doorbell = settings.lane if lane is None else lane, settings.doorbell if doorbell is None else doorbell
+        wait = settings.wait if wait is None else seconds("wait", wait)
+        if not isinstance(service, str) or not service:
+            raise BadInput(f"a service is named by a string, not by {service!r}")
+        if worker is not None and (not isinstance(worker, str) or not worker):
+            raise BadInput(f"a worker is named by a string, not by {worker!r}")
+        return cls(service, *asked(lane, doorbell), wait, worker, passed_over)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,8 +181,9 @@ class Opener:
             self._stopped = True
             self._fewer.wait_for(lambda: not self._openings, STOP_SECONDS)
 
-    def find(self, service: str, wait: float, passed_over: frozenset[str]) -> m.WorkerInfo:
-        """A worker that offers ``service`` and is none of ``passed_over``, waiting ``wait`` seconds for one. Raises :class:`NoSuchService`."""
+    def find(self, wanted: Wanted) -> list[m.WorkerInfo]:
+        """The workers that will do, waiting for one if there is none. Raises :class:`NoSuchService`."""
+        service, wait, named = wanted.service, wanted.wait, wanted.worker
         until = time.monotonic() + wait
         instance = self._identity.instance
         while True:
@@ -138,10 +191,16 @@ class Opener:
                 raise ChannelError(_CLOSED)
             with self._lock:
                 found = ask_broker(self._broker, m.FindService(service), m.Found, instance)
-            for worker in found.workers:
-                if worker.peer not in passed_over:
-                    return worker
+            workers = [worker for worker in found.workers if worker.peer not in wanted.passed_over and named in (None, worker.name)]
+            if workers:
+                return workers
             if time.monotonic() >= until:
+                if named is not None and found.workers:
+                    others = ", ".join([repr(worker.name) for worker in found.workers])
+                    raise NoSuchService(
+                        f"no worker named {named!r} offers service {service!r} on instance {instance!r} (those that do: {others}) and none came within "
+                        f"{wait:g} s: name one of them, or leave worker= out for the one with the fewest channels"
+                    )
                 there = ", ".join(map(repr, found.services)) or "none at all"
                 raise NoSuchService(
                     f"no worker offers service {service!r} on instance {instance!r} (offered: {there}) and none came within {wait:g} s: "
@@ -149,33 +208,66 @@ class Opener:
                 )
             time.sleep(_SERVICE_POLL_SECONDS)
 
-    def open_any(self, service: str, wait: float, passed_over: frozenset[str], lane: Lane, doorbell: Doorbell, index: int) -> Opened:
-        """:meth:`find` a worker and :meth:`open` a channel to it, or to another one that is there, where that one cannot be reached or refuses.
+    def open_any(self, wanted: Wanted, index: int) -> Opened:
+        """:meth:`find` workers and open a channel to the one with the fewest, or to another one, where that one cannot be reached or refuses.
 
         Raises what the first one failed with when there is no other.
         """
         require_files(CHANNEL_FILES, "a channel")
         failed: ShmBrokerError | None = None
-        while True:
+        counts: dict[str, float] = {}
+        for look in itertools.count(1):
             try:
-                worker = self.find(service, wait, passed_over)
+                workers = self.find(wanted)
             except NoSuchService:
                 if failed is None:
                     raise
                 raise failed from None
             try:
                 with telling_exhaustion("a channel"):
-                    return self.open(service, worker, lane, doorbell, index)
+                    worker, at_most = self._fewest(workers, counts)
+                    opened = self.open(wanted, worker, index, at_most if look < _MOST_LOOKS else None)
             except _NOT_THIS_ONE as error:
                 if self._stopped:
                     raise
                 log.warning("no channel to worker %r (pid %d): %s", worker.name, worker.process.pid, error)
                 failed = failed or error
-                passed_over |= {worker.peer}
-                wait = 0.0
+                wanted = replace(wanted, passed_over=wanted.passed_over | {worker.peer}, wait=0.0)
+                continue
+            if isinstance(opened, Opened):
+                return opened
+            counts[worker.peer] = opened.channels
+        raise AssertionError("without a limit a channel is opened, or an error raised")
 
-    def open(self, service: str, worker: m.WorkerInfo, lane: Lane, doorbell: Doorbell, index: int) -> Opened:
-        """Have ``worker`` open a channel on area ``index``. Raises :class:`WorkerLost`, :class:`ChannelError`, and what the worker refuses it with."""
+    def _fewest(self, workers: list[m.WorkerInfo], counts: dict[str, float]) -> tuple[m.WorkerInfo, int | None]:
+        """The worker with the fewest channels, and how many it may have at most; ``counts``, by worker, are completed."""
+        if len(workers) == 1:
+            return workers[0], None
+        for worker in workers:
+            if worker.peer not in counts:
+                counts[worker.peer] = self._count_of(worker)
+        fewest, *others = sorted(workers, key=lambda worker: counts[worker.peer])
+        second = counts[others[0].peer]
+        return fewest, None if second == math.inf else int(second)
+
+    def _count_of(self, worker: m.WorkerInfo) -> float:
+        """How many channels it has; infinity where it does not say so."""
+        try:
+            with contextlib.closing(Requester(self._context, worker.endpoint)) as requester:
+                return requester.ask(
+                    m.AskChannels(), m.ChannelCount, COUNT_SECONDS, lambda: may_listen(worker.endpoint) and not self._stopped
+                ).channels
+        except TooManyOpenFiles:
+            raise
+        except (TimeoutError, ShmBrokerError) as error:
+            log.debug("worker %r (pid %d) does not say how many channels it has: %s", worker.name, worker.process.pid, error)
+            return math.inf
+
+    def open(self, wanted: Wanted, worker: m.WorkerInfo, index: int, at_most: int | None = None) -> Opened | m.ChannelCount:
+        """Have ``worker`` open a channel on area ``index``; how many it has, where those are more than ``at_most``.
+
+        Raises :class:`WorkerLost`, :class:`ChannelError`, and what the worker refuses it with.
+        """
         clear_channel(self._segment, index)
         identity = self._identity
         with contextlib.ExitStack() as undo:
@@ -187,19 +279,23 @@ class Opener:
                 process=this_process(),
                 segment=self._segment.name,
                 index=index,
-                service=service,
-                lane=lane.value,
-                doorbell=doorbell.value,
+                service=wanted.service,
+                lane=wanted.lane.value,
+                doorbell=wanted.doorbell.value,
                 bell=identity.bell_name,
+                at_most=at_most,
             )
             # Where its pid tells nothing: the kernel refuses connections to a socket whose owner has died.
             watch = Watch(worker.process, lambda: not is_left_behind(worker.endpoint))
             undo.callback(watch.close)
+            answers: tuple[type[m.ChannelOpened | m.ChannelCount], ...] = (m.ChannelOpened,)
+            if at_most is not None:
+                answers = m.ChannelOpened, m.ChannelCount
             try:
                 # fault: before channel opened
-                answer = requester.ask(
-                    opening, m.ChannelOpened, alive=lambda: watch.alive() and may_listen(worker.endpoint) and not self._stopped
-                )
+                answer = requester.ask(opening, answers, alive=lambda: watch.alive() and may_listen(worker.endpoint) and not self._stopped)
+                if isinstance(answer, m.ChannelCount):
+                    return answer
                 # fault: after channel opened
                 end, loop = self._end(answer, index)
             except TimeoutError as error:
@@ -214,7 +310,7 @@ class Opener:
                     raise
                 raise ChannelError(f"worker {worker.name!r} (pid {worker.process.pid}) answered what cannot be used: {error}") from None
             undo.pop_all()
-        return Opened(worker, answer, requester, self._pair(service, worker, answer, end, loop, watch))
+        return Opened(worker, answer, requester, self._pair(wanted.service, worker, answer, end, loop, watch))
 
     def _end(self, answer: m.ChannelOpened, index: int) -> tuple[ShmClientLane | ZmqClientLane, CompletionLoop]:
         """The client's end of the lane that the worker chose, and the loop that waits for what comes out of it."""

@@ -16,7 +16,7 @@ from shmbroker.commands.options import instance_option, json_option, service_arg
 def ops(service: str, instance: str | None, as_json: bool) -> None:
     """List the ops that can be bound on a channel to SERVICE: those of its worker, and those that every worker has.
 
-    Where several workers offer it, a new channel goes to the one that has done so longest; the others are named.
+    Where several workers offer it, they are those of the one with the fewest channels; the others are named.
     """
     from shmbroker.client.client import connect
     from shmbroker.control.status import ask

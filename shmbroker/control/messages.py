@@ -4,7 +4,7 @@ Who asks whom::
 
     client, worker -> broker   Hello, Heartbeat, Goodbye, MakeSegment, MakeBell, FindService, GetStatus
     broker -> worker, client   PeerGone
-    client -> worker           OpenChannel, CloseChannel, OpenDeviceArena, Bind, AskOutSpec
+    client -> worker           AskChannels, OpenChannel, CloseChannel, OpenDeviceArena, Bind, AskOutSpec
 
 Every request is answered once, by its answer or by ``Refused``; heartbeats and PeerGone are not answered.
 """
@@ -228,6 +228,16 @@ class PeerGone(Message, frozen=True):
     peer: str
 
 
+class AskChannels(Message, frozen=True):
+    """How many channels are open on you?"""
+
+
+class ChannelCount(Message, frozen=True):
+    """Answer to AskChannels; and to OpenChannel, where more are open than it allows: then none was opened."""
+
+    channels: Count
+
+
 class OpenChannel(Message, frozen=True):
     """Map my segment and serve channel area ``index`` of it."""
 
@@ -240,6 +250,8 @@ class OpenChannel(Message, frozen=True):
     lane: str
     doorbell: Text
     bell: Text
+    at_most: Count | None = None
+    """Open it only while no more channels than so many are open: a client that has compared several workers knows none with fewer."""
 
 
 class ChannelOpened(Message, frozen=True):
@@ -330,31 +342,10 @@ class Refused(Message, frozen=True):
 
 
 AnyMessage = (
-    Hello
-    | Welcome
-    | Heartbeat
-    | HeartbeatSeen
-    | Goodbye
-    | MakeSegment
-    | MakeBell
-    | Made
-    | FindService
-    | Found
-    | GetStatus
-    | StatusReport
-    | PeerGone
-    | OpenChannel
-    | ChannelOpened
-    | CloseChannel
-    | ChannelClosed
-    | OpenDeviceArena
-    | Done
-    | Bind
-    | Bound
-    | AskOutSpec
-    | OutSpecs
-    | Refused
-)
+    Hello | Welcome | Heartbeat | HeartbeatSeen | Goodbye | MakeSegment | MakeBell | Made | FindService | Found | GetStatus
+    | StatusReport | PeerGone | AskChannels | ChannelCount | OpenChannel | ChannelOpened | CloseChannel | ChannelClosed
+    | OpenDeviceArena | Done | Bind | Bound | AskOutSpec | OutSpecs | Refused
+)  # fmt: skip
 
 
 class Envelope(msgspec.Struct, frozen=True, array_like=True):

@@ -69,7 +69,7 @@ class Requester:
     def ask(
         self,
         message: Message,
-        answer: type[Answer],
+        answer: type[Answer] | tuple[type[Answer], ...],
         timeout: float = DEFAULT_REQUEST_SECONDS,
         alive: Callable[[], bool] = lambda: True,
     ) -> Answer:

@@ -81,9 +81,25 @@ class ShmWorkerLane:
         """False when the client has left its queue full, against the rules."""
         self.take = self.receiver.take
         self.ready = self.receiver.ready
+        self._words = segment.words
+        self._taken_word = offsets.submissions_taken // 8
+        self._first_sequence_word = offsets.submissions // 8
+        self._depth = segment.geometry.depth
+
+    def waiting(self) -> int:
+        """How many frames are published and not taken; none once the lane is closed. From any thread, while the segment is mapped."""
+        words: memoryview | None = getattr(self, "_words", None)
+        depth = self._depth
+        if words is None:
+            return 0
+        first = words[self._taken_word]
+        for position in range(first, first + depth):
+            if words[self._first_sequence_word + position % depth * (layout.SUBMISSION_SLOT_BYTES // 8)] != position + 1:
+                return int(position - first)
+        return depth
 
     def close(self) -> None:
         """Give the client's bell up, and the segment."""
         self.peer_bell.close()
         if hasattr(self, "complete"):
-            del self.complete, self.receiver, self.take, self.ready, self.sleeping
+            del self.complete, self.receiver, self.take, self.ready, self.sleeping, self._words

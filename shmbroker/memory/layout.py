@@ -103,6 +103,7 @@ class Status(enum.IntEnum):
     BAD_FRAME = 2
     EXPIRED = 3
     DRAINING = 4
+    BUSY = 5
 
 
 class PicturedBlock(ctypes.LittleEndianStructure):
@@ -166,7 +167,7 @@ class ChannelStatistics(ctypes.LittleEndianStructure):
         768  worker_revision  of what follows, which the worker writes
         776  worker_published_ns
         784  run_calls        792 failed_calls     800 compute_ns     808 queued_ns
-        816  reserved
+        816  waiting_calls    824 share_ppm        832 reserved
     """
 
     _fields_ = (
@@ -197,7 +198,9 @@ class ChannelStatistics(ctypes.LittleEndianStructure):
         ("failed_calls", c_uint64),
         ("compute_ns", c_uint64),
         ("queued_ns", c_uint64),
-        ("reserved1", c_uint8 * 208),
+        ("waiting_calls", c_uint64),
+        ("share_ppm", c_uint64),
+        ("reserved1", c_uint8 * 192),
     )
 
 

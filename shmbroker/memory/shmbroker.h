@@ -49,6 +49,7 @@ enum shmbroker_status {
     SHMBROKER_STATUS_BAD_FRAME = 2,
     SHMBROKER_STATUS_EXPIRED = 3,
     SHMBROKER_STATUS_DRAINING = 4,
+    SHMBROKER_STATUS_BUSY = 5,
 };
 
 struct shmbroker_pictured_block {
@@ -133,7 +134,9 @@ struct shmbroker_channel_statistics {
     uint64_t failed_calls;                                  /* 792 */
     uint64_t compute_ns;                                    /* 800 */
     uint64_t queued_ns;                                     /* 808 */
-    uint8_t reserved1[208];                                 /* 816 */
+    uint64_t waiting_calls;                                 /* 816 */
+    uint64_t share_ppm;                                     /* 824 */
+    uint8_t reserved1[192];                                 /* 832 */
 };
 _Static_assert(sizeof(struct shmbroker_channel_statistics) == 1024, "size of ChannelStatistics");
 

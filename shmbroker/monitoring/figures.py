@@ -60,7 +60,7 @@ class ArenaFigures:
 
 @dataclass(frozen=True, slots=True)
 class ChannelFigures:
-    """What an open channel has done. From ``run_calls`` to ``queued_ns`` it is the worker's word, the rest the client's."""
+    """What an open channel has done. From ``run_calls`` to ``share`` it is the worker's word, the rest the client's."""
 
     index: int
     opened_ns: int
@@ -83,6 +83,9 @@ class ChannelFigures:
     failed_calls: int
     compute_ns: int
     queued_ns: int
+    waiting_calls: int
+    share: float
+    """Of the worker's time, its client's: 0 to 1."""
     trust: str = ""
     """The mode that its calls are made at; empty where the client has not said."""
     checked: int = 0
@@ -214,6 +217,8 @@ def _channel(index: int, told: layout.ChannelStatistics, now_ns: int) -> Channel
         failed_calls=told.failed_calls,
         compute_ns=told.compute_ns,
         queued_ns=told.queued_ns,
+        waiting_calls=min(told.waiting_calls, 1 << 32),
+        share=min(told.share_ppm, 1_000_000) / 1e6,
         trust=_text(told.trust),
         checked=told.checked,
         rejected=told.rejected,

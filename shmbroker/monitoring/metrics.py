@@ -110,6 +110,13 @@ _CHANNEL: tuple[tuple[str, str, bool, Callable[[ChannelFigures], float]], ...] =
     ("worker_errors", "Of them, answered with an error.", True, lambda one: one.failed_calls),
     ("worker_compute_seconds", "Running ops.", True, lambda one: one.compute_ns / 1e9),
     ("worker_queued_seconds", "From submission until the worker took the call.", True, lambda one: one.queued_ns / 1e9),
+    ("worker_waiting_calls", "Submitted and not begun.", False, lambda one: one.waiting_calls),
+    (
+        "worker_share",
+        "Of the time that the worker computed in the last second, what this client had: 0 to 1.",
+        False,
+        lambda one: one.share,
+    ),
 )
 
 

@@ -87,6 +87,10 @@ class ChannelLine(msgspec.Struct, frozen=True):
     calls: int
     errors: int
     outstanding: int
+    waiting: int
+    """Of them, those that the worker has not begun."""
+    share_percent: float
+    """Of the worker's time in the last second, what this client had."""
     idle_seconds: float
     """Since either side last told of a change: of a call, most often."""
     sent_bytes: int
@@ -157,11 +161,19 @@ class Top(msgspec.Struct, frozen=True):
         for worker in self.workers:
             figures = str(worker.pid), str(worker.calls), str(worker.errors), _percent(worker.cpu_percent)
             workers.add_row(Text(worker.name), Text(", ".join(worker.services)), Text(worker.device), *figures)
-        _columns(channels, "channel of", "service", "worker", "lane", figures=("calls", "errors"))
+        _columns(channels, "channel of", "service", "worker", "lane", figures=("calls", "errors", "waiting", "share %"))
         _columns(rates, "channel of", "service", figures=("calls/s", "p50 us", "p99 us", "out MiB/s", "back MiB/s"))
         for one in self.channels:
             who = Text(one.client), Text(one.service)
-            channels.add_row(*who, Text(one.worker), Text(f"{one.lane}/{one.doorbell}"), str(one.calls), str(one.errors))
+            channels.add_row(
+                *who,
+                Text(one.worker),
+                Text(f"{one.lane}/{one.doorbell}"),
+                str(one.calls),
+                str(one.errors),
+                str(one.waiting),
+                f"{one.share_percent:.0f}",
+            )
             moved = f"{one.sent_bytes_per_second / 2**20:.1f}", f"{one.received_bytes_per_second / 2**20:.1f}"
             rates.add_row(*who, f"{one.calls_per_second:.0f}", f"{one.p50_us:.1f}", f"{one.p99_us:.1f}", *moved)
         parts: list[RenderableType] = [Text(head), Text()]
@@ -217,6 +229,8 @@ def _channel_line(
         calls=one.calls,
         errors=one.errors,
         outstanding=one.outstanding,
+        waiting=one.waiting_calls,
+        share_percent=round(one.share * 100, 1),
         idle_seconds=round(one.idle_seconds, 3),
         sent_bytes=one.sent_bytes,
         received_bytes=one.received_bytes,

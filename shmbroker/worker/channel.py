@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -28,7 +29,9 @@ from shmbroker.worker.kept_calls import about_kept, with_kept
 from shmbroker.worker.kept_tensors import DEFAULT_KEPT_BYTES, KeptTensors
 from shmbroker.worker.mapped_segment import MappedSegment
 from shmbroker.worker.ops import BoundOp, Static
+from shmbroker.worker.pieces import PieceSize, RunUnits
 from shmbroker.worker.prepared_call import PreparedCall
+from shmbroker.worker.shares import Share
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +46,10 @@ _WORKER_STATISTICS = offset_of(ChannelStatistics, "worker_revision")
 _WORD = (1 << 64) - 1
 _call_id_bytes = slice(8, 16)
 _clock_ns = time.monotonic_ns
+
+
+def _nobody() -> int:
+    return 0
 
 
 class Rejected(Exception):
@@ -60,10 +67,27 @@ class ChannelCounters:
 
 
 @dataclass(slots=True)
+class Unfinished:
+    """A call that is run in pieces, between two of them."""
+
+    call_id: int
+    key: bytes
+    queued_ns: int
+    prepared: PreparedCall
+    known: bool
+    size: PieceSize
+    units: int
+    run: RunUnits | None
+    done: int = 0
+    """Of the units."""
+    compute_ns: int = 0
+
+
+@dataclass(slots=True)
 class WorkerChannel:
     """One open channel: the ops bound on it, what is kept for it, and the calls it knows.
 
-    :meth:`run` and :meth:`close` are called by one thread at a time, under the lock that is held while an op runs. The control thread binds and
+    :meth:`run`, :meth:`go_on` and :meth:`close` are called by whoever has the turn. ``waiting`` is its lane's thread's. The control thread binds and
     publishes: it adds to ``ops`` and ``state`` what calls look up, and reads ``counters``. Whoever completes a call that a device worked on adds to
     ``counters`` too, and forgets a call that failed; each is one step of a dict.
     """
@@ -72,6 +96,8 @@ class WorkerChannel:
     opened: OpenChannel
     mapped: MappedSegment
     watch: Watch
+    share: Share
+    """Of the worker's time: its client's."""
     token: bytes = b""
     ops: dict[int, BoundOp] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
@@ -79,6 +105,15 @@ class WorkerChannel:
     counters: ChannelCounters = field(default_factory=ChannelCounters)
     tracebacks: bool = True
     """Whether an op's error carries its traceback to the client."""
+    waiting: deque[tuple[bytes, int]] = field(default_factory=deque)
+    """Frames that were taken and not yet run, with the rows that each was counted as."""
+    waiting_rows: int = 0
+    lane_waiting: Callable[[], int] = _nobody
+    """How many frames wait in its lane."""
+    share_ppm: int = 0
+    """Of the time that the worker computed lately: its client's."""
+    unfinished: Unfinished | None = None
+    """The call that is being run in pieces."""
     _published: tuple[int, ...] = ()
     kept: KeptTensors = field(default_factory=lambda: KeptTensors(DEFAULT_KEPT_BYTES))
     _op_ids: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
@@ -90,17 +125,31 @@ class WorkerChannel:
         self.ops[op_id] = op
         return op_id
 
-    def run_frame(self, frame: bytes, draining: bool) -> CompletionFields | InFlight:
+    def wait(self, frame: bytes, rows: int = 0) -> None:
+        """Have a frame that was taken wait for its turn."""
+        self.waiting.append((frame, rows))
+        self.waiting_rows += rows
+
+    def next_waiting(self) -> bytes:
+        """The frame that has waited longest."""
+        frame, rows = self.waiting.popleft()
+        self.waiting_rows -= rows
+        return frame
+
+    def run_frame(self, frame: bytes, draining: bool, divide: bool = False) -> CompletionFields | InFlight | None:
         """:meth:`run` for a frame that may be of any length."""
         if len(frame) < SUBMISSION_HEADER.size:
             self.counters.calls += 1
             self.counters.errors += 1
             text = pack_text(f"a frame of {len(frame)} bytes is shorter than its header")
             return Completion(int.from_bytes(frame[_call_id_bytes], "little"), Status.BAD_FRAME, 0, 0, text)
-        return self.run(taken_of(frame), draining)
+        return self.run(taken_of(frame), draining, divide)
 
-    def run(self, taken: Taken, draining: bool) -> CompletionFields | InFlight:
-        """Run a call that was taken. Every outcome, also of a frame that makes no sense, is a completion."""
+    def run(self, taken: Taken, draining: bool, divide: bool = False) -> CompletionFields | InFlight | None:
+        """Run a call that was taken. Every outcome, also of a frame that makes no sense, is a completion.
+
+        ``divide``: run only the first piece of a long call, where it can be divided: then None is returned, and :meth:`go_on` runs the next one.
+        """
         taken_ns = _clock_ns()
         call_id, deadline_ns, submitted_ns, key, frame = taken
         if draining:
@@ -120,6 +169,13 @@ class WorkerChannel:
                 prepared = self._open(frame)
                 prepared.watch()
                 begun_ns = _clock_ns()
+            if divide and prepared.pieces is not None:
+                units, run_units = prepared.pieces.begin()
+                if units > 1:
+                    self.unfinished = Unfinished(call_id, key, queued_ns, prepared, known, prepared.pieces.size, units, run_units)
+                del run_units  # what it holds of the inputs must not be taken for the op's doing
+                if units > 1:
+                    return self.go_on()
             # fault: before op running
             launched = prepared.run()
             # fault: after result written
@@ -137,15 +193,46 @@ class WorkerChannel:
                 in_flight = self._in_flight(cast(Launched, launched), call_id, key, queued_ns, begun_ns)
             launched = None  # an op may return an input
         try:
-            if in_flight is None and prepared.changed():
-                self._prepared.pop(key, None)
-                prepared.check()
-            elif not known:
-                prepared.check_copies()
-                self._keep(key, prepared)
+            changed = in_flight is None and prepared.changed()
+            if changed or not known:
+                self._look_closer(key, prepared, changed)
         except Exception as error:  # ContractBroken; and what an odd tensor makes of the look at it must not end the worker
             return self._failed(call_id, key, queued_ns, begun_ns, error)
         return in_flight or (call_id, 0, queued_ns, compute_ns, b"")
+
+    def go_on(self) -> CompletionFields | None:
+        """Run the next piece of the call that is ``unfinished``. Returns its completion after the last one, None before."""
+        one = self.unfinished
+        assert one is not None
+        assert one.run is not None
+        units = one.size.next(one.units - one.done)
+        begun_ns = _clock_ns()
+        try:
+            one.run(one.done, one.done + units)
+            piece_ns = _clock_ns() - begun_ns
+            one.size.measured(units, piece_ns)
+            one.done += units
+            one.compute_ns += piece_ns
+            self.counters.compute_ns += piece_ns
+            if one.done < one.units:
+                return None
+            self.unfinished = one.run = None  # what it holds of the inputs must not be taken for the op's doing
+            changed = one.prepared.changed()
+            if changed or not one.known:
+                self._look_closer(one.key, one.prepared, changed)
+        except BaseException as error:  # as in run
+            self.unfinished = None
+            return self._failed(one.call_id, one.key, one.queued_ns, begun_ns - one.compute_ns, error)
+        return one.call_id, 0, one.queued_ns, one.compute_ns, b""
+
+    def _look_closer(self, key: bytes, prepared: PreparedCall, changed: bool) -> None:
+        """At a call that has run for the first time, or after which an input is not as it was. Raises :class:`ContractBroken`."""
+        if changed:
+            self._prepared.pop(key, None)
+            prepared.check()
+        else:
+            prepared.check_copies()
+            self._keep(key, prepared)
 
     def _failed(self, call_id: int, key: bytes, queued_ns: int, begun_ns: int, error: BaseException) -> CompletionFields:
         self.counters.errors += 1
@@ -189,16 +276,20 @@ class WorkerChannel:
         except BadFrame as error:
             raise Rejected(str(error)) from None
         kind = tuple([(place.form.dtype, len(place.form.spec.shape)) for place in call.inputs])
-        if not op.is_proven(kind) and sum([tensor.nbytes for tensor in inputs]) <= TRIED_BYTES and not self.mapped.memory.asynchronous:
+        divisible = not self.mapped.memory.asynchronous
+        if not op.is_proven(kind) and sum([tensor.nbytes for tensor in inputs]) <= TRIED_BYTES and divisible:
             copies = [tensor.clone() for tensor in inputs]
             unwritten = [tensor.clone() for tensor in copies]  # what the caller does with its tensors meanwhile is not the op's doing
-            return PreparedCall(op, copies, outputs, arguments, single=single, repeatable=False, unwritten=unwritten, tried_as=kind)
-        return PreparedCall(op, inputs, outputs, arguments, single=single, repeatable=not call.metadata)
+            return PreparedCall(
+                op, copies, outputs, arguments, single=single, repeatable=False, unwritten=unwritten, tried_as=kind, divisible=divisible
+            )
+        return PreparedCall(op, inputs, outputs, arguments, single=single, repeatable=not call.metadata, divisible=divisible)
 
     def publish(self) -> None:
         """Tell in the client's segment what has been counted since the last time, for whoever looks."""
         counters = self.counters
-        counted = counters.calls, counters.errors, counters.compute_ns, counters.queued_ns
+        waiting = len(self.waiting) + self.lane_waiting()
+        counted = counters.calls, counters.errors, counters.compute_ns, counters.queued_ns, waiting, self.share_ppm
         if counted != self._published:
             self._published = counted
             segment = self.mapped.segment
@@ -207,7 +298,9 @@ class WorkerChannel:
             block.write((_clock_ns(), *[min(value, _WORD) for value in counted]))
 
     def close(self) -> None:
-        """Let go of the client's memory, and of what was kept for it."""
+        """Let go of the client's memory, and of what was kept for it. A call that is unfinished is left so: nobody waits for it."""
+        self.unfinished = None
+        self.waiting.clear()
         self._prepared.clear()
         self.kept.clear()
         self.watch.close()

@@ -87,6 +87,7 @@ class ControlServer:
         self._gone: queue.SimpleQueue[str] = queue.SimpleQueue()
         """Clients that the broker says are gone: from any thread to the control thread."""
         self._handlers: dict[type, Callable[[Any], m.Message]] = {
+            m.AskChannels: lambda asked: m.ChannelCount(self._channels.count),
             m.OpenChannel: self._open_channel,
             m.CloseChannel: self._close_channel,
             m.OpenDeviceArena: self._open_device_arena,
@@ -123,10 +124,12 @@ class ControlServer:
             raise ProtocolMismatch(f"a worker takes no {type(message).__name__}")
         return handler(message)
 
-    def _open_channel(self, opening: m.OpenChannel) -> m.ChannelOpened:
+    def _open_channel(self, opening: m.OpenChannel) -> m.ChannelOpened | m.ChannelCount:
         offer = self._offer
         if opening.service != offer.service:
             raise ChannelError(f"this worker offers {offer.service!r}, not {opening.service!r}")
+        if opening.at_most is not None and self._channels.count > opening.at_most:
+            return m.ChannelCount(self._channels.count)
         require_room(self._responder, CHANNEL_FILES)
         # fault: before channel opened
         lane, doorbell = agreed(opening.lane, opening.doorbell)

@@ -1,4 +1,8 @@
-"""The loop that runs the frames of all channels, one call at a time, whichever lane they come by."""
+"""The loop that runs the frames of all channels, one call at a time, whichever lane they come by.
+
+While one client alone has channels its frames are run as they come. With more, whose turn it is :class:`Shares` tells, before each call and between
+the pieces of a long one.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import functools
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 
 import torch
@@ -18,9 +23,12 @@ from shmbroker.lane.waiter import Waiter
 from shmbroker.lane.zmq_lane import ZmqWorkerSocket
 from shmbroker.settings.kinds import Doorbell
 from shmbroker.systemd.notify import Watchdog
+from shmbroker.worker.backlog import Backlog
 from shmbroker.worker.channel import WorkerChannel
-from shmbroker.worker.device_completions import DeviceCompletions, completed
+from shmbroker.worker.device_completions import DeviceCompletions, InFlight, completed
 from shmbroker.worker.draining import Stop
+from shmbroker.worker.shares import Key, Shares
+from shmbroker.worker.turns import Turns
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +37,8 @@ SHM_WAIT_SECONDS = 1.0
 
 ZMQ_WAIT_SECONDS = 0.1
 """How long the zmq lane is waited for before the loop looks whether it is to stop."""
+
+_clock_ns = time.monotonic_ns
 
 _MESSAGES_AT_ONCE = 256
 """Frames taken from the zmq lane before anything else is looked at: a client that never stops sending must not keep the worker from stopping."""
@@ -47,12 +57,23 @@ class FrameLoop:
     Ops run without recording gradients, which is a thread's own mode: what they return would keep their inputs, and the outputs of call after call.
 
     ``bell``: what the frame thread sleeps on, rung by clients and by :meth:`change`. ``spin``: seconds to look before sleeping.
-    ``watchdog``: thread-safe; fed by both loops.
+    ``shares``: of its time, by clients. ``backlog``: what lets frames in, where not as many may wait as come. ``watchdog``: thread-safe; fed by both loops.
     """
 
     def __init__(
-        self, bell: Bell, socket: ZmqWorkerSocket, stop: Stop, *, spin: float, asynchronous: bool = False, watchdog: Watchdog | None = None
+        self,
+        bell: Bell,
+        socket: ZmqWorkerSocket,
+        stop: Stop,
+        *,
+        spin: float,
+        asynchronous: bool = False,
+        shares: Shares | None = None,
+        backlog: Backlog | None = None,
+        watchdog: Watchdog | None = None,
     ) -> None:
+        self.shares = shares or Shares()
+        self._backlog = backlog
         self._bell = bell
         self._socket = socket
         self._stop = stop
@@ -67,10 +88,16 @@ class FrameLoop:
         """From any thread to the frame thread."""
         self.broken: queue.SimpleQueue[WorkerChannel] = queue.SimpleQueue()
         """Channels whose client does not keep the rules: from whoever writes completions to the control thread."""
-        self._running = threading.Lock()
-        """Held by the frame thread and the zmq thread while an op runs, and while a channel is closed: the device does one thing at a time."""
+        self._turns = Turns()
+        """Taken by the frame thread and the zmq thread while an op runs, and while a channel is closed: the device does one thing at a time."""
+        self._sharing = backlog is not None
+        """The frame thread's own: whether there was more than one client when it last had nothing to do, or frames are let in."""
+        self._last_lane = 0
+        """The frame thread's own: where in the list the lane is that had the last turn."""
+        self._device_free_ns = 0
+        """Of an asynchronous device: when it was done with the last call."""
         self._by_token: dict[bytes, WorkerChannel] = {}
-        """Channels of the zmq lane. The control thread puts them in and takes them out; the zmq thread looks one up under ``_running``, so that none is
+        """Channels of the zmq lane. The control thread puts them in and takes them out; the zmq thread looks one up in its turn, so that none is
         closed between being found and being run."""
         self._zmq_thread: threading.Thread | None = None
         """Started by the control thread, joined by whoever has joined that one."""
@@ -100,20 +127,15 @@ class FrameLoop:
 
         def removed() -> None:
             self._forget_lane(channel)
-            with self._running:
+            with self._turns.between():
                 close()
             over.set()
 
         self.change(removed)
         return over
 
-    def finish_running(self) -> None:
-        """Wait until the call that runs is answered. Once a stop was requested, none is begun any more."""
-        with self._running:
-            pass
-
     def join(self) -> None:
-        """Wait until the zmq thread, where there is one, has ended. After :meth:`add_zmq` can be called no more."""
+        """Wait until the zmq thread, where there is one, has ended: what it had begun when a stop was requested is answered then."""
         if self._zmq_thread is not None:
             self._zmq_thread.join()
 
@@ -143,7 +165,7 @@ class FrameLoop:
         lanes = self._lanes
         bell_waiter = Waiter(self._bell, self._spin)
         poll_waiter = Waiter(PollingBell(), self._spin)
-        changes = self._changes
+        changes, shares = self._changes, self.shares
 
         def something() -> bool:
             if not changes.empty():
@@ -164,11 +186,37 @@ class FrameLoop:
                 receivers = tuple([lane.receiver for _, lane in lanes])
                 waiter = poll_waiter if any(lane.doorbell is Doorbell.POLL for _, lane in lanes) else bell_waiter
                 waiter.sleeping = [lane.sleeping for _, lane in lanes]
-            if not self._run_one_each(lanes, False):
+            if self._sharing or shares.several:
+                if not self._share(lanes):
+                    waiter.wait(something, receivers, SHM_WAIT_SECONDS)
+            elif not self._run_one_each(lanes, False):
                 waiter.wait(something, receivers, SHM_WAIT_SECONDS)
 
+    def _share(self, lanes: list[tuple[WorkerChannel, ShmWorkerLane]]) -> bool:
+        """Give each client that is not ahead a turn, else the one that is ahead least; returns whether any wanted one."""
+        self._sharing = True
+        shares, busy, ahead = self.shares, False, False
+        for channel, lane in lanes:
+            if self._backlog is not None:
+                self._let_in(self._backlog, channel, lane)
+            if shares.is_ahead(channel.share):
+                ahead = True
+            elif self._run_turn(channel, lane):
+                busy = True
+        if busy or (ahead and self._run_next(lanes)):
+            return True
+        if self._turns.free:
+            shares.rest()
+        self._sharing = shares.several or self._backlog is not None
+        return False
+
     def _refuse_what_has_come(self) -> None:
-        """What had come, not what comes meanwhile: a client that never stops sending must not keep the worker from stopping."""
+        """What had come, not what comes meanwhile: a client that never stops sending must not keep the worker from stopping. What was begun is finished."""
+        for channel, lane in self._lanes:
+            while channel.unfinished is not None:
+                self._run_turn(channel, lane)
+            while channel.waiting:
+                self._answer(channel, lane, channel.run_frame(channel.next_waiting(), True))
         for _ in range(max([channel.mapped.segment.geometry.depth for channel, _ in self._lanes], default=0)):
             if not self._run_one_each(self._lanes, True):
                 return
@@ -179,22 +227,95 @@ class FrameLoop:
         A function of its own, so that no variable here keeps a channel, and its client's memory, when it is gone.
         """
         busy = False
+        turns = self._turns
         for channel, lane in lanes:
             taken = lane.take()
             if taken is not None:
                 busy = True
-                with self._running:
+                if turns.waiting or not turns.device.acquire(False):
+                    turns.wait(self.shares.key(channel.share))
+                try:
                     completion = channel.run(taken, stopping)
-                if self._completions is not None:
-                    self._completions.put(completion, functools.partial(self._complete, channel, lane))
-                elif not lane.complete(completion):  # type: ignore[arg-type]  # nothing is in flight without a device
-                    self._overfull(channel)
+                finally:
+                    turns.give_back()
+                if self._completions is None:
+                    if not lane.complete(completion):  # type: ignore[arg-type]  # nothing is in flight without a device, and nothing divided
+                        self._overfull(channel)
+                else:
+                    self._completions.put(completion, functools.partial(self._complete, channel, lane))  # type: ignore[arg-type]
         return busy
+
+    def _run_next(self, lanes: list[tuple[WorkerChannel, ShmWorkerLane]]) -> bool:
+        """Run a call, or a piece of one, of the client that is ahead least; returns whether any waits. The lanes of one client take turns."""
+        after = self._last_lane + 1
+        waiting = [
+            (self.shares.key(lanes[index][0].share), (index - after) % len(lanes), index)
+            for index in range(len(lanes))
+            if lanes[index][0].unfinished is not None or lanes[index][0].waiting or lanes[index][1].ready()
+        ]
+        if not waiting:
+            return False
+        self._last_lane = min(waiting)[2]
+        return self._run_turn(*lanes[self._last_lane])
+
+    def _let_in(self, backlog: Backlog, channel: WorkerChannel, lane: ShmWorkerLane) -> None:
+        """Have what has come on a lane wait in its channel, or refuse it."""
+        for _ in range(channel.mapped.segment.geometry.depth):
+            taken = lane.take()
+            if taken is None:
+                return
+            refused = backlog.let_in(channel, taken[4], self._all_channels())
+            if refused is not None:
+                self._answer(channel, lane, refused)
+
+    def _all_channels(self) -> list[WorkerChannel]:
+        return [*[channel for channel, _ in list(self._lanes)], *list(self._by_token.values())]
+
+    def _run_turn(self, channel: WorkerChannel, lane: ShmWorkerLane) -> bool:
+        """Run the next call of a lane, or the next piece of its unfinished one; returns whether there was any."""
+        taken = None
+        if channel.unfinished is None and not channel.waiting:
+            taken = lane.take()
+            if taken is None:
+                return False
+        turns, shares = self._turns, self.shares
+        if turns.waiting or not turns.device.acquire(False):
+            turns.wait(shares.key(channel.share))
+        try:
+            shares.begin(channel.share)
+            begun_ns = _clock_ns()
+            if taken is not None:
+                completion = channel.run(taken, False, divide=True)
+            elif channel.unfinished is not None:
+                completion = channel.go_on()
+            else:
+                completion = channel.run_frame(channel.next_waiting(), False, divide=shares.several)
+            shares.charge(channel.share, _clock_ns() - begun_ns)
+        finally:
+            turns.give_back()
+        self._answer(channel, lane, completion)
+        return True
+
+    def _answer(self, channel: WorkerChannel, lane: ShmWorkerLane, completion: CompletionFields | InFlight | None) -> None:
+        """Give a call's completion back, if it has one yet."""
+        if completion is None:
+            return
+        if self._completions is not None:
+            self._completions.put(completion, functools.partial(self._complete, channel, lane))
+        elif not lane.complete(completion):  # type: ignore[arg-type]  # nothing is in flight without a device
+            self._overfull(channel)
 
     def _complete(self, channel: WorkerChannel, lane: ShmWorkerLane, completion: CompletionFields) -> None:
         """In the thread of the device's completions."""
+        self._charge_device(channel, completion)
         if not lane.complete(completion):
             self._overfull(channel)
+
+    def _charge_device(self, channel: WorkerChannel, completion: CompletionFields) -> None:
+        """For the time since the call was launched, or since the device was done with the one before."""
+        done_ns = _clock_ns()
+        self.shares.charge(channel.share, done_ns - max(self._device_free_ns, done_ns - completion[3]))
+        self._device_free_ns = done_ns
 
     def _overfull(self, channel: WorkerChannel) -> None:
         log.warning("client %s left its completion queue full: its channel is closed", channel.opened.client_name)
@@ -219,21 +340,60 @@ class FrameLoop:
             stopping = self._stop.requested  # of this turn: what had come when it was requested is answered in the next one
             if self._watchdog is not None:
                 self._watchdog.turning("zmq lane")
-            self._socket.wait(ZMQ_WAIT_SECONDS)
-            for _ in range(_MESSAGES_AT_ONCE):
-                taken = self._socket.take()
-                if taken is None:
-                    break
-                self._run_message(*taken)
-                taken = None
+            if not self._next_of_messages():
+                self._socket.wait(ZMQ_WAIT_SECONDS)
+            self._take_messages(_MESSAGES_AT_ONCE if stopping or self.shares.several or self._backlog else 1)
+            while self._run_next_message() and stopping:
+                pass
             if stopping:
                 return
 
-    def _run_message(self, token: bytes, frame: bytes) -> None:
-        with self._running:
+    def _take_messages(self, most: int) -> None:
+        """Put so many messages that have come to their channels, each for its turn."""
+        for _ in range(most):
+            message = self._socket.take()
+            if message is None:
+                return
+            token, frame = message
             channel = self._by_token.get(token)
-            completion = None if channel is None else completed(channel.run_frame(frame, self._stop.requested))
-            if completion is not None:
-                self._socket.complete(token, completion)
-        if completion is None:
-            log.warning("a frame with a token that no channel has was dropped")
+            if channel is None:
+                log.warning("a frame with a token that no channel has was dropped")
+            elif len(channel.waiting) >= channel.mapped.segment.geometry.depth:
+                log.warning("client %s sends more frames than its channel may have: one was dropped", channel.opened.client_name)
+            elif self._backlog is None:
+                channel.wait(frame)
+            elif (refused := self._backlog.let_in(channel, frame, self._all_channels())) is not None:
+                self._socket.complete(token, refused)
+
+    def _next_of_messages(self) -> tuple[Key, bytes] | None:
+        """Whose turn it is among the channels that have frames here, or an unfinished call: its key, and the channel's token."""
+        waiting = [
+            (self.shares.key(channel.share), token)
+            for token, channel in list(self._by_token.items())
+            if channel.unfinished is not None or channel.waiting
+        ]
+        return min(waiting, default=None)
+
+    def _run_next_message(self) -> bool:
+        """Run a call, or a piece of one, of the client whose turn it is; returns whether any waited."""
+        chosen = self._next_of_messages()
+        if chosen is None:
+            return False
+        key, token = chosen
+        self._turns.take(key)
+        try:
+            channel = self._by_token.get(token)
+            if channel is None:  # closed meanwhile
+                return True
+            self.shares.begin(channel.share)
+            begun_ns = _clock_ns()
+            if channel.unfinished is not None:
+                outcome: CompletionFields | InFlight | None = channel.go_on()
+            else:
+                outcome = channel.run_frame(channel.next_waiting(), self._stop.requested, divide=self.shares.several)
+            if outcome is not None:
+                self._socket.complete(token, completed(outcome))
+            self.shares.charge(channel.share, _clock_ns() - begun_ns)
+        finally:
+            self._turns.give_back()
+        return True

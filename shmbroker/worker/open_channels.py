@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import secrets
 import threading
+import time
 
 from shmbroker.control.liveness import Watch
 from shmbroker.control.messages import OpenChannel
-from shmbroker.errors import ChannelError
+from shmbroker.errors import Busy, ChannelError
 from shmbroker.lane.doorbell import PollingBell, SemaphoreBell
 from shmbroker.lane.shm_lane import ShmWorkerLane
 from shmbroker.lane.zmq_lane import new_token
@@ -29,12 +30,16 @@ OVER_SECONDS = 0.05
 """How long a client that closes a channel is kept waiting, and everybody else with it, for a call that still runs; then it asks again."""
 
 
+SHARE_SECONDS = 1.0
+"""Over which a client's share of the worker's time is told."""
+
+
 class OpenChannels:
     """Opens channels, finds them by their number, drops them; ``frames`` runs what comes on them.
 
     Used by the control thread alone, and by whoever has joined it; :meth:`totals` by any thread. ``memory``: of the device that segments are mapped
     for. ``kept_bytes``: what each channel may have kept here. ``trace``: told of every call.
-    ``tracebacks``: whether an op's error carries its traceback to the client.
+    ``tracebacks``: whether an op's error carries its traceback to the client. ``most``: how many may be open.
     """
 
     def __init__(
@@ -46,7 +51,9 @@ class OpenChannels:
         kept_bytes: int = DEFAULT_KEPT_BYTES,
         trace: Trace | None = None,
         tracebacks: bool = True,
+        most: int | None = None,
     ) -> None:
+        self._most = most
         self._instance = instance
         self._frames = frames
         self._memory = memory
@@ -59,13 +66,16 @@ class OpenChannels:
         """By name, those that have users."""
         self._leaving: dict[int, threading.Event] = {}
         """By number, of channels that their clients have closed while a call ran: what is set when that has ended."""
+        self._computed_ns: dict[int, int] = {}
+        """By channel, at the last look at the shares."""
+        self._next_shares = 0.0
         self._done = ChannelCounters()
         """Of channels that are closed."""
 
     # --- opening ------------------------------------------------------------------------------------------------------------------------
 
     def open(self, opening: OpenChannel, lane: Lane, doorbell: Doorbell) -> WorkerChannel:
-        """Open a channel as the client asks, and have its frames run. Raises :class:`ChannelError`, :class:`SegmentError`."""
+        """Open a channel as the client asks, and have its frames run. Raises :class:`ChannelError`, :class:`SegmentError`, :class:`Busy`."""
         mapped = self._mapped_for(opening)
         try:
             self._check_area(opening, mapped.segment)
@@ -81,6 +91,7 @@ class OpenChannels:
         channel = self._new_channel(opening, mapped)
         self._channels[channel.number] = channel
         if served is not None:
+            channel.lane_waiting = served.waiting
             self._frames.add_shm(channel, served)
         else:
             channel.token = new_token()
@@ -104,6 +115,11 @@ class OpenChannels:
         former = self._open_on(opening)
         if former is not None and former.opened.process != opening.process:
             raise ChannelError(f"channel area {opening.index} of {opening.segment} is open for process {former.opened.process.pid}")
+        if self._most is not None and former is None and len(self._channels) >= self._most:
+            raise Busy(
+                f"this worker has {len(self._channels)} channels open, as many as it takes: ask again when one is closed, start another worker of the "
+                "service, or this one with a larger --max-channels"
+            )
 
     def _open_on(self, opening: OpenChannel) -> WorkerChannel | None:
         """The channel that is open on the same area."""
@@ -118,11 +134,12 @@ class OpenChannels:
 
     def _new_channel(self, opening: OpenChannel, mapped: MappedSegment) -> WorkerChannel:
         number, watch, kept = secrets.randbits(63), Watch(opening.process), KeptTensors(self._kept_bytes)
+        share = self._frames.shares.open(opening.client, opening.client_name)
         if self._trace is not None:
             from shmbroker.worker.traced_channel import TracedWorkerChannel
 
-            return TracedWorkerChannel(number, opening, mapped, watch, kept=kept, tracebacks=self._tracebacks, trace=self._trace)
-        return WorkerChannel(number, opening, mapped, watch, kept=kept, tracebacks=self._tracebacks)
+            return TracedWorkerChannel(number, opening, mapped, watch, share, kept=kept, tracebacks=self._tracebacks, trace=self._trace)
+        return WorkerChannel(number, opening, mapped, watch, share, kept=kept, tracebacks=self._tracebacks)
 
     # --- while they are open ------------------------------------------------------------------------------------------------------------
 
@@ -133,10 +150,30 @@ class OpenChannels:
             raise ChannelError(f"channel {number} is not open on this worker")
         return channel
 
+    @property
+    def count(self) -> int:
+        """How many are open."""
+        return len(self._channels)
+
     def publish(self) -> None:
         """Write in each client's segment what its channels have counted."""
+        if time.monotonic() >= self._next_shares:
+            self._next_shares = time.monotonic() + SHARE_SECONDS
+            self._look_at_shares()
         for channel in self._channels.values():
             channel.publish()
+
+    def _look_at_shares(self) -> None:
+        """Who had how much of the time that was computed since the last look."""
+        had: dict[str, int] = {}
+        for channel in self._channels.values():
+            before = self._computed_ns.get(channel.number, 0)
+            now = self._computed_ns[channel.number] = channel.counters.compute_ns
+            had[channel.opened.client] = had.get(channel.opened.client, 0) + now - before
+        self._computed_ns = {number: self._computed_ns[number] for number in self._channels}
+        total = sum(had.values())
+        for channel in self._channels.values():
+            channel.share_ppm = had[channel.opened.client] * 1_000_000 // total if total > 0 else 0
 
     def totals(self) -> tuple[int, int]:
         """Calls and errors of all channels that ever were."""
@@ -173,6 +210,7 @@ class OpenChannels:
         log.info("channel area %d of %s closed after %d calls", opened.index, opened.client_name, counters.calls)
         self._done.calls += counters.calls
         self._done.errors += counters.errors
+        self._frames.shares.close(channel.share)
         mapped = channel.mapped
         mapped.users -= 1
         unused = mapped.users == 0

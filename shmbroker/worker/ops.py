@@ -14,6 +14,7 @@ import torch
 from shmbroker.arena.spec import TensorSpec, spec_of
 from shmbroker.errors import BadInput
 from shmbroker.lane.outputs import Outputs, OutSpec
+from shmbroker.worker.pieces import Pieces, PieceSize, TilePieces, is_long, pieces_by_row
 
 Static = dict[str, Any]
 """Arguments by name: fixed at bind, or of one call."""
@@ -46,7 +47,8 @@ class OpDefinition:
     a parameter ``channel_state`` it is also given a dict of the channel's own, which ends with the channel.
 
     Inputs are read, and end with the call. ``copies_inputs``: each call is given copies, to keep or to write into. ``in_place``: what it writes into its
-    inputs is for its callers, whose tensors then have it.
+    inputs is for its callers, whose tensors then have it. ``row_wise``: each row of its outputs (all dimensions but the last) depends on the same row of
+    its inputs alone, so a long call may be run in pieces.
     """
 
     name: str
@@ -55,12 +57,15 @@ class OpDefinition:
     per_bind: bool = False
     copies_inputs: bool = False
     in_place: bool = False
+    row_wise: bool = False
     known: dict[object, Outputs] = field(default_factory=dict, repr=False, compare=False)
     """Outcomes of trying it out, by static arguments, inputs and arguments: shared by all binds of all clients, changed in single steps."""
 
     def __post_init__(self) -> None:
         if self.copies_inputs and self.in_place:
             raise BadInput(f"op {self.name!r} cannot have copies of its inputs and write into them in place: choose one")
+        if self.row_wise and self.in_place:
+            raise BadInput(f"op {self.name!r} cannot write into its inputs in place and be run row by row: choose one")
         if self.out_spec is None and (self.per_bind or "out" in inspect.signature(self.function).parameters):
             raise BadInput(
                 f"op {self.name!r} writes into out or is made at bind: it needs an out_spec, a function from the inputs' specs to the "
@@ -91,7 +96,18 @@ class BoundOp:
     Run by one thread at a time, which may look up :meth:`known_outputs` while the control thread tries the op out (:meth:`outputs`).
     """
 
-    __slots__ = ("_definition", "_function", "_kwargs", "_proven", "_static", "_static_digest", "_takes_out", "in_place", "name")
+    __slots__ = (
+        "_definition",
+        "_function",
+        "_kwargs",
+        "_piece_size",
+        "_proven",
+        "_static",
+        "_static_digest",
+        "_takes_out",
+        "in_place",
+        "name",
+    )
 
     def __init__(self, definition: OpDefinition, function: Callable[..., Any], kwargs: Static, static: Static) -> None:
         self._definition = definition
@@ -105,6 +121,7 @@ class BoundOp:
         self._takes_out = "out" in inspect.signature(function).parameters
         self._proven: set[object] = set()
         """Kinds of calls in which the op was seen to leave its inputs alone."""
+        self._piece_size = PieceSize(1, 1) if hasattr(function, "tiles") else PieceSize()
 
     def outputs(self, inputs: Sequence[TensorSpec], arguments: Static) -> Outputs:
         """Specs of the outputs for such inputs: from the out_spec, else from a run on torch's ``meta`` device, which computes nothing.
@@ -171,6 +188,18 @@ class BoundOp:
         out = outputs[0] if single else tuple(outputs)
         function = self._with_copies if self._definition.copies_inputs else self._function
         return functools.partial(function, *inputs, out=out, **self._kwargs, **arguments)
+
+    def pieces(self, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor], arguments: Static, *, single: bool) -> Pieces | None:
+        """The same call as pieces; None where the op cannot be divided, or the call is no longer than one."""
+        if not is_long(outputs):
+            return None
+        tiles = getattr(self._function, "tiles", None)
+        if tiles is not None and not self._definition.copies_inputs:
+            out = outputs[0] if single else tuple(outputs)
+            return TilePieces(functools.partial(tiles, *inputs, out=out, **self._kwargs, **arguments), self._piece_size)
+        if not self._definition.row_wise:
+            return None
+        return pieces_by_row(lambda some, room: self.prepare(some, room, arguments, single=single), inputs, outputs, self._piece_size)
 
     def is_proven(self, kind: object) -> bool:
         """Whether a call of this ``kind`` has left its inputs alone, or may do with them what it likes."""

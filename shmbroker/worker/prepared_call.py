@@ -35,10 +35,10 @@ class PreparedCall:
 
     Each tensor has a version counter and a storage of its own, so what the op did with it is seen by counters alone. ``repeatable``: per-call arguments
     lie behind what a frame is recognised by. ``unwritten``: of inputs that are copies, to try out a call of
-    the kind ``tried_as``, what they were.
+    the kind ``tried_as``, what they were. ``divisible``: it may be run in pieces, where the op is one that can.
     """
 
-    __slots__ = ("_unwritten", "_watched", "inputs", "op", "repeatable", "run", "tried_as")
+    __slots__ = ("_unwritten", "_watched", "inputs", "op", "pieces", "repeatable", "run", "tried_as")
 
     def __init__(
         self,
@@ -51,10 +51,12 @@ class PreparedCall:
         repeatable: bool,
         unwritten: Sequence[torch.Tensor] = (),
         tried_as: object = None,
+        divisible: bool = False,
     ) -> None:
         self.op = op
         self.inputs = tuple(inputs)
         self.run: Callable[[], object] = op.prepare(self.inputs, outputs, arguments, single=single)
+        self.pieces = op.pieces(self.inputs, outputs, arguments, single=single) if divisible else None
         self.repeatable = repeatable
         self.tried_as = tried_as
         self._unwritten = unwritten

@@ -25,11 +25,28 @@ class TracedWorkerChannel(WorkerChannel):
 
     trace: Trace | None = None
     _labels: dict[bytes, tuple[str, dict[str, Any]]] = field(default_factory=dict)
+    _divided: tuple[Taken, int] | None = None
+    """The call that is being run in pieces, and when it was begun."""
 
-    def run(self, taken: Taken, draining: bool) -> CompletionFields | InFlight:
+    def run(self, taken: Taken, draining: bool, divide: bool = False) -> CompletionFields | InFlight | None:
         """As the channel's. Of what a device goes on with, the launch is told, and no end."""
         begun_ns = _clock_ns()
-        completion = WorkerChannel.run(self, taken, draining)
+        completion = WorkerChannel.run(self, taken, draining, divide)
+        if completion is None:
+            self._divided = taken, begun_ns
+        else:
+            self._told(taken, begun_ns, completion)
+        return completion
+
+    def go_on(self) -> CompletionFields | None:
+        """As the channel's. A call in pieces is told of as one that ran from its first piece to its last."""
+        completion = WorkerChannel.go_on(self)
+        if completion is not None and self._divided is not None:
+            self._told(*self._divided, completion)
+            self._divided = None
+        return completion
+
+    def _told(self, taken: Taken, begun_ns: int, completion: CompletionFields | InFlight) -> None:
         ended_ns = _clock_ns()
         trace = self.trace
         assert trace is not None
@@ -50,7 +67,6 @@ class TracedWorkerChannel(WorkerChannel):
         if compute_ns:
             trace.span(f"compute {name}", computing_ns, ended_ns)
         trace.flow("t", number, computing_ns)
-        return completion
 
     def _label(self, key: bytes, frame: bytes) -> tuple[str, dict[str, Any]]:
         """The op's name, and what it is given."""

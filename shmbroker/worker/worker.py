@@ -13,7 +13,7 @@ import functools
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -34,11 +34,12 @@ from shmbroker.lane.own_bell import OwnBell
 from shmbroker.lane.zmq_lane import ZmqWorkerSocket
 from shmbroker.memory import names
 from shmbroker.memory.open_files import require_files, telling_exhaustion
-from shmbroker.settings.arguments import seconds
+from shmbroker.settings.arguments import seconds, whole
 from shmbroker.settings.load import current
 from shmbroker.systemd import notify
 from shmbroker.trace.writer import Trace
 from shmbroker.version import __version__
+from shmbroker.worker.backlog import Backlog
 from shmbroker.worker.built_in_ops import RESERVED
 from shmbroker.worker.control_server import ControlServer, Offer
 from shmbroker.worker.device_memory import DeviceMemory
@@ -48,6 +49,7 @@ from shmbroker.worker.kept_tensors import DEFAULT_KEPT_BYTES
 from shmbroker.worker.open_channels import OpenChannels
 from shmbroker.worker.ops import OpDefinition, warm_up
 from shmbroker.worker.own_log import told_on_stderr
+from shmbroker.worker.shares import Shares, checked_weights
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +80,9 @@ class Worker:
     ``until_exit``: stop when the process with this pid ends. ``identity``: a word for what the answers depend on beside the inputs (weights,
     say); only a worker of the same identity takes over from another. ``trace``: a file that tells of every call (docs/traces.md). ``memory``: of the
     device that ops compute on, where that is not the CPU. ``kept_bytes``: what each channel may have kept here.
+
+    Clients share its time (docs/architecture.md). ``client_weights``: by a client's name, how much of it that has, where others have 1. ``max_channels``:
+    more are refused with :class:`Busy`. ``max_waiting_rows``: so are the calls of a client that has one waiting already, while more rows than that wait.
     """
 
     def __init__(
@@ -93,6 +98,9 @@ class Worker:
         trace: str | os.PathLike[str] | None = None,
         memory: DeviceMemory | None = None,
         kept_bytes: int = DEFAULT_KEPT_BYTES,
+        max_channels: int | None = None,
+        max_waiting_rows: int | None = None,
+        client_weights: Mapping[str, float] | None = None,
     ) -> None:
         settings = current()
         self.service = service = settings.service if service is None else service
@@ -114,6 +122,9 @@ class Worker:
         self._trace_path = trace
         self._memory = memory
         self._kept_bytes = kept_bytes
+        self._max_channels = None if max_channels is None else whole("max_channels", max_channels)
+        self._backlog = None if max_waiting_rows is None else Backlog(whole("max_waiting_rows", max_waiting_rows))
+        self._client_weights = checked_weights(client_weights or {})
         self._tracebacks = settings.tracebacks
         """Whether errors of ops carry their tracebacks to the clients."""
         self._ops: dict[str, OpDefinition] = {}
@@ -133,9 +144,25 @@ class Worker:
     def op(self, function: Function, /) -> Function: ...
     @overload
     def op(
-        self, name: str | None = None, /, *, out_spec: OutSpec | None = None, copies_inputs: bool = False, in_place: bool = False
+        self,
+        name: str | None = None,
+        /,
+        *,
+        out_spec: OutSpec | None = None,
+        copies_inputs: bool = False,
+        in_place: bool = False,
+        row_wise: bool = False,
     ) -> Callable[[Function], Function]: ...
-    def op(self, name: Any = None, /, *, out_spec: OutSpec | None = None, copies_inputs: bool = False, in_place: bool = False) -> Any:
+    def op(
+        self,
+        name: Any = None,
+        /,
+        *,
+        out_spec: OutSpec | None = None,
+        copies_inputs: bool = False,
+        in_place: bool = False,
+        row_wise: bool = False,
+    ) -> Any:
         """Register a function as an op, by its own name or ``name``.
 
         The function takes the call's tensors, the arguments fixed at bind and those of the call. With a parameter ``out`` it writes its
@@ -148,28 +175,40 @@ class Worker:
         Inputs are their caller's: to be read, and only until the function returns. One that writes into an input, or keeps one or a view of it, fails
         with an error that says so. ``copies_inputs``: each call is given copies, to keep or to write into. ``in_place``: what is written into inputs is
         for the caller, whose tensors have it when the call is done, wherever they lie.
+
+        ``row_wise``: each row of the outputs (all their dimensions but the last) depends on the same row of each input alone. A long call is then run
+        in pieces where another client waits: the function is called with some of the rows at a time, as ``[1, rows, width]``, and must not mind.
         """
         if callable(name):
             self._register(OpDefinition(name.__name__, name))
             return name
-        return self._decorator(name, out_spec, per_bind=False, copies_inputs=copies_inputs, in_place=in_place)
+        return self._decorator(name, out_spec, per_bind=False, copies_inputs=copies_inputs, in_place=in_place, row_wise=row_wise)
 
     def bound_op(
-        self, name: str | None = None, *, out_spec: OutSpec, copies_inputs: bool = False, in_place: bool = False
+        self,
+        name: str | None = None,
+        *,
+        out_spec: OutSpec,
+        copies_inputs: bool = False,
+        in_place: bool = False,
+        row_wise: bool = False,
     ) -> Callable[[Function], Function]:
         """Register a function that is called once for each bind, with the static arguments, and returns the function to run.
 
+        What it returns may have a method ``tiles``, with the same parameters: a sequence of callables that compute the call's outputs, each a part of its
+        own, to be run one after the other in place of the whole where another client waits.
+
         For ops that look something up by their static arguments (weights, say) and must not do so in every call. A parameter ``channel_state`` is
-        a dict that all ops of one channel share, for what they keep from call to call; it ends with the channel. ``copies_inputs`` and ``in_place``
-        are as in :meth:`op`.
+        a dict that all ops of one channel share, for what they keep from call to call; it ends with the channel. ``copies_inputs``, ``in_place``
+        and ``row_wise`` are as in :meth:`op`.
         """
-        return self._decorator(name, out_spec, per_bind=True, copies_inputs=copies_inputs, in_place=in_place)
+        return self._decorator(name, out_spec, per_bind=True, copies_inputs=copies_inputs, in_place=in_place, row_wise=row_wise)
 
     def _decorator(
-        self, name: str | None, out_spec: OutSpec | None, *, per_bind: bool, copies_inputs: bool, in_place: bool
+        self, name: str | None, out_spec: OutSpec | None, *, per_bind: bool, copies_inputs: bool, in_place: bool, row_wise: bool
     ) -> Callable[[Function], Function]:
         def register(function: Function) -> Function:
-            self._register(OpDefinition(name or function.__name__, function, out_spec, per_bind, copies_inputs, in_place))
+            self._register(OpDefinition(name or function.__name__, function, out_spec, per_bind, copies_inputs, in_place, row_wise))
             return function
 
         return register
@@ -239,10 +278,18 @@ class Worker:
                 self._stop,
                 spin=self._spin,
                 asynchronous=self._memory is not None and self._memory.asynchronous,
+                shares=Shares(self._client_weights),
+                backlog=self._backlog,
                 watchdog=self._watchdog,
             )
             channels = OpenChannels(
-                self.instance, frames, memory=self._memory, kept_bytes=self._kept_bytes, trace=trace, tracebacks=self._tracebacks
+                self.instance,
+                frames,
+                memory=self._memory,
+                kept_bytes=self._kept_bytes,
+                trace=trace,
+                tracebacks=self._tracebacks,
+                most=self._max_channels,
             )
             offer = Offer(
                 self.service,
@@ -265,7 +312,7 @@ class Worker:
             stack.callback(control.join)
             stack.callback(link.stop)
             # And clients, which then place other tensors in the blocks of calls that were not answered, after the last of them has run.
-            stack.callback(frames.finish_running)
+            stack.callback(frames.join)
             stack.callback(self.stop)
             control.start()
             log.debug("%s (%s) answers on %s", self.name, self.id, responder.endpoint)

@@ -26,7 +26,7 @@ from tests.faults.points import all_points
 ROOT = Path(__file__).parents[2]
 SOURCES = [path for package in ("shmbroker", "gpu_worker", "tee_worker") for path in sorted((ROOT / package).rglob("*.py"))]
 CHANGELOG = (ROOT / "CHANGELOG.md").read_text()
-MESSAGES = (5, "bef7dc0464db67f2")
+MESSAGES = (5, "70712425628a299c")
 """Version of the protocol, and a digest of all fields of all messages."""
 
 MATRIX = ast.parse((ROOT / "tests" / "faults" / "matrix.py").read_text())
@@ -46,7 +46,7 @@ class Registered:
     def __init__(self) -> None:
         self.names: list[str] = []
 
-    def op(self, name: str, *, out_spec: object) -> Any:
+    def op(self, name: str, *, out_spec: object, row_wise: bool = False) -> Any:
         self.names.append(name)
         return lambda function: function
 

@@ -80,6 +80,8 @@ MESSAGES: list[m.Message] = [
     m.FindService("test"),
     m.GetStatus(),
     m.OpenChannel(ME, "name", PROCESS, f"/shmbroker.x.segment.{ME}", 0, "test", "shm", "sem", f"/shmbroker.x.bell.{ME}"),
+    m.AskChannels(),
+    m.ChannelCount(3),
     m.CloseChannel(1),
     m.ChannelClosed(True),
     m.OpenDeviceArena(1, b"\0" * 64, 4096),

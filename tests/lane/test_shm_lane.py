@@ -113,6 +113,18 @@ def test_a_full_submission_queue_has_nothing_to_claim(segment: Segment) -> None:
     assert [submit(client, i) for i in range(4)] == [True, True, False, False]
 
 
+def test_what_waits_is_counted_until_it_is_taken_and_not_in_a_closed_lane(segment: Segment) -> None:
+    client, worker = ShmClientLane(segment, 0, RecordingBell()), ShmWorkerLane(segment, 0, RecordingBell())
+    assert worker.waiting() == 0
+    assert submit(client, 1)
+    assert submit(client, 2)
+    assert worker.waiting() == 2
+    assert worker.take() is not None
+    assert worker.waiting() == 1
+    worker.close()
+    assert worker.waiting() == 0, "who publishes the figures may look at any moment"
+
+
 def test_completions_with_and_without_a_text_come_back_whole_and_in_order(segment: Segment) -> None:
     """A slot that held a long text before tells nothing of it."""
     client, worker = ShmClientLane(segment, 0, RecordingBell()), ShmWorkerLane(segment, 0, RecordingBell())

@@ -109,7 +109,9 @@ GOLDEN_FIELDS: dict[Structure, list[tuple[str, int, int]]] = {
         ("failed_calls", 792, 8),
         ("compute_ns", 800, 8),
         ("queued_ns", 808, 8),
-        ("reserved1", 816, 208),
+        ("waiting_calls", 816, 8),
+        ("share_ppm", 824, 8),
+        ("reserved1", 832, 192),
     ],
     ChannelHeader: [
         ("reserved0", 0, 128),
@@ -193,4 +195,4 @@ GOLDEN_DTYPE_CODES = {
     "COMPLEX128": 17,
 }
 GOLDEN_SPACES = {"SEGMENT": 0, "DEVICE": 1, "KEPT": 2}
-GOLDEN_STATUSES = {"OK": 0, "OP_ERROR": 1, "BAD_FRAME": 2, "EXPIRED": 3, "DRAINING": 4}
+GOLDEN_STATUSES = {"OK": 0, "OP_ERROR": 1, "BAD_FRAME": 2, "EXPIRED": 3, "DRAINING": 4, "BUSY": 5}

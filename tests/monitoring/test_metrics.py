@@ -62,6 +62,22 @@ def test_counters_equal_the_report_of_the_channel(metered: Metered, caller: subp
     assert metered.value("shmbroker_arena_bytes", client="caller") == 16 << 20
 
 
+def test_waiting_calls_and_the_share_of_each_client_are_told(metered: Metered) -> None:
+    """One that calls all the time has some of the worker's time, one that does nothing has none; what comes behind a long call waits."""
+    with shmbroker.connect(arena="1M", name="busy") as busy, shmbroker.connect(arena="1M", name="idle") as idle:
+        sleep = busy.channel("test").bind("sleep", seconds=0.1)
+        idle.channel("test")
+        futures = [sleep.submit(torch.ones(1)) for _ in range(20)]
+        wait_until(lambda: metered.value("shmbroker_worker_share", client="busy") == 1)
+        assert metered.value("shmbroker_worker_share", client="idle") == 0
+        futures += [sleep.submit(torch.ones(1)) for _ in range(20)]
+        wait_until(lambda: (metered.value("shmbroker_worker_waiting_calls", client="busy") or 0) > 1)
+        for future in futures:
+            future.result()
+        wait_until(lambda: metered.value("shmbroker_worker_waiting_calls", client="busy") == 0)
+        wait_until(lambda: metered.value("shmbroker_worker_share", client="busy") == 0)
+
+
 def test_errors_copies_and_waits_are_counted(metered: Metered) -> None:
     with shmbroker.connect(arena="1M", name="unlucky", place_timeout=0.05) as client:
         channel = client.channel("test")

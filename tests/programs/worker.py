@@ -16,9 +16,14 @@ from shmbroker.worker import draining
 if "DRAIN_SECONDS" in os.environ:
     draining.DRAIN_SECONDS = float(os.environ["DRAIN_SECONDS"])
 
-KEPT = {"kept_bytes": int(os.environ["KEPT_BYTES"])} if "KEPT_BYTES" in os.environ else {}
+LIMITS = {"kept_bytes": int(os.environ["KEPT_BYTES"])} if "KEPT_BYTES" in os.environ else {}
+for limit in ("max_channels", "max_waiting_rows"):
+    if limit.upper() in os.environ:
+        LIMITS[limit] = int(os.environ[limit.upper()])
 
-worker = shmbroker.Worker(sys.argv[1] if len(sys.argv) > 1 else "test", name="test-worker", trace=os.environ.get("TRACE"), **KEPT)
+worker = shmbroker.Worker(
+    sys.argv[1] if len(sys.argv) > 1 else "test", name=os.environ.get("WORKER_NAME", "test-worker"), trace=os.environ.get("TRACE"), **LIMITS
+)
 
 
 @worker.op
@@ -69,6 +74,22 @@ def compute(x: torch.Tensor, *, out: torch.Tensor, seconds: float) -> None:
     hashlib.pbkdf2_hmac("sha256", b"", b"salt", min(int(seconds * 1e6), (1 << 31) - 1))
 
 
+@worker.op(out_spec=lambda x, gate: TensorSpec(x.shape, x.dtype), row_wise=True)
+def double_rows(x: torch.Tensor, *, out: torch.Tensor, gate: str) -> None:
+    """Slow until the file ``gate`` is there: 20 ms for each piece. Rows of an infinite value cannot be doubled."""
+    if not os.path.exists(gate):
+        time.sleep(0.02)
+    if bool(torch.isinf(x).any()):
+        raise ValueError(f"a row of {x.shape[-2]} is infinite")
+    torch.mul(x, 2, out=out)
+
+
+@worker.op(out_spec=lambda x: TensorSpec((1,), torch.int64))
+def mapped_segments(x: torch.Tensor, *, out: torch.Tensor) -> None:
+    with open("/proc/self/maps") as maps:
+        out.fill_(len({line.split()[-1] for line in maps if ".segment." in line}))
+
+
 @worker.op(out_spec=lambda x: TensorSpec(x.shape, x.dtype))
 def die(x: torch.Tensor, *, out: torch.Tensor) -> None:
     os.kill(os.getpid(), 9)
@@ -83,7 +104,7 @@ def same(x: TensorSpec) -> TensorSpec:
     return x
 
 
-KEPT_INPUTS: list[object] = []
+LIMITS_INPUTS: list[object] = []
 
 
 @worker.op(out_spec=same)
@@ -147,19 +168,19 @@ def remember(x: torch.Tensor, *, how: str = "itself") -> torch.Tensor:
         "closure": lambda: lambda: x,
         "nothing": lambda: None,
     }
-    KEPT_INPUTS.append(keep[how]())
+    LIMITS_INPUTS.append(keep[how]())
     return x
 
 
 @worker.op(out_spec=same, copies_inputs=True)
 def remember_copy(x: torch.Tensor) -> torch.Tensor:
-    KEPT_INPUTS.append(x)
+    LIMITS_INPUTS.append(x)
     return x
 
 
 @worker.op(out_spec=lambda x: TensorSpec((3,), torch.float32))
 def recall(x: torch.Tensor) -> torch.Tensor:
-    return torch.tensor([one[0].item() for one in KEPT_INPUTS[-3:]])  # type: ignore[index]
+    return torch.tensor([one[0].item() for one in LIMITS_INPUTS[-3:]])  # type: ignore[index]
 
 
 @worker.op(out_spec=lambda x: TensorSpec((2,), torch.bool))
