@@ -185,7 +185,8 @@ class FrameLoop:
                 self.make_changes()
                 receivers = tuple([lane.receiver for _, lane in lanes])
                 waiter = poll_waiter if any(lane.doorbell is Doorbell.POLL for _, lane in lanes) else bell_waiter
-                waiter.sleeping = [lane.sleeping for _, lane in lanes]
+                # Both: the words of a client that is gone would keep its memory mapped.
+                bell_waiter.sleeping = poll_waiter.sleeping = [lane.sleeping for _, lane in lanes]
             if self._sharing or shares.several:
                 if not self._share(lanes):
                     waiter.wait(something, receivers, SHM_WAIT_SECONDS)

@@ -15,6 +15,7 @@ import torch
 import shmbroker
 from shmbroker.client.closing import Closing
 from shmbroker.memory.reaper import objects
+from tests.peers import LANES
 from tests.processes import run, wait_until
 from tests.threads import InThread
 
@@ -301,3 +302,15 @@ def test_at_exit(broker: shmbroker.LocalBroker, worker: int, how: str) -> None:
     done = run(sys.executable, "-c", AT_EXIT, how, seconds=SECONDS * 2)
     assert done.returncode == 0, done.stderr
     assert [name.file for name in objects(broker.instance) if name.owner == done.stdout.strip()] == []
+
+
+# --- and the worker's end of it -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_worker_unmaps_a_client_that_has_closed_however_others_wait(client: shmbroker.Client, worker: int) -> None:
+    """Each kind after each other kind: what the worker waits by must not keep the words of one that is gone."""
+    mapped = client.channel("test").bind("mapped_segments")
+    for lane, doorbell in (*LANES, *LANES):
+        with shmbroker.connect(arena="4M", name="closing") as closing:
+            assert closing.channel("test", lane=lane, doorbell=doorbell).bind("double")(torch.ones(1)).item() == 2.0
+        wait_until(lambda: mapped(torch.ones(1)).item() == 1, SECONDS)

@@ -15,9 +15,8 @@ from shmbroker.client.channel import Channel
 from shmbroker.control.endpoint import socket_path, worker_socket
 from shmbroker.control.status import ask
 from shmbroker.memory.reaper import objects
+from tests.peers import LANES
 from tests.processes import broker_process, freeze, run, wait_until, worker_process
-
-LANES = [("shm", "sem"), ("shm", "poll"), ("zmq", "auto")]
 
 
 @pytest.fixture
