@@ -25,9 +25,10 @@ from shmbroker.settings.kinds import Doorbell
 from shmbroker.systemd.notify import Watchdog
 from shmbroker.worker.backlog import Backlog
 from shmbroker.worker.channel import WorkerChannel
-from shmbroker.worker.device_completions import DeviceCompletions, InFlight, completed
+from shmbroker.worker.device_completions import DeviceCompletions, InFlight
 from shmbroker.worker.draining import Stop
-from shmbroker.worker.shares import Key, Shares
+from shmbroker.worker.message_loop import MessageLoop
+from shmbroker.worker.shares import Shares
 from shmbroker.worker.turns import Turns
 
 log = logging.getLogger(__name__)
@@ -35,13 +36,7 @@ log = logging.getLogger(__name__)
 SHM_WAIT_SECONDS = 1.0
 """At most, for the next frame in shared memory; the waiter itself looks again sooner."""
 
-ZMQ_WAIT_SECONDS = 0.1
-"""How long the zmq lane is waited for before the loop looks whether it is to stop."""
-
 _clock_ns = time.monotonic_ns
-
-_MESSAGES_AT_ONCE = 256
-"""Frames taken from the zmq lane before anything else is looked at: a client that never stops sending must not keep the worker from stopping."""
 
 
 class FrameLoop:
@@ -50,7 +45,7 @@ class FrameLoop:
     Whose thread does what:
 
     - the *frame thread* is in :meth:`serve_shm`. It alone has the shm lanes, does all changes, and makes and stops the device's completions;
-    - the *zmq thread* is in :meth:`serve_zmq`, started here with the first channel of that lane. It alone uses ``socket``;
+    - the *zmq thread* is that of a :class:`MessageLoop`, which alone uses ``socket``;
     - the *control thread* opens and closes channels: it calls :meth:`add_shm`, :meth:`add_zmq` and :meth:`remove`;
     - the thread of :class:`DeviceCompletions`, where the device is ``asynchronous``, writes the completions of the shm lane in the frame thread's place.
 
@@ -75,7 +70,6 @@ class FrameLoop:
         self.shares = shares or Shares()
         self._backlog = backlog
         self._bell = bell
-        self._socket = socket
         self._stop = stop
         self._spin = spin
         self._asynchronous = asynchronous
@@ -96,11 +90,7 @@ class FrameLoop:
         """The frame thread's own: where in the list the lane is that had the last turn."""
         self._device_free_ns = 0
         """Of an asynchronous device: when it was done with the last call."""
-        self._by_token: dict[bytes, WorkerChannel] = {}
-        """Channels of the zmq lane. The control thread puts them in and takes them out; the zmq thread looks one up in its turn, so that none is
-        closed between being found and being run."""
-        self._zmq_thread: threading.Thread | None = None
-        """Started by the control thread, joined by whoever has joined that one."""
+        self._messages = MessageLoop(socket, stop, self._turns, self.shares, self._all_channels, backlog=backlog, watchdog=watchdog)
 
     # --- from the control thread ------------------------------------------------------------------------------------------------------
 
@@ -115,14 +105,11 @@ class FrameLoop:
 
     def add_zmq(self, channel: WorkerChannel) -> None:
         """Run the frames that come with the token of ``channel`` too."""
-        self._by_token[channel.token] = channel
-        if self._zmq_thread is None:
-            self._zmq_thread = threading.Thread(target=self.serve_zmq, name="shmbroker-zmq-lane", daemon=True)
-            self._zmq_thread.start()
+        self._messages.add(channel)
 
     def remove(self, channel: WorkerChannel, close: Callable[[], None]) -> threading.Event:
         """Run no more frames of ``channel``, and then ``close()``, while no call runs. Returns what is set when that is done."""
-        self._by_token.pop(channel.token, None)
+        self._messages.remove(channel)
         over = threading.Event()
 
         def removed() -> None:
@@ -136,8 +123,7 @@ class FrameLoop:
 
     def join(self) -> None:
         """Wait until the zmq thread, where there is one, has ended: what it had begun when a stop was requested is answered then."""
-        if self._zmq_thread is not None:
-            self._zmq_thread.join()
+        self._messages.join()
 
     # --- the frame thread ---------------------------------------------------------------------------------------------------------------
 
@@ -270,7 +256,7 @@ class FrameLoop:
                 self._answer(channel, lane, refused)
 
     def _all_channels(self) -> list[WorkerChannel]:
-        return [*[channel for channel, _ in list(self._lanes)], *list(self._by_token.values())]
+        return [*[channel for channel, _ in list(self._lanes)], *self._messages.channels()]
 
     def _run_turn(self, channel: WorkerChannel, lane: ShmWorkerLane) -> bool:
         """Run the next call of a lane, or the next piece of its unfinished one; returns whether there was any."""
@@ -328,73 +314,3 @@ class FrameLoop:
         for pair in [pair for pair in self._lanes if pair[0] is channel]:
             self._lanes.remove(pair)
             pair[1].close()
-
-    # --- the zmq thread -----------------------------------------------------------------------------------------------------------------
-
-    def serve_zmq(self) -> None:
-        """Run frames of the zmq lane until told to stop and those that had come are answered."""
-        with torch.no_grad():
-            self._run_messages_until_stopped()
-
-    def _run_messages_until_stopped(self) -> None:
-        while True:
-            stopping = self._stop.requested  # of this turn: what had come when it was requested is answered in the next one
-            if self._watchdog is not None:
-                self._watchdog.turning("zmq lane")
-            if not self._next_of_messages():
-                self._socket.wait(ZMQ_WAIT_SECONDS)
-            self._take_messages(_MESSAGES_AT_ONCE if stopping or self.shares.several or self._backlog else 1)
-            while self._run_next_message() and stopping:
-                pass
-            if stopping:
-                return
-
-    def _take_messages(self, most: int) -> None:
-        """Put so many messages that have come to their channels, each for its turn."""
-        for _ in range(most):
-            message = self._socket.take()
-            if message is None:
-                return
-            token, frame = message
-            channel = self._by_token.get(token)
-            if channel is None:
-                log.warning("a frame with a token that no channel has was dropped")
-            elif len(channel.waiting) >= channel.mapped.segment.geometry.depth:
-                log.warning("client %s sends more frames than its channel may have: one was dropped", channel.opened.client_name)
-            elif self._backlog is None:
-                channel.wait(frame)
-            elif (refused := self._backlog.let_in(channel, frame, self._all_channels())) is not None:
-                self._socket.complete(token, refused)
-
-    def _next_of_messages(self) -> tuple[Key, bytes] | None:
-        """Whose turn it is among the channels that have frames here, or an unfinished call: its key, and the channel's token."""
-        waiting = [
-            (self.shares.key(channel.share), token)
-            for token, channel in list(self._by_token.items())
-            if channel.unfinished is not None or channel.waiting
-        ]
-        return min(waiting, default=None)
-
-    def _run_next_message(self) -> bool:
-        """Run a call, or a piece of one, of the client whose turn it is; returns whether any waited."""
-        chosen = self._next_of_messages()
-        if chosen is None:
-            return False
-        key, token = chosen
-        self._turns.take(key)
-        try:
-            channel = self._by_token.get(token)
-            if channel is None:  # closed meanwhile
-                return True
-            self.shares.begin(channel.share)
-            begun_ns = _clock_ns()
-            if channel.unfinished is not None:
-                outcome: CompletionFields | InFlight | None = channel.go_on()
-            else:
-                outcome = channel.run_frame(channel.next_waiting(), self._stop.requested, divide=self.shares.several)
-            if outcome is not None:
-                self._socket.complete(token, completed(outcome))
-            self.shares.charge(channel.share, _clock_ns() - begun_ns)
-        finally:
-            self._turns.give_back()
-        return True
