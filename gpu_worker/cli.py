@@ -71,6 +71,13 @@ def _serve_options(command: Callable[..., None]) -> Callable[..., None]:
                 metavar="NAME=W",
                 help="Clients of this name have W times the time that others have, while both wait. May be given again.",
             ),
+            click.option(
+                "--batch",
+                is_flag=False,
+                flag_value="user",
+                type=click.Choice(["user", "all"]),
+                help="Compute decode steps of several clients together where that takes less time: of one user's, as it is without a word, or of all.",
+            ),
             click.option("--trace", metavar="FILE", help="Write a trace of every call, for ui.perfetto.dev (docs/traces.md)."),
             click.option("--until-exit", type=int, default=0, metavar="PID", help="End when this process does."),
         ]

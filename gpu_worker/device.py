@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from gpu_worker.few_rows import FewRows
 from shmbroker.memory.layout import round_up
 from shmbroker.trust.loops import product
 from shmbroker.trust.quantization import IntegerWeight
@@ -107,10 +108,7 @@ class CpuDevice:
     def linear(self, x: torch.Tensor, layers: Sequence[tuple[torch.Tensor, torch.Tensor | None]], outs: Sequence[torch.Tensor]) -> None:
         """One matrix product a layer."""
         for (weight, bias), out in zip(layers, outs, strict=True):
-            if bias is None:
-                torch.mm(x, weight, out=out)
-            else:
-                torch.addmm(bias, x, weight, out=out)
+            self._few_rows.linear(x, weight, bias, out)
 
     def linear_tiles(
         self, x: torch.Tensor, layers: Sequence[tuple[torch.Tensor, torch.Tensor | None]], outs: Sequence[torch.Tensor]
@@ -154,6 +152,10 @@ class CpuDevice:
                 one.result()
 
         return run
+
+    @functools.cached_property
+    def _few_rows(self) -> FewRows:
+        return FewRows()
 
     @functools.cached_property
     def _pool(self) -> ThreadPoolExecutor:

@@ -56,10 +56,10 @@ def register(worker: Worker, weights: Weights, device: Device) -> None:
         weights.check(module, digests)
         return device.staged(Linear(device, layers, in_features))
 
-    worker.bound_op(ops.LINEAR, out_spec=ops.linear)(linear)
-    worker.bound_op(ops.LM_HEAD, out_spec=ops.linear)(linear)
+    worker.bound_op(ops.LINEAR, out_spec=ops.linear, row_wise=True)(linear)
+    worker.bound_op(ops.LM_HEAD, out_spec=ops.linear, row_wise=True)(linear)
 
-    @worker.bound_op(ops.BATCH_LINEAR, out_spec=ops.batch_linear)
+    @worker.bound_op(ops.BATCH_LINEAR, out_spec=ops.batch_linear, row_wise=True)
     def batch_linear(
         *, modules: Sequence[str], in_features: int, out_features: Sequence[int], digests: Sequence[ops.Digests] = ()
     ) -> Callable[..., None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import time
+from typing import Literal
 
 import torch
 
@@ -42,6 +43,7 @@ def serve(
     max_channels: int | None = None,
     max_waiting_rows: int | None = None,
     client_weights: dict[str, float] | None = None,
+    batch: Literal["user", "all"] | None = None,
     misbehaving: Device | None = None,
 ) -> None:
     """Load ``model``, or make random weights of ``shape``, and serve until told to stop. Raises :class:`ShmBrokerError` for whatever is wrong with the arguments.
@@ -70,6 +72,7 @@ def serve(
         max_channels=max_channels,
         max_waiting_rows=max_waiting_rows,
         client_weights=client_weights,
+        batch=batch,
     )
     register(worker, weights, target)
     worker.serve()

@@ -167,7 +167,7 @@ class ChannelStatistics(ctypes.LittleEndianStructure):
         768  worker_revision  of what follows, which the worker writes
         776  worker_published_ns
         784  run_calls        792 failed_calls     800 compute_ns     808 queued_ns
-        816  waiting_calls    824 share_ppm        832 reserved
+        816  waiting_calls    824 share_ppm        832 batched_calls    840 batched_with     848 reserved
     """
 
     _fields_ = (
@@ -200,7 +200,9 @@ class ChannelStatistics(ctypes.LittleEndianStructure):
         ("queued_ns", c_uint64),
         ("waiting_calls", c_uint64),
         ("share_ppm", c_uint64),
-        ("reserved1", c_uint8 * 192),
+        ("batched_calls", c_uint64),
+        ("batched_with", c_uint64),
+        ("reserved1", c_uint8 * 176),
     )
 
 

@@ -136,7 +136,9 @@ struct shmbroker_channel_statistics {
     uint64_t queued_ns;                                     /* 808 */
     uint64_t waiting_calls;                                 /* 816 */
     uint64_t share_ppm;                                     /* 824 */
-    uint8_t reserved1[192];                                 /* 832 */
+    uint64_t batched_calls;                                 /* 832 */
+    uint64_t batched_with;                                  /* 840 */
+    uint8_t reserved1[176];                                 /* 848 */
 };
 _Static_assert(sizeof(struct shmbroker_channel_statistics) == 1024, "size of ChannelStatistics");
 

@@ -60,7 +60,7 @@ class ArenaFigures:
 
 @dataclass(frozen=True, slots=True)
 class ChannelFigures:
-    """What an open channel has done. From ``run_calls`` to ``share`` it is the worker's word, the rest the client's."""
+    """What an open channel has done. From ``run_calls`` to ``batched_with`` it is the worker's word, the rest the client's."""
 
     index: int
     opened_ns: int
@@ -86,6 +86,10 @@ class ChannelFigures:
     waiting_calls: int
     share: float
     """Of the worker's time, its client's: 0 to 1."""
+    batched_calls: int = 0
+    """Computed together with calls of other clients."""
+    batched_with: int = 0
+    """All calls of the batches that those were in."""
     trust: str = ""
     """The mode that its calls are made at; empty where the client has not said."""
     checked: int = 0
@@ -219,6 +223,8 @@ def _channel(index: int, told: layout.ChannelStatistics, now_ns: int) -> Channel
         queued_ns=told.queued_ns,
         waiting_calls=min(told.waiting_calls, 1 << 32),
         share=min(told.share_ppm, 1_000_000) / 1e6,
+        batched_calls=told.batched_calls,
+        batched_with=told.batched_with,
         trust=_text(told.trust),
         checked=told.checked,
         rejected=told.rejected,

@@ -117,6 +117,13 @@ _CHANNEL: tuple[tuple[str, str, bool, Callable[[ChannelFigures], float]], ...] =
         False,
         lambda one: one.share,
     ),
+    ("worker_batched_calls", "Computed together with calls of other clients.", True, lambda one: one.batched_calls),
+    (
+        "worker_batched_with",
+        "All calls of the batches that those were in; by worker_batched_calls it is their mean size.",
+        True,
+        lambda one: one.batched_with,
+    ),
 )
 
 

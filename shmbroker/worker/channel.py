@@ -45,6 +45,9 @@ _arguments_decoder = msgspec.msgpack.Decoder(dict[str, object])
 _WORKER_STATISTICS = offset_of(ChannelStatistics, "worker_revision")
 _WORD = (1 << 64) - 1
 _call_id_bytes = slice(8, 16)
+_OP_ID_BYTES = 4
+"""With which a frame's constant part begins."""
+
 _clock_ns = time.monotonic_ns
 
 
@@ -64,6 +67,10 @@ class ChannelCounters:
     errors: int = 0
     compute_ns: int = 0
     queued_ns: int = 0
+    batched: int = 0
+    """Calls that were computed together with those of other clients."""
+    batched_with: int = 0
+    """All calls of the batches that those were in."""
 
 
 @dataclass(slots=True)
@@ -98,6 +105,8 @@ class WorkerChannel:
     watch: Watch
     share: Share
     """Of the worker's time: its client's."""
+    user: int | None = None
+    """Of the client's process; None where that cannot be told from here."""
     token: bytes = b""
     ops: dict[int, BoundOp] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
@@ -225,6 +234,42 @@ class WorkerChannel:
             return self._failed(one.call_id, one.key, one.queued_ns, begun_ns - one.compute_ns, error)
         return one.call_id, 0, one.queued_ns, one.compute_ns, b""
 
+    def prepared(self, taken: Taken) -> PreparedCall | None:
+        """The call of a frame that may be run with others: one that was met before, or of a kind that was. None for any other, also a bad one."""
+        key = taken[3]
+        known = self._prepared.get(key)
+        op = self.ops.get(int.from_bytes(key[:_OP_ID_BYTES], "little"))
+        if known is not None or op is None or op.batch_key is None:
+            return known
+        try:
+            opened = self._open(taken[4])
+        except Exception:
+            return None  # told when it is run
+        if not opened.repeatable:
+            return None
+        opened.watch()
+        self._keep(key, opened)
+        return opened
+
+    def expired(self, taken: Taken, taken_ns: int) -> CompletionFields | None:
+        """Count a call that is to be run with others; its completion where its deadline is over."""
+        call_id, deadline_ns, submitted_ns, _, _ = taken
+        self.counters.calls += 1
+        queued_ns = max(0, taken_ns - submitted_ns)
+        self.counters.queued_ns += queued_ns
+        if not deadline_ns or taken_ns <= deadline_ns:
+            return None
+        self.counters.errors += 1
+        return Completion(call_id, Status.EXPIRED, queued_ns, 0, b"")
+
+    def batched(self, taken: Taken, taken_ns: int, compute_ns: int, calls: int) -> CompletionFields:
+        """The completion of a call that was run with others, ``calls`` in all. ``compute_ns``: its part of the time."""
+        counters = self.counters
+        counters.compute_ns += compute_ns
+        counters.batched += 1
+        counters.batched_with += calls
+        return taken[0], 0, max(0, taken_ns - taken[2]), compute_ns, b""
+
     def _look_closer(self, key: bytes, prepared: PreparedCall, changed: bool) -> None:
         """At a call that has run for the first time, or after which an input is not as it was. Raises :class:`ContractBroken`."""
         if changed:
@@ -289,7 +334,8 @@ class WorkerChannel:
         """Tell in the client's segment what has been counted since the last time, for whoever looks."""
         counters = self.counters
         waiting = len(self.waiting) + self.lane_waiting()
-        counted = counters.calls, counters.errors, counters.compute_ns, counters.queued_ns, waiting, self.share_ppm
+        counted: tuple[int, ...] = (counters.calls, counters.errors, counters.compute_ns, counters.queued_ns, waiting, self.share_ppm)
+        counted = *counted, counters.batched, counters.batched_with
         if counted != self._published:
             self._published = counted
             segment = self.mapped.segment

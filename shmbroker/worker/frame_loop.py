@@ -24,11 +24,12 @@ from shmbroker.lane.zmq_lane import ZmqWorkerSocket
 from shmbroker.settings.kinds import Doorbell
 from shmbroker.systemd.notify import Watchdog
 from shmbroker.worker.backlog import Backlog
+from shmbroker.worker.batching import Batch, Batching
 from shmbroker.worker.channel import WorkerChannel
 from shmbroker.worker.device_completions import DeviceCompletions, InFlight
 from shmbroker.worker.draining import Stop
 from shmbroker.worker.message_loop import MessageLoop
-from shmbroker.worker.shares import Shares
+from shmbroker.worker.shares import Key, Shares
 from shmbroker.worker.turns import Turns
 
 log = logging.getLogger(__name__)
@@ -52,7 +53,8 @@ class FrameLoop:
     Ops run without recording gradients, which is a thread's own mode: what they return would keep their inputs, and the outputs of call after call.
 
     ``bell``: what the frame thread sleeps on, rung by clients and by :meth:`change`. ``spin``: seconds to look before sleeping.
-    ``shares``: of its time, by clients. ``backlog``: what lets frames in, where not as many may wait as come. ``watchdog``: thread-safe; fed by both loops.
+    ``shares``: of its time, by clients. ``backlog``: what lets frames in, where not as many may wait as come. ``batching``: what holds calls of the
+    shm lane for those of other clients. ``watchdog``: thread-safe; fed by both loops.
     """
 
     def __init__(
@@ -65,10 +67,13 @@ class FrameLoop:
         asynchronous: bool = False,
         shares: Shares | None = None,
         backlog: Backlog | None = None,
+        batching: Batching | None = None,
         watchdog: Watchdog | None = None,
     ) -> None:
         self.shares = shares or Shares()
         self._backlog = backlog
+        self._batching = batching
+        """The frame thread's own."""
         self._bell = bell
         self._stop = stop
         self._spin = spin
@@ -175,30 +180,47 @@ class FrameLoop:
                 bell_waiter.sleeping = poll_waiter.sleeping = [lane.sleeping for _, lane in lanes]
             if self._sharing or shares.several:
                 if not self._share(lanes):
-                    waiter.wait(something, receivers, SHM_WAIT_SECONDS)
+                    waiter.wait(something, receivers, self._until_due())
             elif not self._run_one_each(lanes, False):
                 waiter.wait(something, receivers, SHM_WAIT_SECONDS)
 
     def _share(self, lanes: list[tuple[WorkerChannel, ShmWorkerLane]]) -> bool:
         """Give each client that is not ahead a turn, else the one that is ahead least; returns whether any wanted one."""
         self._sharing = True
-        shares, busy, ahead = self.shares, False, False
+        shares, batching, busy, ahead = self.shares, self._batching, False, False
         for channel, lane in lanes:
-            if self._backlog is not None:
-                self._let_in(self._backlog, channel, lane)
+            if self._backlog is not None or batching is not None:
+                self._let_in(channel, lane)
+            if batching is not None and batching.holds(channel, lane, _clock_ns()):
+                continue
             if shares.is_ahead(channel.share):
                 ahead = True
             elif self._run_turn(channel, lane):
                 busy = True
+        if batching is not None:
+            for batch in batching.due(_clock_ns()):
+                if all([shares.is_ahead(held.channel.share) for held in batch.held]):
+                    ahead = True
+                else:
+                    self._run_batch(batching, batch)
+                    busy = True
         if busy or (ahead and self._run_next(lanes)):
             return True
-        if self._turns.free:
-            shares.rest()
-        self._sharing = shares.several or self._backlog is not None
+        if batching is None or batching.seconds(0) is None:
+            if self._turns.free:
+                shares.rest()
+            self._sharing = shares.several or self._backlog is not None
         return False
+
+    def _until_due(self) -> float:
+        """How long to wait for frames: until one that is held is due."""
+        seconds = None if self._batching is None else self._batching.seconds(_clock_ns())
+        return SHM_WAIT_SECONDS if seconds is None else min(seconds, SHM_WAIT_SECONDS)
 
     def _refuse_what_has_come(self) -> None:
         """What had come, not what comes meanwhile: a client that never stops sending must not keep the worker from stopping. What was begun is finished."""
+        if self._batching is not None:
+            self._batching.clear()
         for channel, lane in self._lanes:
             while channel.unfinished is not None:
                 self._run_turn(channel, lane)
@@ -234,26 +256,39 @@ class FrameLoop:
 
     def _run_next(self, lanes: list[tuple[WorkerChannel, ShmWorkerLane]]) -> bool:
         """Run a call, or a piece of one, of the client that is ahead least; returns whether any waits. The lanes of one client take turns."""
-        after = self._last_lane + 1
+        after, batching = self._last_lane + 1, self._batching
         waiting = [
             (self.shares.key(lanes[index][0].share), (index - after) % len(lanes), index)
             for index in range(len(lanes))
-            if lanes[index][0].unfinished is not None or lanes[index][0].waiting or lanes[index][1].ready()
+            if (lanes[index][0].unfinished is not None or lanes[index][0].waiting or lanes[index][1].ready())
+            and not (batching is not None and batching.is_held(lanes[index][0]))
         ]
+        due = [] if batching is None else batching.due(_clock_ns())
+        if batching is not None and due:
+            first = min(due, key=self._key_of)
+            if not waiting or self._key_of(first) < min(waiting)[0]:
+                self._run_batch(batching, first)
+                return True
         if not waiting:
             return False
         self._last_lane = min(waiting)[2]
         return self._run_turn(*lanes[self._last_lane])
 
-    def _let_in(self, backlog: Backlog, channel: WorkerChannel, lane: ShmWorkerLane) -> None:
+    def _key_of(self, batch: Batch) -> Key:
+        return min([self.shares.key(held.channel.share) for held in batch.held])
+
+    def _let_in(self, channel: WorkerChannel, lane: ShmWorkerLane) -> None:
         """Have what has come on a lane wait in its channel, or refuse it."""
-        for _ in range(channel.mapped.segment.geometry.depth):
+        backlog = self._backlog
+        while len(channel.waiting) < channel.mapped.segment.geometry.depth:
             taken = lane.take()
             if taken is None:
                 return
-            refused = backlog.let_in(channel, taken[4], self._all_channels())
-            if refused is not None:
+            if backlog is None:
+                channel.wait(taken[4])
+            elif (refused := backlog.let_in(channel, taken[4], self._all_channels())) is not None:
                 self._answer(channel, lane, refused)
+                return
 
     def _all_channels(self) -> list[WorkerChannel]:
         return [*[channel for channel, _ in list(self._lanes)], *self._messages.channels()]
@@ -281,6 +316,44 @@ class FrameLoop:
         finally:
             turns.give_back()
         self._answer(channel, lane, completion)
+        return True
+
+    def _run_batch(self, batching: Batching, batch: Batch) -> None:
+        """Run calls that were held: together where that takes less time, and one by one where it does not, or fails."""
+        calls = batch.held
+        if not batching.begin(batch, _clock_ns()) or not self._run_together(batching, batch):
+            for held in calls:
+                before_ns = held.channel.counters.compute_ns
+                self._run_turn(held.channel, held.lane)
+                batch.gatherer.costs.measured(held.rows, held.channel.counters.compute_ns - before_ns)
+            batching.ended(batch, _clock_ns(), None)
+
+    def _run_together(self, batching: Batching, batch: Batch) -> bool:
+        """False where the op has failed, and nothing was answered."""
+        turns, shares, calls = self._turns, self.shares, batch.held
+        if turns.waiting or not turns.device.acquire(False):
+            turns.wait(self._key_of(batch))
+        try:
+            for held in calls:
+                shares.begin(held.channel.share)
+            begun_ns = _clock_ns()
+            try:
+                batch.gatherer.run([(held.prepared, held.rows) for held in calls])
+            except Exception:
+                log.info("calls of %d clients failed together, and are run one by one", len(calls), exc_info=True)
+                return False
+            done_ns = _clock_ns()
+            part_ns = (done_ns - begun_ns) // sum([held.rows for held in calls])
+            for held in calls:
+                shares.charge(held.channel.share, part_ns * held.rows)
+        finally:
+            turns.give_back()
+        batching.ended(batch, done_ns, done_ns - begun_ns)
+        for held in calls:
+            channel = held.channel
+            channel.next_waiting()
+            completion = channel.expired(held.taken, begun_ns)
+            self._answer(channel, held.lane, completion or channel.batched(held.taken, begun_ns, part_ns * held.rows, len(calls)))
         return True
 
     def _answer(self, channel: WorkerChannel, lane: ShmWorkerLane, completion: CompletionFields | InFlight | None) -> None:
@@ -311,6 +384,8 @@ class FrameLoop:
 
     def _forget_lane(self, channel: WorkerChannel) -> None:
         """Look at its queues no more."""
+        if self._batching is not None:
+            self._batching.forget(channel)
         for pair in [pair for pair in self._lanes if pair[0] is channel]:
             self._lanes.remove(pair)
             pair[1].close()

@@ -7,7 +7,7 @@ import secrets
 import threading
 import time
 
-from shmbroker.control.liveness import Watch
+from shmbroker.control.liveness import Watch, user_of
 from shmbroker.control.messages import OpenChannel
 from shmbroker.errors import Busy, ChannelError
 from shmbroker.lane.doorbell import PollingBell, SemaphoreBell
@@ -89,6 +89,7 @@ class OpenChannels:
         self._drop_former(opening)
         self._mapped[opening.segment] = mapped
         channel = self._new_channel(opening, mapped)
+        channel.user = user_of(opening.process)
         self._channels[channel.number] = channel
         if served is not None:
             channel.lane_waiting = served.waiting

@@ -48,7 +48,7 @@ class OpDefinition:
 
     Inputs are read, and end with the call. ``copies_inputs``: each call is given copies, to keep or to write into. ``in_place``: what it writes into its
     inputs is for its callers, whose tensors then have it. ``row_wise``: each row of its outputs (all dimensions but the last) depends on the same row of
-    its inputs alone, so a long call may be run in pieces.
+    its inputs alone, so a long call may be run in pieces, and short ones of several clients together.
     """
 
     name: str
@@ -71,6 +71,12 @@ class OpDefinition:
                 f"op {self.name!r} writes into out or is made at bind: it needs an out_spec, a function from the inputs' specs to the "
                 "outputs' (only an op that returns its results can be tried out for their shapes)"
             )
+
+    @property
+    def is_batchable(self) -> bool:
+        """Whether the rows of calls of several clients may be computed together, where the worker does such."""
+        own = self.per_bind and "channel_state" in inspect.signature(self.function).parameters
+        return self.row_wise and not self.copies_inputs and not own
 
     def bind(self, static: Static, channel_state: dict[str, Any]) -> BoundOp:
         """The op with its static arguments fixed. Raises :class:`BadInput` for those it does not take, :class:`OpFailed` for what it raises."""
@@ -105,6 +111,7 @@ class BoundOp:
         "_static",
         "_static_digest",
         "_takes_out",
+        "batch_key",
         "in_place",
         "name",
     )
@@ -118,6 +125,8 @@ class BoundOp:
         """Short, as a client's arguments need not be: outcomes are remembered by it."""
         self.name = definition.name
         self.in_place = definition.in_place
+        self.batch_key = (definition.name, self._static_digest) if definition.is_batchable else None
+        """What calls have in common whose rows may be computed together, whoever bound the op; None where they may not."""
         self._takes_out = "out" in inspect.signature(function).parameters
         self._proven: set[object] = set()
         """Kinds of calls in which the op was seen to leave its inputs alone."""

@@ -112,14 +112,20 @@ def is_long(outputs: Sequence[torch.Tensor]) -> bool:
     return bool(outputs) and math.prod(outputs[0].shape[:-1]) >= 2 * LEAST_ROWS
 
 
-def pieces_by_row(prepare: Prepare, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor], size: PieceSize) -> Pieces | None:
-    """The call of a row-wise op as pieces; None where its tensors do not lie row by row.
+def rows_side_by_side(inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> torch.Size | None:
+    """The dimensions that are a call's rows, of all its tensors; None where they do not lie row by row.
 
     The rows of an output are all its dimensions but the last; an input has the same ones, with or without a last one of its own.
     """
     leading = outputs[0].shape[:-1]
     if any([one.shape[:-1] != leading for one in outputs]) or any([leading not in (one.shape, one.shape[:-1]) for one in inputs]):
         return None
-    if not all([tensor.is_contiguous() for tensor in (*inputs, *outputs)]):
+    return leading if all([tensor.is_contiguous() for tensor in (*inputs, *outputs)]) else None
+
+
+def pieces_by_row(prepare: Prepare, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor], size: PieceSize) -> Pieces | None:
+    """The call of a row-wise op as pieces; None where its tensors do not lie row by row."""
+    leading = rows_side_by_side(inputs, outputs)
+    if leading is None:
         return None
     return RowPieces(prepare, inputs, outputs, leading, size)

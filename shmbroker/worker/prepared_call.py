@@ -38,7 +38,7 @@ class PreparedCall:
     the kind ``tried_as``, what they were. ``divisible``: it may be run in pieces, where the op is one that can.
     """
 
-    __slots__ = ("_unwritten", "_watched", "inputs", "op", "pieces", "repeatable", "run", "tried_as")
+    __slots__ = ("_unwritten", "_watched", "inputs", "op", "outputs", "pieces", "repeatable", "run", "single", "tried_as")
 
     def __init__(
         self,
@@ -55,6 +55,8 @@ class PreparedCall:
     ) -> None:
         self.op = op
         self.inputs = tuple(inputs)
+        self.outputs = tuple(outputs)
+        self.single = single
         self.run: Callable[[], object] = op.prepare(self.inputs, outputs, arguments, single=single)
         self.pieces = op.pieces(self.inputs, outputs, arguments, single=single) if divisible else None
         self.repeatable = repeatable

@@ -38,6 +38,12 @@ class TracedWorkerChannel(WorkerChannel):
             self._told(taken, begun_ns, completion)
         return completion
 
+    def batched(self, taken: Taken, taken_ns: int, compute_ns: int, calls: int) -> CompletionFields:
+        """As the channel's. A call that ran with others is told of as one that took its part of the time."""
+        completion = WorkerChannel.batched(self, taken, taken_ns, compute_ns, calls)
+        self._told(taken, taken_ns, completion)
+        return completion
+
     def go_on(self) -> CompletionFields | None:
         """As the channel's. A call in pieces is told of as one that ran from its first piece to its last."""
         completion = WorkerChannel.go_on(self)

@@ -40,6 +40,7 @@ from shmbroker.systemd import notify
 from shmbroker.trace.writer import Trace
 from shmbroker.version import __version__
 from shmbroker.worker.backlog import Backlog
+from shmbroker.worker.batching import Among, Batching
 from shmbroker.worker.built_in_ops import RESERVED
 from shmbroker.worker.control_server import ControlServer, Offer
 from shmbroker.worker.device_memory import DeviceMemory
@@ -83,6 +84,10 @@ class Worker:
 
     Clients share its time (docs/architecture.md). ``client_weights``: by a client's name, how much of it that has, where others have 1. ``max_channels``:
     more are refused with :class:`Busy`. ``max_waiting_rows``: so are the calls of a client that has one waiting already, while more rows than that wait.
+
+    ``batch``: have calls of at most 8 rows of ``row_wise`` ops computed together with those of other clients, where that takes less time: of clients of
+    one ``"user"``, or of ``"all"``, who then can tell by the time that their calls are held that others call too. Their results may differ in the
+    last bit from those of calls by themselves.
     """
 
     def __init__(
@@ -101,6 +106,7 @@ class Worker:
         max_channels: int | None = None,
         max_waiting_rows: int | None = None,
         client_weights: Mapping[str, float] | None = None,
+        batch: Among | None = None,
     ) -> None:
         settings = current()
         self.service = service = settings.service if service is None else service
@@ -125,6 +131,9 @@ class Worker:
         self._max_channels = None if max_channels is None else whole("max_channels", max_channels)
         self._backlog = None if max_waiting_rows is None else Backlog(whole("max_waiting_rows", max_waiting_rows))
         self._client_weights = checked_weights(client_weights or {})
+        if batch not in (None, "user", "all"):
+            raise BadInput(f"batch {batch!r} is not known: give 'user' for calls of clients of one user, 'all', or None")
+        self._batching = None if batch is None else Batching(batch)
         self._tracebacks = settings.tracebacks
         """Whether errors of ops carry their tracebacks to the clients."""
         self._ops: dict[str, OpDefinition] = {}
@@ -280,6 +289,7 @@ class Worker:
                 asynchronous=self._memory is not None and self._memory.asynchronous,
                 shares=Shares(self._client_weights),
                 backlog=self._backlog,
+                batching=self._batching,
                 watchdog=self._watchdog,
             )
             channels = OpenChannels(

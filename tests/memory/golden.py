@@ -111,7 +111,9 @@ GOLDEN_FIELDS: dict[Structure, list[tuple[str, int, int]]] = {
         ("queued_ns", 808, 8),
         ("waiting_calls", 816, 8),
         ("share_ppm", 824, 8),
-        ("reserved1", 832, 192),
+        ("batched_calls", 832, 8),
+        ("batched_with", 840, 8),
+        ("reserved1", 848, 176),
     ],
     ChannelHeader: [
         ("reserved0", 0, 128),
