@@ -46,6 +46,7 @@ LETTERS = {
     "P": "Pads, and the memory that they lie in",
     "T": "Workers that are not trusted",
     "W": "Sharing a worker's time",
+    "B": "Computing calls together",
 }
 """What each letter of an invariant stands for, in the order of the page."""
 

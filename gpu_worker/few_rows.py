@@ -34,7 +34,8 @@ class FewRows:
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
         """``out = x @ weight + bias``: x ``[n, in]``, weight ``[in, out]`` (transposed view), out ``[n, out]``."""
         rows, (inputs, outputs) = len(x), weight.shape
-        if not LEAST_ROWS <= rows <= MOST_ROWS or x.dtype is not torch.float32 or outputs % BLOCK or not weight.t().is_contiguous():
+        known = x.dtype is torch.float32 and x.device.type == "cpu"
+        if not LEAST_ROWS <= rows <= MOST_ROWS or not known or outputs % BLOCK or not weight.t().is_contiguous():
             whole(x, weight, bias, out)
             return
         kind = inputs, outputs, bias is not None

@@ -73,10 +73,6 @@ class ChannelError(ShmBrokerError):
     """A channel that cannot be opened or that was closed."""
 
 
-class Busy(ShmBrokerError):
-    """A worker has as many channels, or as many rows waiting, as it takes. Nothing was begun: the same may be asked again in a moment."""
-
-
 class WorkerLost(ChannelError, ConnectionError):
     """The worker died or went away while calls were outstanding or before one was sent."""
 
@@ -99,6 +95,10 @@ class CudaRefused(ShmBrokerError):
 
 class CallError(ShmBrokerError):
     """A call that did not succeed."""
+
+
+class Busy(CallError):
+    """A worker has as many channels, or as many rows waiting, as it takes. Nothing was begun: the same may be asked again in a moment."""
 
 
 class RemoteOpError(CallError):

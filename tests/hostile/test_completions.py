@@ -171,7 +171,7 @@ def test_a_late_completion_of_a_call_that_timed_out_changes_nothing_and_ends_its
     assert channel.outstanding == 0
 
 
-@pytest.mark.parametrize("status", [5, 77, 1 << 31, (1 << 32) - 1])
+@pytest.mark.parametrize("status", [6, 77, 1 << 31, (1 << 32) - 1])
 def test_a_status_that_does_not_exist_is_a_call_error(op: RemoteOp, by_hand: ByHand, status: int) -> None:
     future = op.submit(ONE)
     by_hand.complete(1, status, b"\xff" * layout.TEXT_BYTES)

@@ -22,7 +22,11 @@ for limit in ("max_channels", "max_waiting_rows"):
         LIMITS[limit] = int(os.environ[limit.upper()])
 
 worker = shmbroker.Worker(
-    sys.argv[1] if len(sys.argv) > 1 else "test", name=os.environ.get("WORKER_NAME", "test-worker"), trace=os.environ.get("TRACE"), **LIMITS
+    sys.argv[1] if len(sys.argv) > 1 else "test",
+    name=os.environ.get("WORKER_NAME", "test-worker"),
+    trace=os.environ.get("TRACE"),
+    batch=os.environ.get("BATCH"),  # type: ignore[arg-type]
+    **LIMITS,
 )
 
 
