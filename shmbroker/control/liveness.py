@@ -38,19 +38,6 @@ def process_of(pid: int) -> ProcessId:
     return ProcessId(pid, start_time, _namespace())
 
 
-def user_of(process: ProcessId) -> int | None:
-    """The user that a living process of this pid namespace runs as; None where that cannot be told."""
-    if process.namespace != _namespace():
-        return None
-    try:
-        status = Path(f"/proc/{process.pid}/status").read_text()  # its folder would belong to root where it may not be looked into
-        if _start_time(process.pid) != process.start_time:
-            return None
-        return int(next(line for line in status.splitlines() if line.startswith("Uid:")).split()[2])
-    except (OSError, StopIteration, ValueError, IndexError):
-        return None
-
-
 class Watch:
     """Watches one process, for any thread that asks. ``fd`` becomes readable when it ends; -1 when it cannot be watched by its pid from here."""
 

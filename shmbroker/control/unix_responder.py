@@ -54,6 +54,10 @@ _PEER_CREDENTIALS = struct.Struct("3i")
 """``struct ucred`` of SO_PEERCRED (unix(7)): process, user, group; process 0 where it is none of this pid namespace."""
 
 
+_OVERFLOW_USER = 65534
+"""Whom the kernel tells for a user of another user namespace (``/proc/sys/kernel/overflowuid``)."""
+
+
 def _pid_of(connected: socket.socket) -> int:
     """Of whoever connected, whatever it says itself."""
     pid: int = _PEER_CREDENTIALS.unpack(connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size))[0]
@@ -129,6 +133,14 @@ class UnixResponder:
         """Of answers that this connection has not read yet."""
         connection = self._by_name.get(receiver)
         return 0 if connection is None else len(connection.waiting)
+
+    def user_of(self, receiver: bytes) -> int | None:
+        """The user that this peer ran as when it connected, as the kernel says; None where it is gone, or none of this user namespace."""
+        connection = self._by_name.get(receiver)
+        if connection is None:
+            return None
+        user: int = _PEER_CREDENTIALS.unpack(connection.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size))[1]
+        return None if user == _OVERFLOW_USER else user
 
     def connected(self, receiver: bytes) -> bool:
         """Whether that connection is still open: the kernel closes it when its process ends."""

@@ -14,15 +14,17 @@ B5  A client that is gone, or does something else, is not waited for.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from shmbroker.lane.frame_layout import SUBMISSION_HEADER
 from shmbroker.lane.frames import Taken, taken_of
 from shmbroker.lane.shm_lane import ShmWorkerLane
+from shmbroker.worker.backlog import rows_of
 from shmbroker.worker.channel import WorkerChannel
-from shmbroker.worker.gathering import Costs, Form, Gatherer, form_of
+from shmbroker.worker.gathering import MOST_ROWS, Costs, Form, Gatherer, form_of
 from shmbroker.worker.prepared_call import PreparedCall
 
 Among = Literal["user", "all"]
@@ -52,8 +54,17 @@ _CLEARLY = 2.0
 _NEW = 0.5
 """The part that one token has in what is known of a client's time."""
 
-_MOST_FORMS = 1 << 14
-"""Remembered; beyond that the record starts over."""
+_MOST_FORMS = 1024
+"""Frames of a channel that are remembered; beyond that the record starts over."""
+
+MOST_HOLD_NS = 1e9
+"""Of any call, however slow its client seems."""
+
+ALONE_NS = 1e9
+"""How long the calls of a client are run by themselves, after one has failed with others and by itself."""
+
+Prepare = Callable[[WorkerChannel, Taken], PreparedCall | None]
+"""The call of a frame that may be run with others."""
 
 TokenPlaces = dict[Gatherer, int]
 """When a client last came to each op."""
@@ -80,6 +91,10 @@ class Decoder:
     """How long calls have been held since."""
     done_ns: int = 0
     """When its last call was done."""
+    alone_until_ns: float = 0.0
+    """Its calls are run by themselves until then."""
+    refused: bytes | None = None
+    """The frame that was looked at last, and is to be run by itself."""
     last: Gatherer | None = None
     """The op that it came to last."""
     held: Held | None = None
@@ -124,32 +139,40 @@ class Batching:
         self._all = among == "all"
         self._decoders: dict[int, Decoder] = {}
         """By the channel's number."""
-        self._gatherers: dict[Hashable, Gatherer] = {}
-        self._costs: dict[Hashable, Costs] = {}
+        self._gatherers: weakref.WeakValueDictionary[Hashable, Gatherer] = weakref.WeakValueDictionary()
+        """By form and user: what one user's clients do tells nothing to another's. They end with the last channel that uses them."""
+        self._costs: weakref.WeakValueDictionary[Hashable, Costs] = weakref.WeakValueDictionary()
         self._batches: dict[tuple[Gatherer, Hashable], Batch] = {}
 
     # --- coming and going ---------------------------------------------------------------------------------------------------------------
 
-    def holds(self, channel: WorkerChannel, lane: ShmWorkerLane, now_ns: int) -> bool:
-        """Whether the call that is next on ``channel`` is held; it becomes so here, where it is one that may be computed with others."""
+    def holds(self, channel: WorkerChannel, lane: ShmWorkerLane, now_ns: int, prepare: Prepare) -> bool:
+        """Whether the call that is next on ``channel`` is held; it becomes so here, where it is one that may be computed with others.
+
+        ``prepare`` is asked once for each frame.
+        """
         decoder = self._decoders.get(channel.number)
         if decoder is None:
             user = None if self._all else channel.user if channel.user is not None else ("unknown", channel.number)
             decoder = self._decoders[channel.number] = Decoder(channel, user)
         if decoder.held is not None:
             return True
-        if channel.unfinished is not None or not channel.waiting:
+        if channel.unfinished is not None or not channel.waiting or now_ns < decoder.alone_until_ns:
             return False
         frame = channel.waiting[0][0]
-        if len(frame) < SUBMISSION_HEADER.size:
+        if frame is decoder.refused:
+            return False
+        decoder.refused = frame
+        if len(frame) < SUBMISSION_HEADER.size or rows_of(frame) > MOST_ROWS:
             return False
         taken = taken_of(frame)
-        prepared = channel.prepared(taken)
+        prepared = prepare(channel, taken)
         if prepared is None:
             return False
         known = decoder.forms[taken[3]] if taken[3] in decoder.forms else self._learn(decoder, taken[3], prepared)
         if known is None:
             return False
+        decoder.refused = None
         self._hold(decoder, lane, taken, prepared, known, now_ns)
         return True
 
@@ -199,6 +222,10 @@ class Batching:
         if together_ns is not None:
             batch.gatherer.costs.measured(sum([held.rows for held in batch.held]), together_ns)
 
+    def leave_alone(self, held: Held, now_ns: int) -> None:
+        """A call has failed with others, and by itself."""
+        held.decoder.alone_until_ns = now_ns + ALONE_NS
+
     # --- inside -------------------------------------------------------------------------------------------------------------------------
 
     def _learn(self, decoder: Decoder, key: bytes, prepared: PreparedCall) -> tuple[Form, Gatherer] | None:
@@ -208,14 +235,10 @@ class Batching:
         if form is None:
             decoder.forms[key] = None
             return None
-        gatherer = self._gatherers.get(form.key)
+        gatherer = self._gatherers.get((form.key, decoder.user))
         if gatherer is None:
-            if len(self._gatherers) >= _MOST_FORMS and not self._batches:
-                self._gatherers.clear()
-                self._decoders.clear()
-                self._costs.clear()
-            costs = self._costs.setdefault(form.shapes, Costs())
-            gatherer = self._gatherers[form.key] = Gatherer(prepared, costs)
+            costs = self._costs.setdefault((form.shapes, decoder.user), Costs())
+            gatherer = self._gatherers[form.key, decoder.user] = Gatherer(prepared, costs)
         decoder.forms[key] = form, gatherer
         return form, gatherer
 
@@ -223,11 +246,11 @@ class Batching:
         self, decoder: Decoder, lane: ShmWorkerLane, taken: Taken, prepared: PreparedCall, known: tuple[Form, Gatherer], now_ns: int
     ) -> None:
         form, gatherer = known
-        came_ns = min(max(taken[2], decoder.done_ns), now_ns)  # as its client says, within what can be
+        came_ns = min(max(taken[2], decoder.done_ns), now_ns) if decoder.done_ns else now_ns  # as its client says, within what can be
         self._note(decoder, gatherer, came_ns)
         longest_ns = max(gatherer.costs.by_rows.values(), default=0.0)
         at_most_ns = decoder.own_token_ns * TOKEN_PART if gatherer is decoder.meeting else max(STEP_HOLD_NS, STEP_PART * longest_ns)
-        until_ns: float = now_ns + at_most_ns
+        until_ns: float = now_ns + min(at_most_ns, MOST_HOLD_NS)
         if taken[1]:
             until_ns = min(until_ns, taken[1] - DEADLINE_MARGIN_NS - 2 * longest_ns)
         held = decoder.held = Held(decoder, lane, taken, prepared, form.rows, now_ns, until_ns)
@@ -250,7 +273,7 @@ class Batching:
         if decoder.done_ns:
             gatherer.gap_ns = _mixed(gatherer.gap_ns, now_ns - decoder.done_ns)
         if decoder.last is not None:
-            decoder.last.following = gatherer
+            decoder.last.following = weakref.ref(gatherer)
         decoder.last = gatherer
         last_ns = decoder.came_ns.get(gatherer)
         decoder.came_ns[gatherer] = now_ns
@@ -272,7 +295,9 @@ class Batching:
         now = decoder.meeting
         if now is not None and now in decoder.came_ns and longest.gap_ns < _CLEARLY * now.gap_ns:
             return
-        others = [one.meeting for one in self._decoders.values() if one is not decoder and one.meeting in decoder.came_ns]
+        others = [
+            one.meeting for one in self._decoders.values() if one is not decoder and one.meeting in decoder.came_ns
+        ]  # of one user, all
         theirs = max(others, key=others.count, default=None)
         chosen = theirs if theirs is not None and longest.gap_ns < _CLEARLY * theirs.gap_ns else longest
         if chosen is not now:
@@ -288,8 +313,15 @@ class Batching:
             if meeting:
                 if other.came_ns[gatherer] + other.token_ns <= until_ns:
                     yield other
-            elif other.held is None and other.last is not None and other.last.following is gatherer:
+            elif other.held is None and self._comes_next(other, gatherer, now_ns):
                 yield other
+
+    @staticmethod
+    def _comes_next(other: Decoder, gatherer: Gatherer, now_ns: int) -> bool:
+        """Whether another client comes to this op next, and soon: it takes no longer itself than clients do."""
+        if other.last is None or other.last.following is None or other.last.following() is not gatherer:
+            return False
+        return now_ns < other.done_ns + 2 * gatherer.gap_ns + STEP_HOLD_NS
 
     def _comes_to(self, other: Decoder, batch: Batch, now_ns: int) -> bool:
         """Whether another client comes to the op of ``batch`` once a token, also lately."""

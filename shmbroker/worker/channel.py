@@ -106,7 +106,7 @@ class WorkerChannel:
     share: Share
     """Of the worker's time: its client's."""
     user: int | None = None
-    """Of the client's process; None where that cannot be told from here."""
+    """That its client ran as when it connected, as the kernel says; None where that cannot be told from here."""
     token: bytes = b""
     ops: dict[int, BoundOp] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
@@ -234,41 +234,47 @@ class WorkerChannel:
             return self._failed(one.call_id, one.key, one.queued_ns, begun_ns - one.compute_ns, error)
         return one.call_id, 0, one.queued_ns, one.compute_ns, b""
 
-    def prepared(self, taken: Taken) -> PreparedCall | None:
-        """The call of a frame that may be run with others: one that was met before, or of a kind that was. None for any other, also a bad one."""
-        key = taken[3]
-        known = self._prepared.get(key)
-        op = self.ops.get(int.from_bytes(key[:_OP_ID_BYTES], "little"))
-        if known is not None or op is None or op.batch_key is None:
-            return known
+    def known(self, taken: Taken) -> PreparedCall | None:
+        """The call of a frame that was met before."""
+        return self._prepared.get(taken[3])
+
+    def may_be_opened(self, taken: Taken) -> bool:
+        """Whether it is worth looking at a frame before its turn: its op can be run for several."""
+        op = self.ops.get(int.from_bytes(taken[3][:_OP_ID_BYTES], "little"))
+        return op is not None and op.batch_key is not None
+
+    def opened_ahead(self, taken: Taken) -> PreparedCall | None:
+        """The call of a frame whose kind is known. None for any other, also a bad one: that is told when it is run."""
         try:
-            opened = self._open(taken[4])
-        except Exception:
-            return None  # told when it is run
+            opened = self._open(taken[4], ahead=True)
+        except BaseException:  # of an out_spec too
+            return None
         if not opened.repeatable:
             return None
         opened.watch()
-        self._keep(key, opened)
+        self._keep(taken[3], opened)
         return opened
 
     def expired(self, taken: Taken, taken_ns: int) -> CompletionFields | None:
-        """Count a call that is to be run with others; its completion where its deadline is over."""
+        """The completion of a call that is to be run with others, where its deadline is over."""
         call_id, deadline_ns, submitted_ns, _, _ = taken
-        self.counters.calls += 1
-        queued_ns = max(0, taken_ns - submitted_ns)
-        self.counters.queued_ns += queued_ns
         if not deadline_ns or taken_ns <= deadline_ns:
             return None
+        queued_ns = max(0, taken_ns - submitted_ns)
+        self.counters.calls += 1
         self.counters.errors += 1
+        self.counters.queued_ns += queued_ns
         return Completion(call_id, Status.EXPIRED, queued_ns, 0, b"")
 
     def batched(self, taken: Taken, taken_ns: int, compute_ns: int, calls: int) -> CompletionFields:
         """The completion of a call that was run with others, ``calls`` in all. ``compute_ns``: its part of the time."""
-        counters = self.counters
+        counters, queued_ns = self.counters, max(0, taken_ns - taken[2])
+        counters.calls += 1
+        counters.queued_ns += queued_ns
         counters.compute_ns += compute_ns
         counters.batched += 1
         counters.batched_with += calls
-        return taken[0], 0, max(0, taken_ns - taken[2]), compute_ns, b""
+        return taken[0], 0, queued_ns, compute_ns, b""
 
     def _look_closer(self, key: bytes, prepared: PreparedCall, changed: bool) -> None:
         """At a call that has run for the first time, or after which an input is not as it was. Raises :class:`ContractBroken`."""
@@ -300,8 +306,8 @@ class WorkerChannel:
 
         return InFlight(launched, finish)
 
-    def _open(self, frame: bytes) -> PreparedCall:
-        """Check a frame that was not met before. Raises :class:`Rejected`, and what the op's out_spec raises."""
+    def _open(self, frame: bytes, ahead: bool = False) -> PreparedCall:
+        """Check a frame that was not met before. Raises :class:`Rejected`, and what the op's out_spec raises. ``ahead``: not if it is to be tried out."""
         try:
             call = self.mapped.reader.read(frame)
             if call.op_id == KEPT_OP:
@@ -322,6 +328,8 @@ class WorkerChannel:
             raise Rejected(str(error)) from None
         kind = tuple([(place.form.dtype, len(place.form.spec.shape)) for place in call.inputs])
         divisible = not self.mapped.memory.asynchronous
+        if ahead and not op.is_proven(kind):
+            raise Rejected("its kind is to be tried out first")
         if not op.is_proven(kind) and sum([tensor.nbytes for tensor in inputs]) <= TRIED_BYTES and divisible:
             copies = [tensor.clone() for tensor in inputs]
             unwritten = [tensor.clone() for tensor in copies]  # what the caller does with its tensors meanwhile is not the op's doing

@@ -122,9 +122,11 @@ class ControlServer:
         handler = self._handlers.get(type(message))
         if handler is None:
             raise ProtocolMismatch(f"a worker takes no {type(message).__name__}")
+        if isinstance(message, m.OpenChannel):
+            return self._open_channel(message, self._responder.user_of(sender))
         return handler(message)
 
-    def _open_channel(self, opening: m.OpenChannel) -> m.ChannelOpened | m.ChannelCount:
+    def _open_channel(self, opening: m.OpenChannel, user: int | None = None) -> m.ChannelOpened | m.ChannelCount:
         offer = self._offer
         if opening.service != offer.service:
             raise ChannelError(f"this worker offers {offer.service!r}, not {opening.service!r}")
@@ -134,7 +136,7 @@ class ControlServer:
         # fault: before channel opened
         lane, doorbell = agreed(opening.lane, opening.doorbell)
         offer.ensure_named()
-        channel = self._channels.open(opening, lane, doorbell)
+        channel = self._channels.open(opening, lane, doorbell, user)
         log.info(
             "channel area %d opened by %s (pid %d): lane %s, doorbell %s, control %s",
             opening.index,

@@ -24,12 +24,13 @@ from shmbroker.lane.zmq_lane import ZmqWorkerSocket
 from shmbroker.settings.kinds import Doorbell
 from shmbroker.systemd.notify import Watchdog
 from shmbroker.worker.backlog import Backlog
-from shmbroker.worker.batching import Batch, Batching
+from shmbroker.worker.batch_runs import BatchRuns
+from shmbroker.worker.batching import Batching
 from shmbroker.worker.channel import WorkerChannel
 from shmbroker.worker.device_completions import DeviceCompletions, InFlight
 from shmbroker.worker.draining import Stop
 from shmbroker.worker.message_loop import MessageLoop
-from shmbroker.worker.shares import Key, Shares
+from shmbroker.worker.shares import Shares
 from shmbroker.worker.turns import Turns
 
 log = logging.getLogger(__name__)
@@ -72,8 +73,6 @@ class FrameLoop:
     ) -> None:
         self.shares = shares or Shares()
         self._backlog = backlog
-        self._batching = batching
-        """The frame thread's own."""
         self._bell = bell
         self._stop = stop
         self._spin = spin
@@ -95,6 +94,8 @@ class FrameLoop:
         """The frame thread's own: where in the list the lane is that had the last turn."""
         self._device_free_ns = 0
         """Of an asynchronous device: when it was done with the last call."""
+        self._batches = None if batching is None else BatchRuns(batching, self._turns, self.shares, self._run_turn, self._answer)
+        """The frame thread's own."""
         self._messages = MessageLoop(socket, stop, self._turns, self.shares, self._all_channels, backlog=backlog, watchdog=watchdog)
 
     # --- from the control thread ------------------------------------------------------------------------------------------------------
@@ -187,26 +188,26 @@ class FrameLoop:
     def _share(self, lanes: list[tuple[WorkerChannel, ShmWorkerLane]]) -> bool:
         """Give each client that is not ahead a turn, else the one that is ahead least; returns whether any wanted one."""
         self._sharing = True
-        shares, batching, busy, ahead = self.shares, self._batching, False, False
+        shares, batches, busy, ahead = self.shares, self._batches, False, False
         for channel, lane in lanes:
-            if self._backlog is not None or batching is not None:
+            if self._backlog is not None or batches is not None:
                 self._let_in(channel, lane)
-            if batching is not None and batching.holds(channel, lane, _clock_ns()):
+            if batches is not None and batches.holds(channel, lane):
                 continue
             if shares.is_ahead(channel.share):
                 ahead = True
             elif self._run_turn(channel, lane):
                 busy = True
-        if batching is not None:
-            for batch in batching.due(_clock_ns()):
-                if all([shares.is_ahead(held.channel.share) for held in batch.held]):
+        if batches is not None:
+            for batch in batches.batching.due(_clock_ns()):
+                if batches.is_ahead(batch):
                     ahead = True
                 else:
-                    self._run_batch(batching, batch)
+                    batches.run(batch)
                     busy = True
         if busy or (ahead and self._run_next(lanes)):
             return True
-        if batching is None or batching.seconds(0) is None:
+        if batches is None or batches.batching.seconds(0) is None:
             if self._turns.free:
                 shares.rest()
             self._sharing = shares.several or self._backlog is not None
@@ -214,13 +215,13 @@ class FrameLoop:
 
     def _until_due(self) -> float:
         """How long to wait for frames: until one that is held is due."""
-        seconds = None if self._batching is None else self._batching.seconds(_clock_ns())
+        seconds = None if self._batches is None else self._batches.batching.seconds(_clock_ns())
         return SHM_WAIT_SECONDS if seconds is None else min(seconds, SHM_WAIT_SECONDS)
 
     def _refuse_what_has_come(self) -> None:
         """What had come, not what comes meanwhile: a client that never stops sending must not keep the worker from stopping. What was begun is finished."""
-        if self._batching is not None:
-            self._batching.clear()
+        if self._batches is not None:
+            self._batches.batching.clear()
         for channel, lane in self._lanes:
             while channel.unfinished is not None:
                 self._run_turn(channel, lane)
@@ -256,26 +257,21 @@ class FrameLoop:
 
     def _run_next(self, lanes: list[tuple[WorkerChannel, ShmWorkerLane]]) -> bool:
         """Run a call, or a piece of one, of the client that is ahead least; returns whether any waits. The lanes of one client take turns."""
-        after, batching = self._last_lane + 1, self._batching
+        after, batches = self._last_lane + 1, self._batches
         waiting = [
             (self.shares.key(lanes[index][0].share), (index - after) % len(lanes), index)
             for index in range(len(lanes))
             if (lanes[index][0].unfinished is not None or lanes[index][0].waiting or lanes[index][1].ready())
-            and not (batching is not None and batching.is_held(lanes[index][0]))
+            and not (batches is not None and batches.batching.is_held(lanes[index][0]))
         ]
-        due = [] if batching is None else batching.due(_clock_ns())
-        if batching is not None and due:
-            first = min(due, key=self._key_of)
-            if not waiting or self._key_of(first) < min(waiting)[0]:
-                self._run_batch(batching, first)
-                return True
+        first = None if batches is None else batches.next_of(batches.batching.due(_clock_ns()))
+        if batches is not None and first is not None and (not waiting or first[0] < min(waiting)[0]):
+            batches.run(first[1])
+            return True
         if not waiting:
             return False
         self._last_lane = min(waiting)[2]
         return self._run_turn(*lanes[self._last_lane])
-
-    def _key_of(self, batch: Batch) -> Key:
-        return min([self.shares.key(held.channel.share) for held in batch.held])
 
     def _let_in(self, channel: WorkerChannel, lane: ShmWorkerLane) -> None:
         """Have what has come on a lane wait in its channel, or refuse it."""
@@ -289,6 +285,8 @@ class FrameLoop:
             elif (refused := backlog.let_in(channel, taken[4], self._all_channels())) is not None:
                 self._answer(channel, lane, refused)
                 return
+        if lane.ready():  # one more than it may have: no wait would end while they are there
+            self._too_many(channel, "has more calls on their way than its channel may have")
 
     def _all_channels(self) -> list[WorkerChannel]:
         return [*[channel for channel, _ in list(self._lanes)], *self._messages.channels()]
@@ -318,44 +316,6 @@ class FrameLoop:
         self._answer(channel, lane, completion)
         return True
 
-    def _run_batch(self, batching: Batching, batch: Batch) -> None:
-        """Run calls that were held: together where that takes less time, and one by one where it does not, or fails."""
-        calls = batch.held
-        if not batching.begin(batch, _clock_ns()) or not self._run_together(batching, batch):
-            for held in calls:
-                before_ns = held.channel.counters.compute_ns
-                self._run_turn(held.channel, held.lane)
-                batch.gatherer.costs.measured(held.rows, held.channel.counters.compute_ns - before_ns)
-            batching.ended(batch, _clock_ns(), None)
-
-    def _run_together(self, batching: Batching, batch: Batch) -> bool:
-        """False where the op has failed, and nothing was answered."""
-        turns, shares, calls = self._turns, self.shares, batch.held
-        if turns.waiting or not turns.device.acquire(False):
-            turns.wait(self._key_of(batch))
-        try:
-            for held in calls:
-                shares.begin(held.channel.share)
-            begun_ns = _clock_ns()
-            try:
-                batch.gatherer.run([(held.prepared, held.rows) for held in calls])
-            except Exception:
-                log.info("calls of %d clients failed together, and are run one by one", len(calls), exc_info=True)
-                return False
-            done_ns = _clock_ns()
-            part_ns = (done_ns - begun_ns) // sum([held.rows for held in calls])
-            for held in calls:
-                shares.charge(held.channel.share, part_ns * held.rows)
-        finally:
-            turns.give_back()
-        batching.ended(batch, done_ns, done_ns - begun_ns)
-        for held in calls:
-            channel = held.channel
-            channel.next_waiting()
-            completion = channel.expired(held.taken, begun_ns)
-            self._answer(channel, held.lane, completion or channel.batched(held.taken, begun_ns, part_ns * held.rows, len(calls)))
-        return True
-
     def _answer(self, channel: WorkerChannel, lane: ShmWorkerLane, completion: CompletionFields | InFlight | None) -> None:
         """Give a call's completion back, if it has one yet."""
         if completion is None:
@@ -378,14 +338,17 @@ class FrameLoop:
         self._device_free_ns = done_ns
 
     def _overfull(self, channel: WorkerChannel) -> None:
-        log.warning("client %s left its completion queue full: its channel is closed", channel.opened.client_name)
+        self._too_many(channel, "left its completion queue full")
+
+    def _too_many(self, channel: WorkerChannel, what: str) -> None:
+        log.warning("client %s %s: its channel is closed", channel.opened.client_name, what)
         self.broken.put(channel)
         self.change(functools.partial(self._forget_lane, channel))
 
     def _forget_lane(self, channel: WorkerChannel) -> None:
         """Look at its queues no more."""
-        if self._batching is not None:
-            self._batching.forget(channel)
+        if self._batches is not None:
+            self._batches.batching.forget(channel)
         for pair in [pair for pair in self._lanes if pair[0] is channel]:
             self._lanes.remove(pair)
             pair[1].close()

@@ -6,6 +6,7 @@ The result of a row may differ in the last bit from the one that it has alone: a
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
@@ -17,6 +18,9 @@ from shmbroker.worker.prepared_call import PreparedCall
 
 MOST_ROWS = 8
 """Of one call: one with more is better run by itself, and is no decode step."""
+
+MOST_ROW_BYTES = 2 << 20
+"""Of a row's inputs and outputs: a worker keeps room for the rows of all clients."""
 
 WORTH = 0.95
 """Of the time that calls take one by one: together they must take no more."""
@@ -33,7 +37,7 @@ _LOOKS = 3
 _Form = tuple[torch.dtype, torch.Size]
 
 
-@dataclass(slots=True)
+@dataclass
 class Costs:
     """What so many rows take, nanoseconds: by what was measured so far. Of all ops with the same shapes."""
 
@@ -92,7 +96,7 @@ def form_of(prepared: PreparedCall) -> Form | None:
     if leading is None or any([tensor.device.type != "cpu" for tensor in (*inputs, *outputs)]):
         return None
     rows, dims = math.prod(leading), len(leading)
-    if not 0 < rows <= MOST_ROWS:
+    if not 0 < rows <= MOST_ROWS or sum([tensor.nbytes for tensor in (*inputs, *outputs)]) > rows * MOST_ROW_BYTES:
         return None
     shapes = op.name, prepared.single, _forms(inputs, dims), _forms(outputs, dims)
     return Form((op.batch_key, shapes), shapes, rows)
@@ -105,7 +109,7 @@ def _forms(tensors: Sequence[torch.Tensor], dims: int) -> tuple[_Form, ...]:
 class Gatherer:
     """Runs calls of one form together. ``prepared``: one of them. Used by whoever has the turn; holds nothing of any client."""
 
-    __slots__ = ("_buffers", "_inputs", "_most", "_op", "_outputs", "_ready", "_single", "costs", "following", "gap_ns")
+    __slots__ = ("__weakref__", "_buffers", "_inputs", "_most", "_op", "_outputs", "_ready", "_single", "costs", "following", "gap_ns")
 
     def __init__(self, prepared: PreparedCall, costs: Costs) -> None:
         dims = len(prepared.outputs[0].shape) - 1
@@ -120,7 +124,7 @@ class Gatherer:
         self.costs = costs
         self.gap_ns = 0.0
         """What clients take themselves before they call this op."""
-        self.following: Gatherer | None = None
+        self.following: weakref.ref[Gatherer] | None = None
         """What clients called next, the last time."""
 
     def run(self, calls: Sequence[tuple[PreparedCall, int]]) -> None:
@@ -129,9 +133,7 @@ class Gatherer:
         for index, room in enumerate(inputs):
             tail = self._inputs[index][1]
             torch.cat([call.inputs[index].view(rows, *tail) for call, rows in calls], out=room[0])
-        launched = run()
-        if hasattr(launched, "wait"):  # a device that has not done it yet
-            launched.wait()
+        run()
         for index, results in enumerate(outputs):
             tail, first = self._outputs[index][1], 0
             for call, rows in calls:
@@ -142,12 +144,14 @@ class Gatherer:
         ready = self._ready.get(rows)
         if ready is None:
             if rows > self._most:
-                self._most = 1 << (rows - 1).bit_length()
-                self._buffers = self._rooms(self._inputs), self._rooms(self._outputs)
+                most = 1 << (rows - 1).bit_length()
+                buffers = self._rooms(self._inputs, most), self._rooms(self._outputs, most)  # may fail: then all is as it was
                 self._ready.clear()
+                self._buffers, self._most = buffers, most
             inputs, outputs = ([one[:, :rows] for one in rooms] for rooms in self._buffers)
             ready = self._ready[rows] = inputs, outputs, self._op.prepare(inputs, outputs, {}, single=self._single)
         return ready
 
-    def _rooms(self, forms: Sequence[_Form]) -> list[torch.Tensor]:
-        return [torch.zeros((1, self._most, *tail), dtype=dtype) for dtype, tail in forms]
+    @staticmethod
+    def _rooms(forms: Sequence[_Form], rows: int) -> list[torch.Tensor]:
+        return [torch.zeros((1, rows, *tail), dtype=dtype) for dtype, tail in forms]

@@ -7,7 +7,7 @@ import secrets
 import threading
 import time
 
-from shmbroker.control.liveness import Watch, user_of
+from shmbroker.control.liveness import Watch
 from shmbroker.control.messages import OpenChannel
 from shmbroker.errors import Busy, ChannelError
 from shmbroker.lane.doorbell import PollingBell, SemaphoreBell
@@ -74,8 +74,8 @@ class OpenChannels:
 
     # --- opening ------------------------------------------------------------------------------------------------------------------------
 
-    def open(self, opening: OpenChannel, lane: Lane, doorbell: Doorbell) -> WorkerChannel:
-        """Open a channel as the client asks, and have its frames run. Raises :class:`ChannelError`, :class:`SegmentError`, :class:`Busy`."""
+    def open(self, opening: OpenChannel, lane: Lane, doorbell: Doorbell, user: int | None = None) -> WorkerChannel:
+        """Open a channel as the client asks, and have its frames run. ``user``: who asks, as the kernel says. Raises :class:`ChannelError`, :class:`SegmentError`, :class:`Busy`."""
         mapped = self._mapped_for(opening)
         try:
             self._check_area(opening, mapped.segment)
@@ -89,7 +89,7 @@ class OpenChannels:
         self._drop_former(opening)
         self._mapped[opening.segment] = mapped
         channel = self._new_channel(opening, mapped)
-        channel.user = user_of(opening.process)
+        channel.user = user
         self._channels[channel.number] = channel
         if served is not None:
             channel.lane_waiting = served.waiting

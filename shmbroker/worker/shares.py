@@ -105,6 +105,12 @@ class Shares:
         self._turns += 1
         share.turns = self._turns
 
+    def join(self, share: Share) -> None:
+        """``share`` takes part in the turn of another that has begun: what it is ahead it stays."""
+        share.finish = max(share.finish, self._now)
+        self._turns += 1
+        share.turns = self._turns
+
     def charge(self, share: Share, nanoseconds: float) -> None:
         """``share`` has had so much time (W2)."""
         share.finish = min(share.finish + nanoseconds / share.weight, self._now + MOST_AHEAD_NS)

@@ -38,6 +38,13 @@ class TracedWorkerChannel(WorkerChannel):
             self._told(taken, begun_ns, completion)
         return completion
 
+    def expired(self, taken: Taken, taken_ns: int) -> CompletionFields | None:
+        """As the channel's."""
+        completion = WorkerChannel.expired(self, taken, taken_ns)
+        if completion is not None:
+            self._told(taken, taken_ns, completion)
+        return completion
+
     def batched(self, taken: Taken, taken_ns: int, compute_ns: int, calls: int) -> CompletionFields:
         """As the channel's. A call that ran with others is told of as one that took its part of the time."""
         completion = WorkerChannel.batched(self, taken, taken_ns, compute_ns, calls)

@@ -133,6 +133,10 @@ class Worker:
         self._client_weights = checked_weights(client_weights or {})
         if batch not in (None, "user", "all"):
             raise BadInput(f"batch {batch!r} is not known: give 'user' for calls of clients of one user, 'all', or None")
+        if batch is not None and memory is not None and memory.asynchronous:
+            raise BadInput(
+                f"calls are not computed together on {device}, which works on when an op has returned: leave batch (--batch) out"
+            )
         self._batching = None if batch is None else Batching(batch)
         self._tracebacks = settings.tracebacks
         """Whether errors of ops carry their tracebacks to the clients."""

@@ -15,6 +15,8 @@ import pytest
 import torch
 
 import shmbroker
+from shmbroker.memory.reaper import objects
+from shmbroker.monitoring.figures import read_figures
 from tests.processes import wait_until, worker_process
 
 ROWS = 6400
@@ -38,6 +40,12 @@ def rows(client: shmbroker.Client, count: int = ROWS) -> torch.Tensor:
     x = client.empty((1, count, 4))
     x.copy_(torch.arange(count * 4).view(1, count, 4))
     return x
+
+
+def has_begun(client: shmbroker.Client) -> bool:
+    """Whether a worker has told of a call of the client that it runs, or has run."""
+    names = [f"/{name.file}" for name in objects(client.instance) if name.kind == "segment" and name.owner == client.id]
+    return any(channel.run_calls for name in names for channel in read_figures(name).channels)
 
 
 # --- which worker -------------------------------------------------------------------------------------------------------------------------
@@ -199,6 +207,7 @@ def test_a_worker_that_is_told_to_stop_in_the_midst_of_a_call_in_pieces_finishes
         double = other.channel("stopping").bind("double")
         long = client.channel("stopping", lane=lane).bind("double_rows", gate=str(gate)).submit(x := rows(client))
         double(torch.ones(1))
+        wait_until(lambda: has_begun(client))
         assert not long.done()
         os.kill(process.pid, signal.SIGTERM)
         assert torch.equal(long.result(), x * 2)

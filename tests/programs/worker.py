@@ -85,6 +85,8 @@ def double_rows(x: torch.Tensor, *, out: torch.Tensor, gate: str) -> None:
         time.sleep(0.02)
     if bool(torch.isinf(x).any()):
         raise ValueError(f"a row of {x.shape[-2]} is infinite")
+    if bool(torch.isnan(x).any()):
+        raise SystemExit(3)
     torch.mul(x, 2, out=out)
 
 

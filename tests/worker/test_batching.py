@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,12 +11,13 @@ import torch
 
 from shmbroker.arena.spec import TensorSpec, contiguous_strides
 from shmbroker.lane.doorbell import PollingBell
-from shmbroker.lane.frames import FrameTemplate, private_slot
+from shmbroker.lane.frames import FrameTemplate, Taken, private_slot
 from shmbroker.lane.shm_lane import ShmWorkerLane
 from shmbroker.memory import layout
-from shmbroker.worker.batching import DEADLINE_MARGIN_NS, STEP_HOLD_NS, STEP_PART, Batch, Batching
+from shmbroker.worker.batching import ALONE_NS, DEADLINE_MARGIN_NS, MOST_HOLD_NS, STEP_HOLD_NS, STEP_PART, Batch, Batching
 from shmbroker.worker.channel import WorkerChannel
 from shmbroker.worker.ops import OpDefinition
+from shmbroker.worker.prepared_call import PreparedCall
 from tests.worker.conftest import GEOMETRY, BareClient, Serving
 
 ROW = TensorSpec((1, 1, 4), torch.float32)
@@ -33,6 +35,10 @@ def twice(x: torch.Tensor, *, out: torch.Tensor, index: int) -> None:
 TWICE = OpDefinition("twice", twice, lambda x, index: x, row_wise=True)
 
 
+def prepared(channel: WorkerChannel, taken: Taken) -> PreparedCall | None:
+    return channel.known(taken) or channel.opened_ahead(taken)
+
+
 @dataclass
 class Caller:
     """A client that calls op after op, token after token."""
@@ -48,7 +54,7 @@ class Caller:
         begin = GEOMETRY.arena_offset
         self.templates[op].write(slot, 1, deadline_ns, now_ns, [begin, begin + 256], [0, 0])
         self.channel.wait(bytes(slot.bytes[: self.templates[op].nbytes]))
-        return self.batching.holds(self.channel, self.lane, now_ns)
+        return self.batching.holds(self.channel, self.lane, now_ns, prepared)
 
 
 @pytest.fixture
@@ -227,3 +233,60 @@ def test_what_does_not_pay_is_not_held(caller: Callable[..., Caller]) -> None:
     now_ns += GAP_NS
     first.call(1, now_ns)  # of the same shapes
     assert batching.due(now_ns)
+
+
+def test_a_client_whose_calls_fail_is_left_alone_for_a_while(caller: Callable[..., Caller]) -> None:
+    """B4."""
+    batching = Batching("user")
+    first, other = caller(batching), caller(batching)
+    now_ns = together(batching, [first, other]) + TOKEN_GAP_NS
+    first.call(0, now_ns)
+    other.call(0, now_ns)
+    (batch,) = batching.due(now_ns)
+    batching.leave_alone(batch.held[0], now_ns)
+    _, now_ns = run(batching, batch, now_ns)
+    assert not first.call(1, now_ns + GAP_NS)
+    first.channel.waiting.clear()
+    assert first.call(1, now_ns + int(ALONE_NS))
+
+
+def test_no_call_is_held_for_longer_than_a_second(caller: Callable[..., Caller]) -> None:
+    """B2: whatever a client says of when it called."""
+    batching = Batching("user")
+    first, other = caller(batching), caller(batching)
+    now_ns = 10**15
+    for _ in range(4):
+        for one in (first, other):
+            now_ns += 10 * int(MOST_HOLD_NS)
+            one.call(0, now_ns)
+            while not (due := batching.due(now_ns)):
+                seconds = batching.seconds(now_ns)
+                assert seconds is not None
+                assert seconds <= MOST_HOLD_NS / 1e9
+                now_ns += 1 + int(seconds * 1e9)
+            for batch in due:
+                run(batching, batch, now_ns)
+
+
+def test_a_frame_is_looked_at_once(caller: Callable[..., Caller]) -> None:
+    batching = Batching("user")
+    first, looks = caller(batching), []
+    first.channel.wait(b"x" * 2000)
+
+    def look(channel: WorkerChannel, taken: Taken) -> None:
+        looks.append(taken)
+
+    for _ in range(3):
+        assert not batching.holds(first.channel, first.lane, 1, look)
+    assert len(looks) <= 1
+
+
+def test_nothing_is_kept_for_clients_that_are_gone(caller: Callable[..., Caller]) -> None:
+    batching = Batching("user")
+    callers = [caller(batching) for _ in range(2)]
+    now_ns = together(batching, callers) + TOKEN_GAP_NS
+    callers[0].call(0, now_ns)
+    gatherer = weakref.ref(batching.due(now_ns + 10**9)[0].gatherer)
+    for one in callers:
+        batching.forget(one.channel)
+    assert gatherer() is None

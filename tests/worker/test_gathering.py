@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shmbroker.arena.spec import TensorSpec
-from shmbroker.worker.gathering import MOST_ROWS, TRY_AGAIN, Costs, Gatherer, form_of
+from shmbroker.worker.gathering import MOST_ROW_BYTES, MOST_ROWS, TRY_AGAIN, Costs, Gatherer, form_of
 from shmbroker.worker.ops import OpDefinition
 from shmbroker.worker.prepared_call import PreparedCall
 
@@ -95,3 +95,24 @@ def test_an_op_that_fails_is_told_to_whoever_runs_it() -> None:
     one = call((1,), OpDefinition("failing", failing, spec, row_wise=True))
     with pytest.raises(ValueError, match="no such luck"):
         Gatherer(one, Costs()).run([(one, 1), (one, 1)])
+
+
+def test_no_memory_for_the_rows_of_all_is_an_error_and_no_other_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = [call((1, 1)) for _ in range(3)]
+    gatherer = Gatherer(calls[0], Costs())
+    gatherer.run([(calls[0], 1)])
+
+    def full(*shape: object, **options: object) -> torch.Tensor:
+        raise RuntimeError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "zeros", full)
+        with pytest.raises(RuntimeError, match="no memory"):
+            gatherer.run([(one, 1) for one in calls])
+    gatherer.run([(one, 1) for one in calls])
+    for one in calls:
+        assert torch.equal(one.outputs[0], one.inputs[0] * one.inputs[1].unsqueeze(-1))
+
+
+def test_rows_of_many_bytes_are_run_by_themselves() -> None:
+    assert form_of(call((1, 1), width=MOST_ROW_BYTES // 4)) is None

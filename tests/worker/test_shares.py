@@ -157,3 +157,18 @@ def test_the_option_for_weights_takes_a_name_and_a_number(told: str) -> None:
     outcome = CliRunner().invoke(gpu_worker, ["serve", "--weight", told])
     assert outcome.exit_code == 2
     assert "give a client's name and a number above 0, e.g. chat=2" in " ".join(outcome.output.split())
+
+
+def test_who_takes_part_in_the_turn_of_another_stays_as_far_ahead() -> None:
+    """W1: one client's long calls are not forgiven because a short one of it ran with another's."""
+    shares = Shares()
+    first, other = shares.open("first", ""), shares.open("other", "")
+    shares.begin(first)
+    shares.charge(first, 1e9)
+    for _ in range(5):
+        shares.begin(other)
+        shares.join(first)
+        shares.charge(first, 1e3)
+        shares.charge(other, 1e3)
+    assert shares.is_ahead(first)
+    assert not shares.is_ahead(other)
