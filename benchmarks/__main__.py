@@ -15,10 +15,14 @@ NAMES = ("rtt", "replay", "steps", "copies", "waiting", "sharing", "batching", "
 """A module of this package each, with the two functions of :class:`Benchmark`."""
 
 
+COUNTED = ("serve", "batching")
+"""Those that can be told how many clients there are to be."""
+
+
 class Benchmark(Protocol):
     """What measures, prints its tables and returns its figures, as they go into JSON."""
 
-    def run(self) -> dict[str, Any]:
+    def run(self, **options: Any) -> dict[str, Any]:
         """In full."""
 
     def quick(self) -> dict[str, Any]:
@@ -30,12 +34,25 @@ def benchmark(name: str) -> Benchmark:
     return cast("Benchmark", importlib.import_module(f"benchmarks.{name}"))
 
 
+def _counts(context: click.Context, option: click.Parameter, told: str | None) -> tuple[int, ...] | None:
+    if told is None:
+        return None
+    try:
+        counts = tuple(int(one) for one in told.split(","))
+    except ValueError:
+        counts = ()
+    if not counts or min(counts) < 1:
+        raise click.BadParameter(f"{told!r}: give numbers above 0, e.g. 1,4,8")
+    return counts
+
+
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("names", nargs=-1, type=click.Choice(NAMES))
 @click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write all figures here too.")
 @click.option("--plot", "plot_dir", type=click.Path(path_type=Path, file_okay=False), help="Draw the pictures of docs/performance.md here.")
+@click.option("--concurrency", callback=_counts, metavar="N,N...", help="Of serve and batching: how many clients. Default: each one's own.")
 @click.option("--quick", is_flag=True, help="Small and short: to see that it runs, not how fast.")
-def main(names: tuple[str, ...], json_file: Path | None, plot_dir: Path | None, quick: bool) -> None:
+def main(names: tuple[str, ...], json_file: Path | None, plot_dir: Path | None, concurrency: tuple[int, ...] | None, quick: bool) -> None:
     """Measure against everything else that can be had, in one run, alternating."""
     import torch
 
@@ -49,7 +66,8 @@ def main(names: tuple[str, ...], json_file: Path | None, plot_dir: Path | None, 
     for name in names or NAMES:
         click.echo(f"\n== {name}")
         chosen = benchmark(name)
-        figures[name] = chosen.quick() if quick else chosen.run()
+        options: dict[str, Any] = {"concurrency": concurrency} if concurrency and name in COUNTED else {}
+        figures[name] = chosen.quick() if quick else chosen.run(**options)
     if json_file:
         json_file.write_text(json.dumps(figures, indent=2))
     if plot_dir:

@@ -27,9 +27,9 @@ CLIENTS = (1, 2, 4, 8)
 _TICK = os.sysconf("SC_CLK_TCK")
 
 
-def run(clients: tuple[int, ...] = CLIENTS, layers: int = LAYERS, tokens: int = TOKENS, rounds: int = ROUNDS) -> dict[str, Any]:
-    """Measure so many clients with and without batches, in turns: tokens a second of all, and the worker's processor time a token."""
-    figures = {str(count): _measured(count, layers, tokens, rounds) for count in clients}
+def run(concurrency: tuple[int, ...] = CLIENTS, layers: int = LAYERS, tokens: int = TOKENS, rounds: int = ROUNDS) -> dict[str, Any]:
+    """Measure so many clients (``concurrency``) with and without batches, in turns: tokens a second of all, and the worker's processor time a token."""
+    figures = {str(count): _measured(count, layers, tokens, rounds) for count in concurrency}
     table = Table(
         f"{layers} layers of 4 products, worker on one core, clients that decode",
         ["clients", "tokens/s alone", "together", "times", "worker CPU ms/token alone", "together", "part", "mean batch"],
@@ -47,7 +47,7 @@ def run(clients: tuple[int, ...] = CLIENTS, layers: int = LAYERS, tokens: int = 
 
 def quick() -> dict[str, Any]:
     """Two clients, a few tokens."""
-    return run(clients=(2,), layers=1, tokens=4, rounds=1)
+    return run(concurrency=(2,), layers=1, tokens=4, rounds=1)
 
 
 def _measured(clients: int, layers: int, tokens: int, rounds: int) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def _measured(clients: int, layers: int, tokens: int, rounds: int) -> dict[str, 
     return {
         **medians,
         "speed": medians["together"]["tokens_per_second"] / medians["alone"]["tokens_per_second"],
-        "cpu_part": medians["together"]["cpu_ms"] / medians["alone"]["cpu_ms"],
+        "cpu_part": medians["together"]["cpu_ms"] / max(medians["alone"]["cpu_ms"], 1e-3),
     }
 
 

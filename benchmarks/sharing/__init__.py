@@ -23,18 +23,21 @@ OWN_SECONDS = 1.5e-3
 
 
 def run(tokens: int = TOKENS, passes: int = 4, rounds: int = ROUNDS, own_seconds: float = OWN_SECONDS) -> dict[str, Any]:
-    """Measure each alone and both together, in turns, with products in pieces and in one. Times are of a pass over one layer, medians."""
+    """Measure each alone and both together, in turns, with products in pieces and in one. Times are of a pass over one layer, medians.
+
+    ``of_what_is_left``: of the worker's time, when decode has had its calls'.
+    """
     figures = {kind: _measured(kind, tokens, passes, rounds, own_seconds) for kind in ("pieces", "whole")}
     table = Table(
         f"one layer ({HIDDEN} wide, {len(PRODUCTS)} products), worker on one core, prefill of {tokens} tokens beside decode",
-        ["", "decode alone ms", "beside ms", "times", "prefill alone ms", "beside ms", "speed"],
+        ["", "decode alone ms", "beside ms", "times", "prefill alone ms", "beside ms", "speed", "of what decode leaves"],
     )
     for kind, one in figures.items():
         decode, prefill = one["decode_ms"], one["prefill_ms"]
         table.row(
             {"pieces": "in pieces", "whole": "in one"}[kind],
             f"{decode['alone']:.1f}", f"{decode['beside']:.1f}", f"{one['decode_times']:.2f}",
-            f"{prefill['alone']:.0f}", f"{prefill['beside']:.0f}", f"{one['prefill_speed']:.2f}",
+            f"{prefill['alone']:.0f}", f"{prefill['beside']:.0f}", f"{one['prefill_speed']:.2f}", f"{one['of_what_is_left']:.2f}",
         )  # fmt: skip
     table.show()
     return figures
@@ -69,10 +72,13 @@ def _measured(kind: str, tokens: int, passes: int, rounds: int, own_seconds: flo
         "decode_ms": {when: statistics.median(times) * 1e3 for when, times in decode.items()},
         "prefill_ms": {when: statistics.median(times) * 1e3 for when, times in prefill.items()},
     }
+    worker_ms = medians["decode_ms"]["alone"] - len(PRODUCTS) * own_seconds * 1e3
+    speed = medians["prefill_ms"]["alone"] / medians["prefill_ms"]["beside"]
     return {
         **medians,
+        "of_what_is_left": speed / max(0.01, 1 - worker_ms / medians["decode_ms"]["beside"]),
         "decode_times": medians["decode_ms"]["beside"] / medians["decode_ms"]["alone"],
-        "prefill_speed": medians["prefill_ms"]["alone"] / medians["prefill_ms"]["beside"],
+        "prefill_speed": speed,
     }
 
 

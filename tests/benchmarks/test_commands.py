@@ -19,7 +19,7 @@ from tests.processes import run
 SECONDS = 1800.0
 """In which a quick benchmark ends, on a machine that does much else."""
 
-MAY_BE_NOUGHT = ("idle_percent", "server_cpu_us", "client_cpu_us", "worker_cpu_us", "computes")
+MAY_BE_NOUGHT = ("idle_percent", "server_cpu_us", "client_cpu_us", "worker_cpu_us", "computes", "cpu_ms", "cpu_part")
 """What is counted in the kernel's ticks, or is a part of something short."""
 
 
@@ -52,6 +52,13 @@ def test_a_benchmark_runs_from_the_command_line_and_hands_over_its_figures(name:
             assert value > 0 or (value == 0 and set(path) & set(MAY_BE_NOUGHT)), path
     if name == "steps":
         assert set(SUBTRACTED) < {"/".join(path) for path in found}
+
+
+@pytest.mark.parametrize("told", ["0", "1,-2", "many", ""])
+def test_a_number_of_clients_that_is_none_is_refused(told: str) -> None:
+    done = run(sys.executable, "-m", "benchmarks", "serve", "--concurrency", told)
+    assert done.returncode == 2
+    assert "give numbers above 0, e.g. 1,4,8" in done.stderr
 
 
 def test_without_a_gpu_the_cuda_benchmark_says_so_and_is_no_failure(capsys: pytest.CaptureFixture[str]) -> None:
