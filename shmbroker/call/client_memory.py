@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.utils.dlpack
 
 from shmbroker.arena.arena import Arena
 from shmbroker.arena.cuda_runtime import Cuda, CudaRuntime
 from shmbroker.arena.device_arena import DeviceArena
 from shmbroker.arena.spec import NUMPY_OF, check_dtype, shape_of
 from shmbroker.call.plain_tensors import refuse_gradient, refuse_wrapped
-from shmbroker.errors import BadInput, ChannelError
+from shmbroker.errors import BadInput, ChannelError, describe
 from shmbroker.memory import layout
 from shmbroker.memory.segment import Segment
 from shmbroker.settings.sizes import parse_bytes
@@ -77,11 +78,13 @@ class ClientMemory:
         refuse_wrapped("copy_in: the tensor", outside)
         return self.arena.copy_in(outside, self.place_timeout)
 
-    def holds(self, tensor: torch.Tensor) -> bool:
+    def holds(self, tensor: object) -> bool:
         """As :meth:`Client.holds`."""
-        if not isinstance(tensor, torch.Tensor):
+        try:
+            found = as_tensor(tensor)
+        except BadInput:
             return False
-        return self.arena.find(tensor) is not None or (self.device is not None and self.device.find(tensor) is not None)
+        return self.arena.find(found) is not None or (self.device is not None and self.device.find(found) is not None)
 
     def device_written(self) -> None:
         """Wait until what was written to the device arena on the current stream is there, for a worker to read."""
@@ -125,17 +128,34 @@ def device_of(device: object) -> torch.device:
 
 
 def as_tensor(value: Any) -> torch.Tensor:
-    """A tensor or array as a tensor: the same memory where torch can take the array as it is, else a copy. Raises :class:`BadInput` for anything else."""
+    """A tensor or array as a tensor: the same memory where torch can take the array as it is, else a copy. Raises :class:`BadInput` for anything else.
+
+    Arrays are NumPy's, whatever else offers DLPack (``__dlpack__``: JAX, CuPy, TVM, ...), and what NumPy makes an array of (``__array__``).
+    """
     if isinstance(value, torch.Tensor):
         return value
+    if hasattr(value, "__dlpack__") and not isinstance(value, (np.ndarray, np.generic)):
+        return _by_dlpack(value)
     if not hasattr(value, "__array__"):
-        raise BadInput(f"a {type(value).__name__} cannot be handed over: give a torch tensor or a NumPy array")
+        raise BadInput(f"a {type(value).__name__} cannot be handed over: give a torch tensor, a NumPy array, or one that offers DLPack")
     if isinstance(value, np.ma.MaskedArray):
         raise BadInput("a masked array cannot be handed over, since its mask would be lost: give array.filled(value), or array.data")
     try:
         return torch.from_numpy(_as_torch_takes_it(np.asarray(value)))
     except (TypeError, ValueError, RuntimeError) as error:
         raise BadInput(f"a {type(value).__name__} cannot be handed over as a tensor: {error}") from None
+
+
+def _by_dlpack(value: Any) -> torch.Tensor:
+    """The same memory, wherever it lies."""
+    try:
+        tensor: torch.Tensor = torch.utils.dlpack.from_dlpack(value)
+    except Exception as error:  # whatever another library raises
+        if hasattr(value, "__array__"):
+            return as_tensor(np.asarray(value))
+        raise BadInput(f"a {type(value).__name__} cannot be handed over by DLPack: {describe(error)}") from None
+    check_dtype(tensor.dtype)
+    return tensor
 
 
 def _as_torch_takes_it(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

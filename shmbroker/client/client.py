@@ -227,8 +227,8 @@ class Client:
         """A contiguous copy of ``tensor`` in shared memory, for several calls to use."""
         return self.memory.copy_in(tensor)
 
-    def holds(self, tensor: torch.Tensor) -> bool:
-        """Whether ``tensor`` lies in this client's arena, so that handing it over copies nothing."""
+    def holds(self, tensor: object) -> bool:
+        """Whether ``tensor`` (or a NumPy array, or one that offers DLPack) lies in this client's arena, so that handing it over copies nothing."""
         return self.memory.holds(tensor)
 
     # --- channels -----------------------------------------------------------------------------------------------------------------------
