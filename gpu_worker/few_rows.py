@@ -1,6 +1,6 @@
 """Products of a few rows on the CPU, in blocks: the weight is read from memory once for all rows, and not packed before it is used.
 
-torch's product of 8 rows takes as long as 4 to 6 of one row, and one of 2 rows as long as two: the library below it rearranges the whole weight first,
+torch's product of 8 rows takes as long as 2 to 6 of one row, and one of 2 rows as long as two: the library below it rearranges the whole weight first,
 which costs what reading it does some times over. The same product as a batch of products with 16 outputs each takes as long as 2 of one row. Its bits
 are the same on processors where that was seen; where they are not, or it takes longer, torch's is used. Both are found out by the first calls.
 """

@@ -66,9 +66,6 @@ ALONE_NS = 1e9
 Prepare = Callable[[WorkerChannel, Taken], PreparedCall | None]
 """The call of a frame that may be run with others."""
 
-TokenPlaces = dict[Gatherer, int]
-"""When a client last came to each op."""
-
 
 @dataclass(slots=True, eq=False)
 class Decoder:
@@ -76,7 +73,8 @@ class Decoder:
 
     channel: WorkerChannel
     user: Hashable
-    came_ns: TokenPlaces = field(default_factory=dict)
+    came_ns: dict[Gatherer, int] = field(default_factory=dict)
+    """When it last came to each op."""
     forms: dict[bytes, tuple[Form, Gatherer] | None] = field(default_factory=dict)
     """By a frame's constant part."""
     token_ns: float = 0.0
@@ -189,8 +187,8 @@ class Batching:
 
     def clear(self) -> None:
         """Hold nothing any more."""
+        self._release([one.held for one in self._decoders.values() if one.held is not None])
         self._decoders.clear()
-        self._batches.clear()
 
     # --- what is due --------------------------------------------------------------------------------------------------------------------
 

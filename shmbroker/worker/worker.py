@@ -87,7 +87,7 @@ class Worker:
 
     ``batch``: have calls of at most 8 rows of ``row_wise`` ops computed together with those of other clients, where that takes less time: of clients of
     one ``"user"``, or of ``"all"``, who then can tell by the time that their calls are held that others call too. Their results may differ in the
-    last bit from those of calls by themselves.
+    last bit from those of calls by themselves. Refused (:class:`BadInput`) on a device that works on when an op has returned.
     """
 
     def __init__(

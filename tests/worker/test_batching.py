@@ -127,6 +127,14 @@ def together(batching: Batching, callers: list[Caller]) -> int:
     return tokens(batching, callers, 8, 1)[0]
 
 
+def both_come(batching: Batching, first: Caller, other: Caller, now_ns: int) -> Batch:
+    """To the first op, at one instant."""
+    first.call(0, now_ns)
+    other.call(0, now_ns)
+    (batch,) = batching.due(now_ns)
+    return batch
+
+
 def test_a_client_is_waited_for_half_a_token_where_they_meet(caller: Callable[..., Caller]) -> None:
     """B2."""
     batching = Batching("user")
@@ -224,9 +232,7 @@ def test_what_does_not_pay_is_not_held(caller: Callable[..., Caller]) -> None:
     batching = Batching("user")
     first, other = caller(batching), caller(batching)
     now_ns = together(batching, [first, other]) + TOKEN_GAP_NS
-    first.call(0, now_ns)
-    other.call(0, now_ns)
-    (batch,) = batching.due(now_ns)
+    batch = both_come(batching, first, other, now_ns)
     for _ in range(60):
         batch.gatherer.costs.measured(2, 3 * OP_NS)
     _, now_ns = run(batching, batch, now_ns)
@@ -240,9 +246,7 @@ def test_a_client_whose_calls_fail_is_left_alone_for_a_while(caller: Callable[..
     batching = Batching("user")
     first, other = caller(batching), caller(batching)
     now_ns = together(batching, [first, other]) + TOKEN_GAP_NS
-    first.call(0, now_ns)
-    other.call(0, now_ns)
-    (batch,) = batching.due(now_ns)
+    batch = both_come(batching, first, other, now_ns)
     batching.leave_alone(batch.held[0], now_ns)
     _, now_ns = run(batching, batch, now_ns)
     assert not first.call(1, now_ns + GAP_NS)
@@ -290,3 +294,15 @@ def test_nothing_is_kept_for_clients_that_are_gone(caller: Callable[..., Caller]
     for one in callers:
         batching.forget(one.channel)
     assert gatherer() is None
+
+
+def test_cleared_it_holds_nothing(caller: Callable[..., Caller]) -> None:
+    """Not the calls either, whose tensors keep their clients' memory."""
+    batching = Batching("user")
+    first, other = caller(batching), caller(batching)
+    now_ns = together(batching, [first, other]) + TOKEN_GAP_NS
+    batch = both_come(batching, first, other, now_ns)
+    calls = list(batch.held)
+    batching.clear()
+    assert batching.seconds(now_ns) is None
+    assert [held.decoder.held for held in calls] == [None, None], "no cycle keeps them"
