@@ -6,6 +6,8 @@ import contextlib
 import os
 import resource
 import socket
+import subprocess
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
@@ -153,6 +155,33 @@ def test_a_connection_is_known_to_be_closed_once_its_process_is_gone(answering: 
     assert answering.responder.connected(sender)
     requester.close()
     wait_until(lambda: not answering.responder.connected(sender), SECONDS)
+
+
+CONNECTED = """
+import os, socket, sys
+os.setuid(int(sys.argv[2]))
+connected = socket.socket(socket.AF_UNIX)
+connected.connect(sys.argv[1])
+connected.sendall(bytes.fromhex(sys.argv[3]))
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("uid", [0, 1234, 65534])
+def test_the_user_of_a_connection_is_the_kernels_word(answering: Answering, short_folder: Path, uid: int) -> None:
+    """Which decides whose calls may be computed together. A user of another user namespace is nobody's, and so is whoever has gone."""
+    if os.geteuid() not in (0, uid):
+        pytest.skip("only root can be another user")
+    short_folder.chmod(0o755)
+    (short_folder / "s").chmod(0o666)
+    asks = (zmtp.GREETING + zmtp.READY + zmtp.message(m.encode(m.Bind(1, "hello", {}), 1))).hex()
+    process = subprocess.Popen([sys.executable, "-c", CONNECTED, str(short_folder / "s"), str(uid), asks], stdin=subprocess.PIPE)
+    wait_until(lambda: bool(answering.senders), SECONDS)
+    (sender,) = answering.senders
+    assert answering.responder.user_of(sender) == (None if uid == 65534 else uid)
+    process.communicate()
+    wait_until(lambda: not answering.responder.connected(sender), SECONDS)
+    assert answering.responder.user_of(sender) is None
 
 
 def _limited(path: Path, free: int, work: Callable[[Answering], None]) -> Callable[[], None]:

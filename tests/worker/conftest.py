@@ -135,11 +135,12 @@ class Serving:
 
 
 @contextlib.contextmanager
-def serving_with(instance: str, memory: WatchedMemory) -> Iterator[Serving]:
+def serving_with(instance: str, memory: WatchedMemory, **options: Any) -> Iterator[Serving]:
+    """``options``: of the frame loop."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     socket = ZmqWorkerSocket(context, f"inproc://lane-{next(_numbers)}")
     stop = Stop()
-    frames = FrameLoop(PollingBell(), socket, stop, spin=0.0, asynchronous=memory.asynchronous)
+    frames = FrameLoop(PollingBell(), socket, stop, spin=0.0, asynchronous=memory.asynchronous, **options)
     made = Serving(frames, OpenChannels(instance, frames, memory=memory, kept_bytes=1 << 10), stop, memory, context, socket)
     try:
         yield made

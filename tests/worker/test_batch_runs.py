@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+import shmbroker
 from shmbroker.lane.completion_frames import CompletionFields
 from shmbroker.lane.shm_lane import ShmWorkerLane
 from shmbroker.memory.layout import Status
@@ -17,6 +18,7 @@ from shmbroker.worker.channel import WorkerChannel
 from shmbroker.worker.shares import Shares
 from shmbroker.worker.turns import Turns
 from tests.worker import test_batching
+from tests.worker.conftest import WatchedMemory
 from tests.worker.test_batching import Caller, caller
 
 __all__ = ["caller"]
@@ -110,3 +112,8 @@ def test_a_batch_forgives_nobody_what_it_is_ahead(caller: Callable[..., Caller])
     assert not runs.runs.is_ahead(batch)
     runs.run(batch)
     assert runs.shares.is_ahead(ahead)
+
+
+def test_a_device_that_works_on_when_an_op_has_returned_is_refused() -> None:
+    with pytest.raises(shmbroker.BadInput, match=r"not computed together on cuda:0, which works on .* leave batch \(--batch\) out"):
+        shmbroker.Worker("gpu", device="cuda:0", memory=WatchedMemory(asynchronous=True), batch="user")

@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 from shmbroker.lane.zmq_lane import new_token
 from shmbroker.memory.layout import Status
+from shmbroker.worker.backlog import Backlog
+from shmbroker.worker.batching import Batching
 from tests.processes import wait_until
-from tests.worker.conftest import GEOMETRY, SECONDS, BareClient, Serving, bound, double, next_completion, submit
+from tests.worker.conftest import (
+    GEOMETRY,
+    SECONDS,
+    BareClient,
+    Serving,
+    WatchedMemory,
+    bound,
+    double,
+    next_completion,
+    serving_with,
+    submit,
+)
 
 
 class Gate:
@@ -223,3 +238,27 @@ def test_what_a_device_works_on_when_the_loop_is_told_to_stop_is_answered(servin
 @pytest.fixture(autouse=True)
 def _log_everything(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
+
+
+@pytest.mark.parametrize("kind", ["backlog", "batching"])
+def test_a_client_with_more_calls_on_their_way_than_it_may_have_is_closed(
+    instance: str, new_client: Callable[[], BareClient], gate: Gate, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    """Where frames wait in their channel, its queue has room again: who fills that too would keep the worker from ever sleeping."""
+    options: dict[str, Any] = {"backlog": Backlog(1 << 20)} if kind == "backlog" else {"batching": Batching("all")}
+    with serving_with(instance, WatchedMemory(), **options) as serving:
+        (channel, lane), (_, other) = [serving.open_shm(new_client()) for _ in range(2)]  # with one client frames are run as they come
+        template, call_ids = bound(channel, gate), itertools.count(1)
+        serving.begin()
+        begin = GEOMETRY.arena_offset
+        while serving.frames.broken.empty():
+            while lane.submit(template, next(call_ids), 0, 1, [begin, begin + 256], [0, 0]):
+                pass
+            gate.may_end.release()
+            lane.take()  # it does not leave its completion queue full
+            time.sleep(0.001)
+        assert serving.frames.broken.get() is channel
+        assert "has more calls on their way than its channel may have: its channel is closed" in caplog.text
+        gate.may_end.release(GEOMETRY.depth * 3)
+        lane.close()
+        other.close()
