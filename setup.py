@@ -29,6 +29,8 @@ setup(
     ext_modules=[
         compiled("lane._ends", "_submission_ends", "_completion_ends"),
         compiled("arena._leases"),
+        compiled("call._calls", "_records"),
+        compiled("worker._steps"),
         compiled("trust._loops", optimized=3),
     ]
 )

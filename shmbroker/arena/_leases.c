@@ -6,7 +6,7 @@
  */
 
 #define _GNU_SOURCE
-#include "../memory/_arguments.h"
+#include "_leases.h"
 
 #include <errno.h>
 #include <semaphore.h>
@@ -14,49 +14,15 @@
 #include <string.h>
 #include <time.h>
 
-#include "../memory/shmbroker.h"
-
-/* DLPack 0.x, which every torch can read; see https://dmlc.github.io/dlpack/latest/c_api.html */
-typedef struct {
-    int32_t device_type;
-    int32_t device_id;
-} DLDevice;
-typedef struct {
-    uint8_t code;
-    uint8_t bits;
-    uint16_t lanes;
-} DLDataType;
-typedef struct {
-    void *data;
-    DLDevice device;
-    int32_t ndim;
-    DLDataType dtype;
-    int64_t *shape;
-    int64_t *strides;
-    uint64_t byte_offset;
-} DLTensor;
-typedef struct DLManagedTensor {
-    DLTensor dl_tensor;
-    void *manager_ctx;
-    void (*deleter)(struct DLManagedTensor *self);
-} DLManagedTensor;
-enum { DL_CPU = 1 };
-
 #define LONGEST_WAIT_SECONDS 9e9 /* of 64 bits of nanoseconds, as everywhere in Python */
 
-/* Room.form, packed in Python: what a tensor is, less its place. */
-typedef struct {
-    uint8_t code;
-    uint8_t bits;
-    uint16_t reserved;
-    int32_t ndim;
-    int64_t shape[SHMBROKER_MAX_DIMS];
-} Form;
-_Static_assert(sizeof(Form) == 8 + 8 * SHMBROKER_MAX_DIMS, "as Room.form is packed");
-
 typedef struct Lease {
-    DLManagedTensor managed;
+    union {
+        DLManagedTensor managed;            /* handed on in a capsule, */
+        DLManagedTensorVersioned versioned; /* or by the exchange of the tensors' type */
+    };
     int64_t shape[SHMBROKER_MAX_DIMS];
+    int64_t strides[SHMBROKER_MAX_DIMS];
     PyObject *block;
     struct Home *home;
     struct Lease *next;
@@ -121,9 +87,8 @@ static void drop_share(Home *home)
     PyMem_RawFree(home);
 }
 
-static void lease_died(DLManagedTensor *managed)
+static void end_lease(Lease *lease)
 {
-    Lease *lease = managed->manager_ctx;
     Home *home = lease->home;
     Lease *before = atomic_load_explicit(&home->dead, memory_order_relaxed);
     do
@@ -145,6 +110,16 @@ static void lease_died(DLManagedTensor *managed)
     drop_blocks(home);
     drop_share(home);
     PyGILState_Release(state);
+}
+
+static void lease_died(DLManagedTensor *managed)
+{
+    end_lease(managed->manager_ctx);
+}
+
+static void versioned_lease_died(DLManagedTensorVersioned *versioned)
+{
+    end_lease(versioned->manager_ctx);
 }
 
 static void capsule_died(PyObject *capsule)
@@ -243,6 +218,47 @@ static void leases_dealloc(Leases *self)
     Py_DECREF(type);
 }
 
+/* A lease of a block that what `form` tells of fits into, or NULL with an error set. */
+static Lease *lend(Leases *self, const Form *form, uint64_t offset, PyObject *block)
+{
+    Home *home = self->home;
+    uint64_t nbytes = form->bits / 8;
+    bool fits = form->bits % 8 == 0 && form->ndim >= 0 && form->ndim <= SHMBROKER_MAX_DIMS;
+    for (int i = 0; fits && i < form->ndim; i++)
+        fits = form->shape[i] >= 0 && !__builtin_mul_overflow(nbytes, (uint64_t)form->shape[i], &nbytes);
+    if (!fits || offset > (uint64_t)home->map.len || nbytes > (uint64_t)home->map.len - offset) {
+        PyErr_Format(PyExc_ValueError, "a tensor at %llu does not lie in %zd bytes", (unsigned long long)offset, home->map.len);
+        return NULL;
+    }
+    Lease *lease = PyMem_RawMalloc(sizeof *lease);
+    if (lease == NULL) {
+        PyErr_NoMemory();
+        return NULL;
+    }
+    memcpy(lease->shape, form->shape, sizeof form->shape);
+    int64_t step = 1;
+    for (int i = form->ndim - 1; i >= 0; i--) {
+        lease->strides[i] = step;
+        step *= form->shape[i] ? form->shape[i] : 1;
+    }
+    lease->block = Py_NewRef(block);
+    lease->home = home;
+    atomic_fetch_add_explicit(&home->shares, 1, memory_order_relaxed);
+    return lease;
+}
+
+static DLTensor lent_tensor(Lease *lease, const Form *form, uint64_t offset)
+{
+    return (DLTensor){
+        .data = (uint8_t *)lease->home->map.buf + offset,
+        .device = {DL_CPU, 0},
+        .ndim = form->ndim,
+        .dtype = {form->code, form->bits, 1},
+        .shape = lease->shape,
+        .strides = lease->strides,
+    };
+}
+
 /* tensor(room, offset, block) -> torch.Tensor */
 static PyObject *leases_tensor(Leases *self, PyObject *const *arguments, Py_ssize_t count)
 {
@@ -267,38 +283,19 @@ static PyObject *leases_tensor(Leases *self, PyObject *const *arguments, Py_ssiz
     uint64_t offset;
     if (!as_unsigned(arguments[1], UINT64_MAX, "offset", &offset))
         return NULL;
-    Home *home = self->home;
-    uint64_t nbytes = form.bits / 8;
-    bool fits = form.bits % 8 == 0 && form.ndim >= 0 && form.ndim <= SHMBROKER_MAX_DIMS;
-    for (int i = 0; fits && i < form.ndim; i++)
-        fits = form.shape[i] >= 0 && !__builtin_mul_overflow(nbytes, (uint64_t)form.shape[i], &nbytes);
-    if (!fits || offset > (uint64_t)home->map.len || nbytes > (uint64_t)home->map.len - offset) {
-        PyErr_Format(PyExc_ValueError, "a tensor at %llu does not lie in %zd bytes", (unsigned long long)offset, home->map.len);
-        return NULL;
-    }
-    Lease *lease = PyMem_RawMalloc(sizeof *lease);
+    Lease *lease = lend(self, &form, offset, arguments[2]);
     if (lease == NULL)
-        return PyErr_NoMemory();
-    memcpy(lease->shape, form.shape, sizeof form.shape);
+        return NULL;
     lease->managed = (DLManagedTensor){
-        .dl_tensor = {
-            .data = (uint8_t *)home->map.buf + offset,
-            .device = {DL_CPU, 0},
-            .ndim = form.ndim,
-            .dtype = {form.code, form.bits, 1},
-            .shape = lease->shape,
-        },
+        .dl_tensor = lent_tensor(lease, &form, offset),
         .manager_ctx = lease,
         .deleter = lease_died,
     };
     PyObject *capsule = PyCapsule_New(&lease->managed, "dltensor", capsule_died);
     if (capsule == NULL) {
-        PyMem_RawFree(lease);
+        end_lease(lease);
         return NULL;
     }
-    lease->block = Py_NewRef(arguments[2]);
-    lease->home = home;
-    atomic_fetch_add_explicit(&home->shares, 1, memory_order_relaxed);
     PyObject *tensor = PyObject_CallOneArg(self->from_dlpack, capsule);
     Py_DECREF(capsule);
     return tensor;
@@ -375,6 +372,34 @@ static PyType_Spec leases_spec = {
     .slots = leases_slots,
 };
 
+/* --- for other compiled parts: LeaseFunctions of _leases.h --------------------------------------------------------------------------------- */
+
+static PyObject *pop_of(PyObject *leases)
+{
+    return pop_block(((Leases *)leases)->home);
+}
+
+static Lease *lend_versioned(PyObject *leases, const Form *form, uint64_t offset, PyObject *block)
+{
+    Lease *lease = lend((Leases *)leases, form, offset, block);
+    if (lease != NULL)
+        lease->versioned = (DLManagedTensorVersioned){
+            .version = {1, 0},
+            .dl_tensor = lent_tensor(lease, form, offset),
+            .manager_ctx = lease,
+            .deleter = versioned_lease_died,
+        };
+    return lease;
+}
+
+static PyObject *tensor_of(Lease *lease, const DLPackExchange *exchange)
+{
+    void *tensor = NULL;
+    return exchange->to_object(&lease->versioned, &tensor) == 0 ? tensor : NULL;
+}
+
+static const LeaseFunctions functions = {.pop = pop_of, .lend = lend_versioned, .tensor_of = tensor_of, .give_up = end_lease};
+
 static int module_exec(PyObject *module)
 {
     PyObject *type = PyType_FromModuleAndSpec(module, &leases_spec, NULL);
@@ -382,6 +407,11 @@ static int module_exec(PyObject *module)
         return -1;
     int failed = PyModule_AddType(module, (PyTypeObject *)type);
     Py_DECREF(type);
+    PyObject *capsule = failed ? NULL : PyCapsule_New((void *)&functions, LEASE_FUNCTIONS, NULL);
+    if (capsule == NULL)
+        return -1;
+    failed = PyModule_AddObjectRef(module, "functions", capsule);
+    Py_DECREF(capsule);
     return failed;
 }
 

@@ -94,6 +94,9 @@ class Picture(NamedTuple):
 class Arena:
     """Blocks of one segment as tensors. Thread-safe."""
 
+    # What compiled calls work on too has slots.
+    __slots__ = ("__dict__", "__weakref__", "_busy", "_idle", "_idle_count", "_leases", "_named", "_ring", "blocks")
+
     def __init__(self, segment: Segment) -> None:
         geometry = segment.geometry
         address = torch.frombuffer(segment.map, dtype=torch.uint8).data_ptr()

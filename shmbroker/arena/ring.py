@@ -63,6 +63,8 @@ class Occupancy:
 class RingAllocator:
     """Places blocks in ``[offset, offset + nbytes)``. Not thread-safe: the arena holds the lock."""
 
+    __slots__ = ("_cursor", "_first", "block_count", "held_bytes", "high_water_bytes", "large", "nbytes", "offset", "placed")
+
     def __init__(self, offset: int, nbytes: int) -> None:
         if nbytes <= 0 or nbytes % ALIGNMENT or offset % ALIGNMENT:
             raise ValueError(f"a ring needs offset and size in multiples of {ALIGNMENT}, not {offset} and {nbytes}")

@@ -11,6 +11,7 @@ import torch
 from shmbroker.call.completions import Settling, release_waiter
 from shmbroker.call.plain_tensors import refuse_gradient
 from shmbroker.call.plan import Plan
+from shmbroker.call.records import CallRecord
 from shmbroker.call.state import DONE, EXPIRED, OUTSTANDING, CallState
 from shmbroker.call.statistics import OpStatistics
 from shmbroker.call.write_back import Back, copy_back
@@ -25,35 +26,27 @@ clock_ns = time.monotonic_ns
 """The one clock of a call: deadlines in frames are told by it too."""
 
 
-class Call:
+class Call(CallRecord):
     """One call from submission to completion. It has the holds of the blocks that its frame names, so none is placed anew meanwhile (A5)."""
 
-    __slots__ = (
-        "back",
-        "begun_ns",
-        "call_id",
-        "copied_bytes",
-        "copy_ns",
-        "deadline_ns",
-        "error",
-        "future",
-        "holds",
-        "inputs",
-        "outputs",
-        "plan",
-        "state",
-        "submitted_ns",
-        "wake",
-    )
+    __slots__ = ()
 
     back: Back
     """Set where inputs were copied, as are ``copied_bytes`` and ``copy_ns``."""
+    begun_ns: int
     call_id: int
+    copied_bytes: int
     copy_ns: int
-    submitted_ns: int
-    wake: threading.Lock | None
+    deadline_ns: int
     error: ShmBrokerError | None
     future: Settling | None
+    holds: Sequence[object]
+    inputs: Sequence[torch.Tensor]
+    outputs: Sequence[torch.Tensor]
+    plan: Plan
+    state: CallState
+    submitted_ns: int
+    wake: threading.Lock | None
 
     def __init__(
         self,
@@ -72,7 +65,7 @@ class Call:
         self.deadline_ns = deadline_ns
         self.holds = holds
         self.call_id = 0
-        self.state: CallState = OUTSTANDING
+        self.state = OUTSTANDING
         self.copied_bytes = 0
         self.error = self.wake = self.future = None
 

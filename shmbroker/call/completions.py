@@ -78,6 +78,9 @@ BlockUntil = Callable[[Callable[[], bool], tuple[Receiver, ...], float], bool]
 class CompletionLoop:
     """The waiters on one doorbell. ``block`` looks at the receivers for a while, then blocks until ``ready()``, at most so many seconds."""
 
+    # What compiled calls look at too has slots.
+    __slots__ = ("__dict__", "__weakref__", "_wanted")
+
     def __init__(self, block: BlockUntil, look_seconds: float = 0.0) -> None:
         """``look_seconds``: how long a leader looks at the receivers before it asks ``block``, which does the same and more."""
         self._block = block
@@ -258,6 +261,21 @@ class CompletionLoop:
             source.check_peer()
 
     # --- calls that no thread waits for ---------------------------------------------------------------------------------------------
+
+    @property
+    def is_led(self) -> Callable[[], bool]:
+        """What tells whether somebody reads, and :attr:`followers` who waits meanwhile: for calls that need not wait for either."""
+        return self._leader.locked
+
+    @property
+    def followers(self) -> list[Waitable]:
+        """Those that wait for a word from the leader."""
+        return self._followers
+
+    @property
+    def look_seconds(self) -> float:
+        """How long a leader looks at the receivers before it blocks."""
+        return self._look_seconds
 
     def watch(self, call: Waitable) -> None:
         """Have ``call`` completed in the background: for futures with callbacks, which nobody need wait for."""

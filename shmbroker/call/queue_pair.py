@@ -9,9 +9,11 @@ the pair's :class:`~shmbroker.call.completions.CompletionLoop`, and by nobody el
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 from collections.abc import Callable, Sequence, Sized
+from typing import Protocol
 
 from shmbroker.call.call import Call, clock_ns
 from shmbroker.call.completions import CompletionLoop, Waitable
@@ -29,8 +31,18 @@ from shmbroker.settings.kinds import Lane
 log = logging.getLogger(__name__)
 
 
+class Closeable(Protocol):
+    """What is closed with a pair."""
+
+    def close(self) -> None:
+        """A second time does nothing."""
+
+
 class QueuePair:
     """Carries calls to one worker and brings their completions. Thread-safe. It owns the lane's end and the watch on the worker."""
+
+    # What compiled calls look at too has slots.
+    __slots__ = ("__dict__", "__weakref__", "_due", "_lost", "_outstanding", "buckets", "lane")
 
     def __init__(
         self,
@@ -58,10 +70,13 @@ class QueuePair:
         self._outstanding: dict[int, Call] = {}
         self.unanswered: list[Sequence[object]] = []
         """The holds of the blocks of calls that were outstanding when the channel was closed, until the worker is known not to run them."""
-        self._last_call_id = 0
+        self.call_ids = itertools.count(1)
+        """Of this pair's calls: whoever takes one has it alone, with no lock."""
         self._unknown_completions = 0
         self._lost: ShmBrokerError | None = None
         """Why no call is taken any more: in these words, by an error of its own for each."""
+        self.fast_ends: Closeable | None = None
+        """What compiled calls have of the lane, once there are any."""
         self._due: Sized = ()
         self._do_due: Callable[[], None] = _nothing
         completions.add(self)
@@ -89,7 +104,7 @@ class QueuePair:
             lane = self.lane
             if len(outstanding) >= lane.depth:
                 return False
-            self._last_call_id = call.call_id = call_id = self._last_call_id + 1
+            call.call_id = call_id = next(self.call_ids)
             call.submitted_ns = now = clock_ns()
             outstanding[call_id] = call  # before the frame is seen: the answer may be there in the same moment
             try:
@@ -241,6 +256,8 @@ class QueuePair:
         self.has_frames = bool  # never
         self.receivers = ()
         self.nudge = _nothing
+        if self.fast_ends is not None:
+            self.fast_ends.close()
         self.completions.alone(self.lane.close)  # nobody waits on it then, and whoever comes later finds it closed
         if self.lane.kind is Lane.ZMQ:
             self.completions.close()  # it was this pair's alone

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from enum import Enum
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import msgspec
 import torch
@@ -35,6 +35,14 @@ ASKING_NS = 1_000_000
 
 OutputsOf = Callable[[Sequence[TensorSpec], dict[str, Any], float | None], Outputs]
 """The outputs for such inputs and per-call arguments, told within so many seconds; None for no limit."""
+
+
+class FastPath(Protocol):
+    """Learns which calls are ordinary, for a :class:`RemoteOp` that makes them without Python."""
+
+    def learn(self, plan: Plan, inputs: tuple[torch.Tensor, ...]) -> None:
+        """Tensors of such forms are called by ``plan``."""
+
 
 _arguments_encoder = msgspec.msgpack.Encoder()
 
@@ -67,6 +75,7 @@ class RemoteOp:
         "_plans",
         "_statistics",
         "_timeout",
+        "fast",
         "in_place",
         "name",
         "op_id",
@@ -98,6 +107,8 @@ class RemoteOp:
         self._plans: dict[object, Plan] = {}
         self._timeout: tuple[float | None, int] = None, 0
         """The last one with its nanoseconds: it is the same object in call after call."""
+        self.fast: FastPath | None = None
+        """What knows the kinds of calls that are made without Python, where they are."""
 
     def __repr__(self) -> str:
         counted = self._statistics
@@ -137,6 +148,9 @@ class RemoteOp:
     def capture(self, *inputs: torch.Tensor, **arguments: Any) -> CapturedCall:
         """Place inputs and outputs and pack the frame once, to be replayed many times on the same blocks."""
         call, offsets, generations = self._prepare(inputs, None, arguments)
+        return self._captured(call, offsets, generations)
+
+    def _captured(self, call: Call, offsets: list[int], generations: list[int]) -> CapturedCall:
         return CapturedCall(self, call, offsets, generations)
 
     @staticmethod
@@ -293,6 +307,8 @@ class RemoteOp:
             if len(self._plans) >= _KNOWN_PLANS:
                 self._plans.clear()
             self._plans[key] = plan
+            if self.fast is not None and not (packed or spaces or output_space):
+                self.fast.learn(plan, tuple(inputs))
         return plan
 
     def resubmit(self, like: Call, offsets: list[int], generations: list[int], timeout: Timeout, written: Places | None = None) -> Call:
@@ -351,7 +367,7 @@ class CapturedCall:
     raises :class:`BadInput`.
     """
 
-    __slots__ = ("_call", "_generations", "_handed", "_offsets", "_op", "_written", "inputs", "outputs")
+    __slots__ = ("_call", "_generations", "_handed", "_offsets", "_op", "_written", "fast", "inputs", "outputs")
 
     def __init__(self, op: RemoteOp, call: Call, offsets: list[int], generations: list[int]) -> None:
         self._op = op
@@ -363,6 +379,8 @@ class CapturedCall:
         self._handed = places_of([one for one in self.inputs if isinstance(one, torch.Tensor)])
         """Inputs that are no kept tensors."""
         self._written = places_of(self.outputs)
+        self.fast: object = None
+        """What it is replayed by without Python, where it is."""
 
     def __repr__(self) -> str:
         inputs, outputs = (", ".join(str(spec_of(tensor)) for tensor in tensors) or "nothing" for tensors in (self.inputs, self.outputs))
@@ -384,8 +402,12 @@ class CapturedCall:
                 moved = True
         result = op.wait(call)
         if moved:
-            check_places(f"op {op.name!r}: captured output", self._written)
+            self.check_written()
         return result
+
+    def check_written(self) -> None:
+        """Raise :class:`BadInput` where an output does not lie any more where the worker writes it."""
+        check_places(f"op {self._op.name!r}: captured output", self._written)
 
     def submit(self, *, timeout: Timeout = _UNSET) -> CallFuture:
         """Call again without waiting. The same blocks are used by every replay: wait for one before the next."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from typing import NamedTuple
 
+from shmbroker.call.records import Counters
 from shmbroker.memory.layout import BUCKETS, FIRST_BUCKET
 
 SAMPLES = 1 << 16
@@ -51,24 +52,10 @@ def nothing_told() -> TrustCounts:
     return TrustCounts("")
 
 
-class OpStatistics:
+class OpStatistics(Counters):
     """Counters of one bound op. Times in nanoseconds, sizes in bytes. Written by whoever completes a call, read at any time."""
 
-    __slots__ = (
-        "build_ns",
-        "calls",
-        "compute_ns",
-        "copied_bytes",
-        "copy_ns",
-        "errors",
-        "name",
-        "queued_ns",
-        "read_ns",
-        "received_bytes",
-        "rpc_ns",
-        "samples",
-        "sent_bytes",
-    )
+    __slots__ = ("name", "samples")
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -76,23 +63,23 @@ class OpStatistics:
 
     def reset(self) -> None:
         """Count from 0."""
-        self.calls = 0
-        self.errors = 0
-        self.rpc_ns = 0
+        self.calls: int = 0
+        self.errors: int = 0
+        self.rpc_ns: int = 0
         """From the call until its outputs are in the caller's hands."""
-        self.compute_ns = 0
+        self.compute_ns: int = 0
         """Of it, the op on the worker."""
-        self.queued_ns = 0
+        self.queued_ns: int = 0
         """Of it, from the frame's writing until the worker took it."""
-        self.copy_ns = 0
+        self.copy_ns: int = 0
         """Of it, copying inputs that did not lie in the arena."""
-        self.build_ns = 0
+        self.build_ns: int = 0
         """Of it, placing outputs, building and publishing the frame."""
-        self.read_ns = 0
+        self.read_ns: int = 0
         """Of it, reading the completion."""
-        self.sent_bytes = 0
+        self.sent_bytes: int = 0
         """Inputs, handed over through shared memory."""
-        self.received_bytes = 0
+        self.received_bytes: int = 0
         """Outputs, the same way."""
-        self.copied_bytes = 0
+        self.copied_bytes: int = 0
         self.samples: deque[int] = deque(maxlen=SAMPLES)

@@ -13,6 +13,7 @@ import torch
 from shmbroker.arena.spec import NAME_OF, TensorSpec, dtype_named
 from shmbroker.call.call import clock_ns
 from shmbroker.call.client_memory import ClientMemory
+from shmbroker.call.compiled_op import op_class
 from shmbroker.call.kept import Kept, KeptBooks
 from shmbroker.call.placement import Placement
 from shmbroker.call.queue_pair import QueuePair
@@ -129,7 +130,7 @@ class Channel:
 
     def _remote_op(self, name: str, op_id: int, outputs: OutputsOf, statistics: OpStatistics, in_place: bool = False) -> RemoteOp:
         self._statistics.append(statistics)
-        return RemoteOp(self.pair, self._placement, self._timeout, name, op_id, outputs, statistics, in_place)
+        return op_class(self.pair)(self.pair, self._placement, self._timeout, name, op_id, outputs, statistics, in_place)
 
     @staticmethod
     def _local_outputs(out_spec: OutSpec, static: dict[str, Any]) -> OutputsOf:

@@ -34,15 +34,6 @@ typedef struct {
  *   Failure  TypeError and RuntimeError, before the lock is let go.
  */
 
-static void relax(void)
-{
-#if defined(__x86_64__) || defined(__i386__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    __asm__ __volatile__("yield");
-#endif
-}
-
 static uint64_t clock_ns(void)
 {
     struct timespec now;

@@ -209,6 +209,16 @@ static inline bool commit(Sender *self, uint8_t *slot)
     return wake(self);
 }
 
+/* Between two looks. */
+static inline void relax(void)
+{
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ __volatile__("yield");
+#endif
+}
+
 /* --- receiving ---------------------------------------------------------------------------------------------------------------------------- */
 
 /* Whether a frame is published and not yet taken. Needs no interpreter lock. */

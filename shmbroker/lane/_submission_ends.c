@@ -2,6 +2,7 @@
  * frames.py. */
 
 #include "_ends.h"
+#include "_keys.h"
 
 typedef struct shmbroker_submission_frame Submission;
 typedef struct shmbroker_tensor_descriptor Descriptor;
@@ -161,12 +162,10 @@ END_TYPE(SubmissionSender, submission_sender, "The client's end of the submissio
  *   Failure  take: only memory can be wanting (MemoryError); then nothing is taken, and the frame is still there.
  */
 
-enum { KEYS = 256 }; /* frames recognised by their bytes alone, so that Python hashes each only once; a power of two */
-
 typedef struct {
     PyObject_HEAD
     Receiver receiver;
-    PyObject *keys[KEYS];
+    Keys keys;
 } SubmissionReceiver;
 _Static_assert(offsetof(SubmissionReceiver, receiver) == offsetof(AnyReceiver, receiver), "begins like AnyReceiver");
 
@@ -178,29 +177,8 @@ static int submission_receiver_init(SubmissionReceiver *self, PyObject *argument
 static void submission_receiver_dealloc(SubmissionReceiver *self)
 {
     close_queue(&self->receiver.queue);
-    for (int i = 0; i < KEYS; i++)
-        Py_XDECREF(self->keys[i]);
+    forget_keys(&self->keys);
     free_object((PyObject *)self);
-}
-
-/* The frame's constant part, as the very object that was given for the same bytes before where there is one: its hash is known. */
-static PyObject *key_of(SubmissionReceiver *self, const Submission *frame)
-{
-    const char *start = (const char *)&frame->op_id;
-    unsigned tensors = (frame->input_count & 0xff) + (frame->output_count & 0xff);
-    if (tensors > SHMBROKER_MAX_TENSORS)
-        tensors = SHMBROKER_MAX_TENSORS;
-    Py_ssize_t nbytes = (Py_ssize_t)(offsetof(Submission, tensors) - offsetof(Submission, op_id) + tensors * sizeof(Descriptor));
-    uint64_t mixed = frame->op_id;
-    for (unsigned i = 0; i < tensors; i++)
-        mixed = (mixed ^ frame->tensors[i].offset) * 0x9e3779b97f4a7c15u;
-    PyObject **known = &self->keys[mixed >> 32 & (KEYS - 1)];
-    if (*known != NULL && PyBytes_GET_SIZE(*known) == nbytes && memcmp(PyBytes_AS_STRING(*known), start, (size_t)nbytes) == 0)
-        return Py_NewRef(*known);
-    PyObject *key = PyBytes_FromStringAndSize(start, nbytes);
-    if (key != NULL)
-        Py_XSETREF(*known, Py_NewRef(key));
-    return key;
 }
 
 /* take() -> (call_id, deadline_ns, submitted_ns, key, frame) | None */
@@ -215,7 +193,7 @@ static PyObject *submission_receiver_take(SubmissionReceiver *self, PyObject *Py
     if (bytes == NULL)
         return NULL;
     Submission *frame = (Submission *)PyBytes_AS_STRING(bytes);
-    PyObject *key = key_of(self, frame);
+    PyObject *key = key_of(&self->keys, frame);
     if (key == NULL) {
         Py_DECREF(bytes);
         return NULL;

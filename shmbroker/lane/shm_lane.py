@@ -51,6 +51,7 @@ class ShmClientLane:
         self.doorbell: Doorbell = worker_bell.kind
         sender = SubmissionSender(segment, offsets.submissions, offsets.submissions_taken, offsets.worker_sleeping, worker_bell.ring)
         receiver = CompletionReceiver(segment, offsets.completions, offsets.completions_taken)
+        self.ends = sender, receiver
         self.receivers: tuple[Receiver, ...] = (receiver,)
         self.submit = sender.submit
         self.nudge = sender.nudge
@@ -61,7 +62,7 @@ class ShmClientLane:
         """Give the worker's bell up, and the segment."""
         self.peer_bell.close()
         if hasattr(self, "submit"):
-            del self.submit, self.nudge, self.receivers, self.take, self.ready
+            del self.ends, self.submit, self.nudge, self.receivers, self.take, self.ready
 
 
 class ShmWorkerLane:
@@ -77,6 +78,7 @@ class ShmWorkerLane:
         """The word to set while blocked, for the client to see."""
         sender = CompletionSender(segment, offsets.completions, offsets.completions_taken, CLIENT_SLEEPING, client_bell.ring)
         self.receiver = SubmissionReceiver(segment, offsets.submissions, offsets.submissions_taken)
+        self.sender = sender
         self.complete = sender.complete
         """False when the client has left its queue full, against the rules."""
         self.take = self.receiver.take
@@ -102,4 +104,4 @@ class ShmWorkerLane:
         """Give the client's bell up, and the segment."""
         self.peer_bell.close()
         if hasattr(self, "complete"):
-            del self.complete, self.receiver, self.take, self.ready, self.sleeping, self._words
+            del self.complete, self.sender, self.receiver, self.take, self.ready, self.sleeping, self._words

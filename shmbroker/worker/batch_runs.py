@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 
+from shmbroker.errors import describe
 from shmbroker.lane.completion_frames import CompletionFields
 from shmbroker.lane.frames import Taken
 from shmbroker.lane.shm_lane import ShmWorkerLane
@@ -107,9 +108,10 @@ class BatchRuns:
             failed = False
             try:
                 batch.gatherer.run([(held.prepared, held.rows) for held in batch.held])
-            except BaseException:  # whatever the op raises, SystemExit too
+            except BaseException as error:  # whatever the op raises, SystemExit too
                 failed = True
-                log.info("calls of %d clients failed together, and are run one by one", len(batch.held), exc_info=True)
+                # Its text alone: whoever keeps what is logged would keep the inputs with its traceback.
+                log.info("calls of %d clients failed together, and are run one by one: %s", len(batch.held), describe(error))
             done_ns = _clock_ns()
             part_ns = (done_ns - begun_ns) // sum([held.rows for held in batch.held])
             for held in batch.held:

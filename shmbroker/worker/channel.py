@@ -23,6 +23,7 @@ from shmbroker.lane.op_error import pack_op_error
 from shmbroker.lane.submission_reader import Submission
 from shmbroker.memory.layout import TEXT_BYTES, ChannelStatistics, Space, Status, offset_of
 from shmbroker.memory.statistics_block import StatisticsBlock
+from shmbroker.worker.counters import Counters
 from shmbroker.worker.device_completions import InFlight
 from shmbroker.worker.device_memory import Launched
 from shmbroker.worker.kept_calls import about_kept, with_kept
@@ -59,18 +60,20 @@ class Rejected(Exception):
     """A frame that is not run. No error that an op can raise: whatever an op raises is the op's error."""
 
 
-@dataclass(slots=True)
-class ChannelCounters:
+class ChannelCounters(Counters):
     """What a channel has done. Added to without a lock: where two threads add at one instant, one addition may be missing."""
 
-    calls: int = 0
-    errors: int = 0
-    compute_ns: int = 0
-    queued_ns: int = 0
-    batched: int = 0
-    """Calls that were computed together with those of other clients."""
-    batched_with: int = 0
-    """All calls of the batches that those were in."""
+    __slots__ = ()
+
+    def __init__(self) -> None:
+        self.calls: int = 0
+        self.errors: int = 0
+        self.compute_ns: int = 0
+        self.queued_ns: int = 0
+        self.batched: int = 0
+        """Calls that were computed together with those of other clients."""
+        self.batched_with: int = 0
+        """All calls of the batches that those were in."""
 
 
 @dataclass(slots=True)
@@ -193,7 +196,7 @@ class WorkerChannel:
             log.warning("call %d of %s was refused: %s", call_id, self.opened.client_name, error)
             return Completion(call_id, Status.BAD_FRAME, queued_ns, 0, pack_text(str(error)))
         except BaseException as error:  # whatever the op raises, SystemExit too, is the answer to the call; the worker lives on
-            return self._failed(call_id, key, queued_ns, begun_ns, error)
+            return self.failed(call_id, key, queued_ns, begun_ns, error)
         compute_ns = _clock_ns() - begun_ns
         counters.compute_ns += compute_ns
         in_flight = None
@@ -201,12 +204,28 @@ class WorkerChannel:
             if self.mapped.memory.asynchronous and hasattr(launched, "wait"):
                 in_flight = self._in_flight(cast(Launched, launched), call_id, key, queued_ns, begun_ns)
             launched = None  # an op may return an input
+        if in_flight is not None and known:
+            return in_flight
+        return self.ended(call_id, key, queued_ns, begun_ns, compute_ns, prepared, known, in_flight)
+
+    def ended(
+        self,
+        call_id: int,
+        key: bytes,
+        queued_ns: int,
+        begun_ns: int,
+        compute_ns: int,
+        prepared: PreparedCall,
+        known: bool = True,
+        in_flight: InFlight | None = None,
+    ) -> CompletionFields | InFlight:
+        """What becomes of a call whose op was run, or launched: its completion. ``known``: that it has run before."""
         try:
             changed = in_flight is None and prepared.changed()
             if changed or not known:
                 self._look_closer(key, prepared, changed)
         except Exception as error:  # ContractBroken; and what an odd tensor makes of the look at it must not end the worker
-            return self._failed(call_id, key, queued_ns, begun_ns, error)
+            return self.failed(call_id, key, queued_ns, begun_ns, error)
         return in_flight or (call_id, 0, queued_ns, compute_ns, b"")
 
     def go_on(self) -> CompletionFields | None:
@@ -231,7 +250,7 @@ class WorkerChannel:
                 self._look_closer(one.key, one.prepared, changed)
         except BaseException as error:  # as in run
             self.unfinished = None
-            return self._failed(one.call_id, one.key, one.queued_ns, begun_ns - one.compute_ns, error)
+            return self.failed(one.call_id, one.key, one.queued_ns, begun_ns - one.compute_ns, error)
         return one.call_id, 0, one.queued_ns, one.compute_ns, b""
 
     def known(self, taken: Taken) -> PreparedCall | None:
@@ -285,7 +304,8 @@ class WorkerChannel:
             prepared.check_copies()
             self._keep(key, prepared)
 
-    def _failed(self, call_id: int, key: bytes, queued_ns: int, begun_ns: int, error: BaseException) -> CompletionFields:
+    def failed(self, call_id: int, key: bytes, queued_ns: int, begun_ns: int, error: BaseException) -> CompletionFields:
+        """The completion of a call whose op has raised ``error``, or has done what it may not."""
         self.counters.errors += 1
         self._prepared.pop(key, None)
         ended_ns = _clock_ns()
@@ -299,7 +319,7 @@ class WorkerChannel:
 
         def finish(error: BaseException | None) -> CompletionFields:
             if error is not None:
-                return self._failed(call_id, key, queued_ns, begun_ns, error)
+                return self.failed(call_id, key, queued_ns, begun_ns, error)
             done_ns = _clock_ns()
             self.counters.compute_ns += done_ns - launched_ns
             return call_id, 0, queued_ns, done_ns - begun_ns, b""

@@ -27,6 +27,7 @@ from shmbroker.worker.backlog import Backlog
 from shmbroker.worker.batch_runs import BatchRuns
 from shmbroker.worker.batching import Batching
 from shmbroker.worker.channel import WorkerChannel
+from shmbroker.worker.compiled_steps import Steps
 from shmbroker.worker.device_completions import DeviceCompletions, InFlight
 from shmbroker.worker.draining import Stop
 from shmbroker.worker.message_loop import MessageLoop
@@ -169,12 +170,16 @@ class FrameLoop:
 
         waiter = bell_waiter
         receivers: tuple[Receiver, ...] = ()
+        steps = Steps(self._turns, self._overfull)
         stop, watchdog = self._stop, self._watchdog
         while not stop.requested:
             if watchdog is not None:
                 watchdog.turning("frames")
             if not changes.empty():
+                steps.of(())
                 self.make_changes()
+                if self._completions is None:
+                    steps.of(lanes)
                 receivers = tuple([lane.receiver for _, lane in lanes])
                 waiter = poll_waiter if any(lane.doorbell is Doorbell.POLL for _, lane in lanes) else bell_waiter
                 # Both: the words of a client that is gone would keep its memory mapped.
@@ -182,7 +187,7 @@ class FrameLoop:
             if self._sharing or shares.several:
                 if not self._share(lanes):
                     waiter.wait(something, receivers, self._until_due())
-            elif not self._run_one_each(lanes, False):
+            elif not steps.run() and not self._run_one_each(lanes, False):
                 waiter.wait(something, receivers, SHM_WAIT_SECONDS)
 
     def _share(self, lanes: list[tuple[WorkerChannel, ShmWorkerLane]]) -> bool:

@@ -12,6 +12,7 @@ from sys import getrefcount
 
 import torch
 
+from shmbroker.worker.counters import Watched, WatchedInputs
 from shmbroker.worker.ops import BoundOp, Static
 
 _storage_uses: Callable[[int], int] = torch._C._storage_Use_Count
@@ -38,7 +39,7 @@ class PreparedCall:
     the kind ``tried_as``, what they were. ``divisible``: it may be run in pieces, where the op is one that can.
     """
 
-    __slots__ = ("_unwritten", "_watched", "inputs", "op", "outputs", "pieces", "repeatable", "run", "single", "tried_as")
+    __slots__ = ("_unwritten", "_watched", "inputs", "op", "outputs", "pieces", "repeatable", "run", "single", "tried_as", "watched")
 
     def __init__(
         self,
@@ -63,6 +64,8 @@ class PreparedCall:
         self.tried_as = tried_as
         self._unwritten = unwritten
         self._watched: tuple[_Watched, ...] = ()
+        self.watched: Watched | None = None
+        """What tells the same as :meth:`changed`, where steps are compiled."""
 
     def watch(self) -> None:
         """Note how the inputs are while no op has them. Called once whoever prepared the call has let go of them."""
@@ -72,6 +75,8 @@ class PreparedCall:
         )
         references = self._references()
         self._watched = tuple([(*one[:4], count) for one, count in zip(self._watched, references, strict=True)])
+        if WatchedInputs is not None:
+            self.watched = WatchedInputs(self.inputs, tuple(storages))
 
     def _references(self) -> list[int]:
         """Of each input, counted as :meth:`changed` does: the loop has some itself."""

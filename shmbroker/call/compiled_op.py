@@ -1,0 +1,130 @@
+"""Ops whose ordinary calls and replays are made without Python, where the compiled calls are there and a channel is such that they can be.
+
+What is ordinary is told in ``_calls.c``; whatever else is called is called as in :mod:`shmbroker.call.remote_op`, whose classes these are.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from shmbroker.arena.arena import Arena
+from shmbroker.arena.ring import Extent, RingAllocator
+from shmbroker.arena.room import Room
+from shmbroker.call.call import Call, Result
+from shmbroker.call.completions import CompletionLoop
+from shmbroker.call.plain_tensors import levels
+from shmbroker.call.plan import Plan
+from shmbroker.call.queue_pair import QueuePair
+from shmbroker.call.records import CALLS_COMPILED
+from shmbroker.call.remote_op import CapturedCall, RemoteOp
+from shmbroker.call.state import DONE, OUTSTANDING
+from shmbroker.call.statistics import OpStatistics
+from shmbroker.lane.frames import FrameTemplate
+from shmbroker.lane.shm_lane import ShmClientLane
+
+
+def _wait(pair: QueuePair, call: Call) -> Result:
+    """The result of a call that is not answered at once."""
+    if not pair.completions.wait(call, call.deadline_ns):
+        pair.expire(call)
+    return call.result()
+
+
+COMPILED = False
+"""Whether ordinary calls are made without Python: where torch exchanges tensors by C functions, and all compiled parts are there."""
+
+if CALLS_COMPILED or TYPE_CHECKING:
+    from shmbroker.arena import _leases
+    from shmbroker.call import _calls
+    from shmbroker.lane import _ends
+
+    try:
+        _calls.set_up(
+            Arena=Arena,
+            Call=Call,
+            CapturedCall=CapturedCall,
+            CompletionLoop=CompletionLoop,
+            CompletionReceiver=_ends.CompletionReceiver,
+            DONE=DONE,
+            Extent=Extent,
+            FrameTemplate=FrameTemplate,
+            Leases=_leases.Leases,
+            OUTSTANDING=OUTSTANDING,
+            OpStatistics=OpStatistics,
+            Plan=Plan,
+            QueuePair=QueuePair,
+            RemoteOp=RemoteOp,
+            RingAllocator=RingAllocator,
+            Room=Room,
+            SubmissionSender=_ends.SubmissionSender,
+            Tensor=torch.Tensor,
+            check_written=CapturedCall.check_written,
+            levels=vars(levels),
+            op_call=RemoteOp.__call__,
+            replay=CapturedCall.replay,
+            wait=_wait,
+        )
+        COMPILED = True
+    except (AttributeError, TypeError):
+        pass  # a torch that has no exchange of tensors, or another one
+
+
+if COMPILED or TYPE_CHECKING:
+
+    class CompiledCapturedCall(_calls.Replayable, CapturedCall):
+        """A :class:`CapturedCall` whose ordinary replays are compiled."""
+
+        __slots__ = ()
+
+    class CompiledOp(_calls.Callable, RemoteOp):
+        """A :class:`RemoteOp` whose ordinary calls are compiled."""
+
+        __slots__ = ("_path",)
+
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            pair, loop = self._pair, self._pair.completions
+            lane = pair.lane
+            assert isinstance(lane, ShmClientLane)
+            if pair.fast_ends is None:
+                pair.fast_ends = _calls.Ends(*lane.ends)
+            self.fast = self._path = _calls.FastPath(
+                pair=pair,
+                loop=loop,
+                arena=self._arena,
+                statistics=self._statistics,
+                lane=lane,
+                is_led=loop.is_led,
+                call_ids=pair.call_ids,
+                followers=loop.followers,
+                ends=pair.fast_ends,
+                address=self._arena.address,
+                limit_ns=self._limit_ns(self._default_timeout),
+                look_ns=int(loop.look_seconds * 1e9),
+            )
+
+        def _captured(self, call: Call, offsets: list[int], generations: list[int]) -> CapturedCall:
+            captured = CompiledCapturedCall(self, call, offsets, generations)
+            plan = call.plan
+            if plan.before is None and not plan.output_space and len(captured._handed) == len(captured.inputs):
+                captured.fast = _calls.Capture(
+                    path=self._path,
+                    plan=plan,
+                    inputs=captured.inputs,
+                    outputs=captured.outputs,
+                    offsets=offsets,
+                    generations=generations,
+                    holds=call.holds,
+                    handed=captured._handed,
+                    written=captured._written,
+                )
+            return captured
+
+
+def op_class(pair: QueuePair) -> type[RemoteOp]:
+    """Of the ops that are bound on a channel."""
+    if COMPILED and type(pair) is QueuePair and type(pair.lane) is ShmClientLane:
+        return CompiledOp
+    return RemoteOp

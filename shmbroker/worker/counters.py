@@ -1,0 +1,39 @@
+"""What a worker counts of a channel and notes of a call's inputs: by C where the compiled steps are there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from shmbroker.lane.ends import COMPILED
+
+
+class Watched(Protocol):
+    """Inputs as they were while no op had them."""
+
+    def changed(self) -> bool:
+        """Whether one is not as it was."""
+
+
+STEPS_COMPILED = False
+
+if COMPILED:
+    try:
+        from shmbroker.worker import _steps
+
+        _steps.know_tensors(torch.Tensor, torch._C._storage_Use_Count)
+        STEPS_COMPILED = True
+    except (AttributeError, ImportError, TypeError):
+        pass  # not built, or a torch that tells of its tensors otherwise
+
+WatchedInputs: Callable[[tuple[torch.Tensor, ...], tuple[int, ...]], Watched] | None = _steps.Watched if STEPS_COMPILED else None
+"""Notes tensors and their storages; None where steps are not compiled."""
+
+if STEPS_COMPILED and not TYPE_CHECKING:
+    from shmbroker.worker._steps import Counters
+else:
+    from shmbroker.worker.python_counters import Counters
+
+__all__ = ["STEPS_COMPILED", "Counters", "Watched", "WatchedInputs"]
