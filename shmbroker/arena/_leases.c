@@ -14,7 +14,7 @@
 #include <string.h>
 #include <time.h>
 
-#include "../memory/shmbroker.h"
+#include <shmbroker/layout.h>
 
 /* DLPack 0.x, which every torch can read; see https://dmlc.github.io/dlpack/latest/c_api.html */
 typedef struct {
