@@ -18,7 +18,7 @@ from shmbroker.memory import layout
 from shmbroker.memory.geometry import Geometry
 from shmbroker.memory.segment import Segment
 from shmbroker.memory.stores import store
-from tests.c_programs import STRICT, compiled, compiler, ran
+from tests.c_programs import STRICT, compiled, compiler, ran, sanitizing
 from tests.conftest import SegmentOf
 
 HERE = Path(__file__).parent
@@ -36,10 +36,10 @@ WAYS = [(who, what, depth) for who in ("threads", "processes") for what in ("cal
 
 
 def test_the_package_tells_where_its_headers_are() -> None:
-    assert HEADERS == [
+    assert [
         "shmbroker.h",
         *(f"shmbroker/{name}.h" for name in ("bell", "doorbell", "frames", "layout", "queue", "segment", "word")),
-    ]
+    ] == HEADERS
 
 
 @pytest.mark.parametrize("header", HEADERS)
@@ -74,8 +74,10 @@ def test_shared_words_are_touched_by_the_steps_of_word_h_alone() -> None:
     assert not [str(path) for path in sources if word.search(path.read_text())]
 
 
-def test_what_an_end_does_holds_in_private_memory(tmp_path: Path) -> None:
-    done = ran(compiled(HERE / "core_queue.c", tmp_path / "queue", "-O2"))
+@pytest.mark.parametrize("sanitizer", ["", "address,undefined"])
+def test_what_an_end_does_holds_in_private_memory(sanitizer: str, tmp_path: Path) -> None:
+    by, *flags = sanitizing(tmp_path, sanitizer) if sanitizer else (compiler(),)
+    done = ran(compiled(HERE / "core_queue.c", tmp_path / "queue", "-O2", *flags, by=by))
     assert (done.returncode, done.stdout) == (0, "all well\n"), done.stderr
 
 
@@ -177,19 +179,12 @@ def test_the_same_holds_of_the_code_for_aarch64_under_emulation(way: tuple[str, 
 # ThreadSanitizer knows C's acquire and release, not its fences: it finds what Q1 to Q3 need, and says nothing of D1, which is the model's to check
 # (test_weak_memory.py). It does not see what the compiler makes of memcpy by itself, hence -fno-builtin.
 
-RACES = ("-O1", "-g", "-fsanitize=thread", "-fno-builtin", "-Wno-tsan")
+RACES = ("-O1", "-g", "-fno-builtin", "-Wno-tsan")
 
 
 def watched(folder: Path, include: Path = INCLUDE) -> Path:
-    by = compiler("gcc")
-    probe = folder / "probe.c"
-    probe.write_text("int main(void) { return 0; }\n")
-    built = subprocess.run(
-        [by, "-fsanitize=thread", "-Wno-tsan", str(probe), "-o", str(folder / "probe")], capture_output=True, check=False
-    )
-    if built.returncode or subprocess.run([str(folder / "probe")], capture_output=True, check=False).returncode:
-        pytest.skip("ThreadSanitizer of gcc does not work on this machine")
-    return compiled(HERE / "core_stress.c", folder / "watched", *RACES, by=by, include=str(include))
+    by, flag = sanitizing(folder, "thread")
+    return compiled(HERE / "core_stress.c", folder / "watched", *RACES, flag, by=by, include=str(include))
 
 
 def test_thread_sanitizer_finds_no_race_of_frames(tmp_path: Path) -> None:
