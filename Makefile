@@ -35,7 +35,7 @@ test-gpu: $(VENV)/ready
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cuda]'
 	$(BIN)/python -m pytest -rs tests/gpu_hardware tests/gpu_worker
 
-$(VENV)/ready: setup.cfg setup.py pyproject.toml constraints.txt $(wildcard shmbroker/*/*.c shmbroker/*/*.h)
+$(VENV)/ready: setup.cfg setup.py pyproject.toml constraints.txt $(wildcard shmbroker/*/*.c shmbroker/*/*.h shmbroker/*/*/*.h)
 	@echo "1 of 3: a virtual environment in $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
 	@echo "2 of 3: what the project needs, torch among it: some minutes, once"

@@ -11,7 +11,8 @@ def compiled(name: str, *beside: str, optimized: int = 2) -> Extension:
     return Extension(
         f"shmbroker.{name}",
         sources=[f"shmbroker/{room}/{file}.c" for file in (module, *beside)],
-        depends=sorted(glob("shmbroker/*/*.h")),
+        depends=sorted(glob("shmbroker/**/*.h", recursive=True)),
+        include_dirs=["shmbroker/include"],
         extra_compile_args=[
             "-std=gnu11",
             f"-O{optimized}",

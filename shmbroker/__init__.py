@@ -87,8 +87,14 @@ __all__ = [
     "WrongResult",
     "__version__",
     "connect",
+    "get_include",
     "local_broker",
 ]
+
+
+def get_include() -> str:
+    """The folder with the headers of the core in C, for a compiler's ``-I``: ``#include <shmbroker.h>``. See docs/c.md."""
+    return os.path.join(os.path.dirname(os.path.abspath(__file__)), "include")
 
 
 def __getattr__(name: str) -> object:

@@ -4,7 +4,8 @@
 
 #include "../memory/_arguments.h"
 
-#include "../memory/shmbroker.h"
+#include <shmbroker/layout.h>
+
 #include "_dlpack.h"
 
 /* Room.form, packed in Python: what a tensor is, less its place. */

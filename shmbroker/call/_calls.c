@@ -521,13 +521,12 @@ static inline void set_reference(PyObject **place, PyObject *value)
 static int publish(FastPath *self, const Kind *kind, CallRecord *record, PyObject *inputs, const Places *places, unsigned long long begun_ns)
 {
     Sender *sender = &((AnySender *)self->ends->sender)->sender;
-    uint8_t *slot = claim(sender);
+    uint8_t *slot = shmbroker_claim(&sender->queue);
     PyObject *call_id = slot == NULL ? NULL : PyIter_Next(self->call_ids);
     if (call_id == NULL) {
         PyErr_Clear();
         return 0;
     }
-    struct shmbroker_submission_frame *frame = (struct shmbroker_submission_frame *)slot;
     record->call_id = PyLong_AsUnsignedLongLong(call_id);
     record->begun_ns = begun_ns;
     record->deadline_ns = self->limit_ns ? begun_ns + self->limit_ns : 0;
@@ -543,16 +542,12 @@ static int publish(FastPath *self, const Kind *kind, CallRecord *record, PyObjec
         PyErr_Clear();
         return 0;
     }
-    memcpy(slot + SEQUENCE_BYTES, PyBytes_AS_STRING(kind->packed), (size_t)PyBytes_GET_SIZE(kind->packed));
     record->submitted_ns = clock_ns();
-    frame->call_id = record->call_id;
-    frame->deadline_ns = record->deadline_ns;
-    frame->submitted_ns = record->submitted_ns;
+    shmbroker_fill_submission(slot, PyBytes_AS_STRING(kind->packed), (size_t)PyBytes_GET_SIZE(kind->packed), record->call_id, record->deadline_ns,
+                              record->submitted_ns);
     int tensors = kind->input_count + kind->output_count;
-    for (int i = 0; i < tensors; i++) {
-        frame->tensors[i].offset = places->offsets[i];
-        frame->generations[i] = places->generations[i];
-    }
+    for (int i = 0; i < tensors; i++)
+        shmbroker_fill_tensor(slot, i, places->offsets[i], places->generations[i]);
     return commit(sender, slot) ? 1 : -1;
 }
 
@@ -592,11 +587,11 @@ static bool look(FastPath *self, const Kind *kind, CallRecord *record)
     unsigned long long until = record->submitted_ns + self->look_ns;
     do {
         for (int i = 0; i < LOOKS_FOR_EACH_CLOCK; i++) {
-            if (is_ready(receiver)) {
-                struct shmbroker_completion_frame frame; /* a private copy of its head (F1) */
-                memcpy(&frame, slot_of(&receiver->queue, receiver->queue.position), offsetof(struct shmbroker_completion_frame, body));
+            const uint8_t *slot = shmbroker_peek(&receiver->queue);
+            if (slot != NULL) {
+                struct shmbroker_completion_frame frame;
                 PyObject *outstanding = in_slot(self->pair, known.at.outstanding);
-                if (frame.call_id != record->call_id || frame.status || frame.text_bytes)
+                if (!shmbroker_copy_completion(slot, &frame) || frame.call_id != record->call_id || frame.status || frame.text_bytes)
                     return false;
                 PyObject *call_id = PyLong_FromUnsignedLongLong(frame.call_id);
                 bool was_outstanding = call_id != NULL && PyDict_DelItem(outstanding, call_id) == 0;
@@ -605,7 +600,7 @@ static bool look(FastPath *self, const Kind *kind, CallRecord *record)
                     PyErr_Clear();
                     return false;
                 }
-                advance(receiver);
+                shmbroker_advance(&receiver->queue);
                 finish(self, kind, record, frame.queued_ns, frame.compute_ns);
                 return true;
             }
@@ -658,7 +653,8 @@ static PyObject *wait_for(FastPath *self, const Kind *kind, CallRecord *record, 
 static bool nudge(FastPath *self)
 {
     PyObject *kept = Py_NewRef(self->ends->sender); /* which may be closed meanwhile */
-    bool nudged = wake(&((AnySender *)kept)->sender);
+    Sender *sender = &((AnySender *)kept)->sender;
+    bool nudged = ring_if(sender, shmbroker_nudge(sender->peer_sleeping));
     Py_DECREF(kept);
     return nudged;
 }

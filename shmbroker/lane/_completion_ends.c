@@ -50,18 +50,10 @@ static int write_completion(Sender *self, PyObject *completion)
         PyErr_Format(PyExc_ValueError, "a text of %zu bytes; a completion carries at most %d", text_bytes, SHMBROKER_TEXT_BYTES);
         return -1;
     }
-    uint8_t *slot = claim(self);
+    uint8_t *slot = shmbroker_claim(&self->queue);
     if (slot == NULL)
         return 0;
-    Completion *frame = (Completion *)slot;
-    frame->call_id = call_id;
-    frame->status = (uint32_t)status;
-    frame->reserved0 = 0;
-    frame->text_bytes = (uint32_t)text_bytes;
-    frame->reserved1 = 0;
-    frame->queued_ns = queued_ns;
-    frame->compute_ns = compute_ns;
-    memcpy(frame->body, PyBytes_AS_STRING(body), text_bytes);
+    shmbroker_fill_completion(slot, call_id, (uint32_t)status, queued_ns, compute_ns, PyBytes_AS_STRING(body), (uint32_t)text_bytes);
     return commit(self, slot) ? 1 : -1;
 }
 
@@ -70,7 +62,7 @@ static PyObject *completion_sender_complete(CompletionSender *self, PyObject *co
 {
     if (!is_made(&self->sender.queue))
         return NULL;
-    if (claim(&self->sender) == NULL)
+    if (shmbroker_claim(&self->sender.queue) == NULL)
         Py_RETURN_FALSE;
     if (!PyTuple_Check(completion)) {
         PyErr_SetString(PyExc_TypeError, "a completion is a tuple (call_id, status, queued_ns, compute_ns, body: bytes)");
@@ -113,7 +105,7 @@ static int completion_receiver_init(CompletionReceiver *self, PyObject *argument
 
 static void completion_receiver_dealloc(CompletionReceiver *self)
 {
-    close_queue(&self->receiver.queue);
+    close_receiver(&self->receiver);
     free_object((PyObject *)self);
 }
 
@@ -123,21 +115,20 @@ static PyObject *completion_receiver_take(CompletionReceiver *self, PyObject *Py
     Receiver *receiver = &self->receiver;
     if (!is_made(&receiver->queue))
         return NULL;
-    for (uint64_t passed = 0; passed <= receiver->queue.mask && is_ready(receiver); passed++) {
-        const Completion *slot = (const Completion *)slot_of(&receiver->queue, receiver->queue.position);
+    for (uint64_t passed = 0; passed <= receiver->queue.mask; passed++) {
+        const uint8_t *slot = shmbroker_peek(&receiver->queue);
+        if (slot == NULL)
+            break;
         Completion frame;
-        memcpy(&frame, slot, offsetof(Completion, body));
-        bool possible = frame.text_bytes <= SHMBROKER_TEXT_BYTES;
-        if (possible && frame.text_bytes)
-            memcpy(frame.body, slot->body, frame.text_bytes);
         PyObject *taken = NULL;
+        bool possible = shmbroker_copy_completion(slot, &frame);
         if (possible) {
             taken = Py_BuildValue("KkKKy#", frame.call_id, (unsigned long)frame.status, frame.queued_ns, frame.compute_ns,
                                   (const char *)frame.body, (Py_ssize_t)frame.text_bytes);
             if (taken == NULL)
                 return NULL;
         }
-        advance(receiver);
+        shmbroker_advance(&receiver->queue);
         if (possible)
             return taken;
     }

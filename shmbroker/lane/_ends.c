@@ -1,5 +1,6 @@
 /* The ends of the queues, compiled: what shmbroker/lane/python_ends.py says, for a tenth of its cost. Here are the module and spin(); the ends
- * stand in _submission_ends.c and _completion_ends.c, what they share in _queue.h and _ends.h.
+ * stand in _submission_ends.c and _completion_ends.c, what they share in _queue.h and _ends.h, and what they do to a
+ * queue in the core, shmbroker/include/shmbroker/.
  *
  * Optional: without a compiler, or with SHMBROKER_PURE_PYTHON=1, the classes of python_ends.py do the same, and the same tests run on both.
  *

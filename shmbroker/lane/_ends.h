@@ -18,9 +18,7 @@
 
 #include "_queue.h"
 
-#include <string.h>
-
-#include "../memory/shmbroker.h"
+#include <shmbroker/frames.h>
 
 /* What both kinds of receivers begin with: ready() and spin() are the same for either. */
 typedef struct {

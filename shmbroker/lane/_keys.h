@@ -4,10 +4,7 @@
 
 #include "../memory/_arguments.h"
 
-#include <stddef.h>
-#include <string.h>
-
-#include "../memory/shmbroker.h"
+#include <shmbroker/frames.h>
 
 enum { KEYS = 256 }; /* a power of two */
 
@@ -16,22 +13,14 @@ typedef struct {
     PyObject *known[KEYS];
 } Keys;
 
-/* How many tensors a frame tells of, clamped. */
-static inline unsigned tensors_in(const struct shmbroker_submission_frame *frame)
-{
-    unsigned tensors = (frame->input_count & 0xff) + (frame->output_count & 0xff);
-    return tensors > SHMBROKER_MAX_TENSORS ? SHMBROKER_MAX_TENSORS : tensors;
-}
-
 /* The constant part of a private copy of a frame, as the very object that was given for the same bytes before where there is one. NULL with MemoryError. */
 static inline PyObject *key_of(Keys *keys, const struct shmbroker_submission_frame *frame)
 {
-    const char *start = (const char *)&frame->op_id;
-    unsigned tensors = tensors_in(frame);
-    Py_ssize_t nbytes = (Py_ssize_t)(offsetof(struct shmbroker_submission_frame, tensors) - offsetof(struct shmbroker_submission_frame, op_id)
-                                     + tensors * sizeof(struct shmbroker_tensor_descriptor));
+    const char *start = (const char *)frame + SHMBROKER_CONSTANT_START;
+    Py_ssize_t nbytes = (Py_ssize_t)shmbroker_constant_bytes(frame);
+    size_t tensors = shmbroker_tensors_in(frame);
     uint64_t mixed = frame->op_id;
-    for (unsigned i = 0; i < tensors; i++)
+    for (size_t i = 0; i < tensors; i++)
         mixed = (mixed ^ frame->tensors[i].offset) * 0x9e3779b97f4a7c15u;
     PyObject **known = &keys->known[mixed >> 32 & (KEYS - 1)];
     if (*known != NULL && PyBytes_GET_SIZE(*known) == nbytes && memcmp(PyBytes_AS_STRING(*known), start, (size_t)nbytes) == 0)

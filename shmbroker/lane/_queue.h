@@ -1,51 +1,38 @@
-/* What the compiled ends of a queue share: where the slots lie, claim and commit of whoever sends, look and advance of whoever receives.
- *
- * The rules Q1..Q3 are told in queue.py, the fence D1 and the word D4 in doorbell.py; the layout is shmbroker.h.
+/* What the compiled ends of a queue share as bindings: a queue of the core (shmbroker/include/shmbroker/queue.h) in a segment that Python maps, and for
+ * who sends the peer's bell.
  *
  * Contract of all functions here
- *   Before   The interpreter lock is held, but for is_ready. The part was made: its owner's methods ask is_made first. A slot that claim gave is
- *            followed by one commit, with nothing between them that could run Python code, or by none: then nothing is published, and the
- *            next claim gives the same slot. advance follows an is_ready that said so, once, likewise.
+ *   Before   The interpreter lock is held, but for is_ready. The part was made: its owner's methods ask is_made first. Between claim and commit, and
+ *            between peek and advance, nothing runs Python code.
  *   Who      One thread at a time for each end.
- *   After    All memory that is touched lies in the mapping, whatever the other side has written into it: positions are counted here and not
- *            read back, and the one word of the other side that is read is clamped.
+ *   After    As queue.h and doorbell.h of the core say: orders, rules and clamps are there, and nowhere else.
  *   Failure  What makes a part makes all of it or leaves it as it was, with an error set.
  */
-#ifndef SHMBROKER_QUEUE_H
-#define SHMBROKER_QUEUE_H
+#ifndef SHMBROKER_LANE_QUEUE_H
+#define SHMBROKER_LANE_QUEUE_H
 
 #include "../memory/_arguments.h"
 
-#include <stdatomic.h>
-
-enum { SEQUENCE_BYTES = 8 };
-
-/* The slots of one queue, as one end of it sees them. */
-typedef struct {
-    Py_buffer map;  /* keeps the segment mapped for as long as the end lives */
-    uint8_t *slots; /* NULL: never made */
-    uint64_t slot_bytes;
-    uint64_t mask;
-    uint64_t position; /* frames published, or taken, so far */
-    _Atomic uint64_t *taken;
-} Queue;
+#include <shmbroker/doorbell.h>
+#include <shmbroker/queue.h>
 
 /* The part of an end that frames are put into. */
 typedef struct {
-    Queue queue;
-    uint64_t known_taken;
-    _Atomic uint64_t *peer_sleeping;
+    Py_buffer map; /* keeps the segment mapped for as long as the end lives */
+    struct shmbroker_queue queue;
+    shmbroker_word *peer_sleeping;
     PyObject *ring; /* wakes the peer */
 } Sender;
 
 /* The part of an end that frames come out of. */
 typedef struct {
-    Queue queue;
+    Py_buffer map;
+    struct shmbroker_queue queue;
 } Receiver;
 
 /* --- making and ending -------------------------------------------------------------------------------------------------------------------- */
 
-static inline bool is_made(const Queue *queue)
+static inline bool is_made(const struct shmbroker_queue *queue)
 {
     if (queue->slots != NULL)
         return true;
@@ -53,14 +40,13 @@ static inline bool is_made(const Queue *queue)
     return false;
 }
 
-static inline bool find_word(const Queue *queue, uint64_t offset, _Atomic uint64_t **word)
+static inline bool find_word(const Py_buffer *map, uint64_t offset, shmbroker_word **word)
 {
-    uint64_t room = (uint64_t)queue->map.len;
-    if (offset % 8 || room < 8 || offset > room - 8) {
-        PyErr_Format(PyExc_ValueError, "a word at %llu does not lie in a segment of %zd bytes", (unsigned long long)offset, queue->map.len);
+    if (!shmbroker_lies_in((uint64_t)map->len, offset, 1, sizeof(shmbroker_word))) {
+        PyErr_Format(PyExc_ValueError, "a word at %llu does not lie in a segment of %zd bytes", (unsigned long long)offset, map->len);
         return false;
     }
-    *word = (_Atomic uint64_t *)((uint8_t *)queue->map.buf + offset);
+    *word = shmbroker_word_at((uint8_t *)map->buf + offset);
     return true;
 }
 
@@ -74,40 +60,38 @@ static inline bool depth_of(PyObject *segment, uint64_t *depth)
     return read;
 }
 
-static inline bool find_slots(Queue *queue, PyObject *segment, uint64_t slot_bytes, PyObject *offset, PyObject *taken_offset)
+static inline bool find_slots(struct shmbroker_queue *queue, const Py_buffer *map, PyObject *segment, uint64_t slot_bytes, PyObject *offset,
+                              PyObject *taken_offset)
 {
-    uint64_t depth, first, taken, room = (uint64_t)queue->map.len;
+    uint64_t depth, first, taken, room = (uint64_t)map->len;
+    shmbroker_word *taken_word;
     if (!depth_of(segment, &depth) || !as_unsigned(offset, UINT64_MAX, "offset", &first)
-        || !as_unsigned(taken_offset, UINT64_MAX, "taken_offset", &taken))
+        || !as_unsigned(taken_offset, UINT64_MAX, "taken_offset", &taken) || !find_word(map, taken, &taken_word))
         return false;
-    if (depth == 0 || (depth & (depth - 1)) || first % 8 || first > room || depth > (room - first) / slot_bytes) {
-        PyErr_Format(PyExc_ValueError, "%llu slots of %llu bytes at %llu do not lie in a segment of %zd bytes", (unsigned long long)depth,
-                     (unsigned long long)slot_bytes, (unsigned long long)first, queue->map.len);
-        return false;
-    }
-    queue->slots = (uint8_t *)queue->map.buf + first;
-    queue->slot_bytes = slot_bytes;
-    queue->mask = depth - 1;
-    return find_word(queue, taken, &queue->taken);
+    if (shmbroker_queue_open(queue, map->buf, room, first, slot_bytes, depth, taken))
+        return true;
+    PyErr_Format(PyExc_ValueError, "%llu slots of %llu bytes at %llu do not lie in a segment of %zd bytes", (unsigned long long)depth,
+                 (unsigned long long)slot_bytes, (unsigned long long)first, map->len);
+    return false;
 }
 
 /* A queue that is whole, or an error and nothing that would have to be given back. */
-static inline bool open_queue(Queue *queue, PyObject *segment, uint64_t slot_bytes, PyObject *offset, PyObject *taken_offset)
+static inline bool open_queue(struct shmbroker_queue *queue, Py_buffer *map, PyObject *segment, uint64_t slot_bytes, PyObject *offset,
+                              PyObject *taken_offset)
 {
-    *queue = (Queue){.slots = NULL};
-    PyObject *map = PyObject_GetAttrString(segment, "map");
-    int failed = map == NULL || PyObject_GetBuffer(map, &queue->map, PyBUF_WRITABLE) < 0;
-    Py_XDECREF(map);
+    PyObject *mapping = PyObject_GetAttrString(segment, "map");
+    int failed = mapping == NULL || PyObject_GetBuffer(mapping, map, PyBUF_WRITABLE) < 0;
+    Py_XDECREF(mapping);
     if (failed)
         return false;
-    if (find_slots(queue, segment, slot_bytes, offset, taken_offset))
+    if (find_slots(queue, map, segment, slot_bytes, offset, taken_offset))
         return true;
-    PyBuffer_Release(&queue->map);
+    PyBuffer_Release(map);
     return false;
 }
 
 /* Asked last, since all that comes before may run Python code, which may make the same end. */
-static inline bool is_first_making(const Queue *queue)
+static inline bool is_first_making(const struct shmbroker_queue *queue)
 {
     if (queue->slots == NULL)
         return true;
@@ -119,14 +103,14 @@ static inline bool make_sender(Sender *self, PyObject *arguments, PyObject *keyw
 {
     static char *names[] = {"segment", "offset", "taken_offset", "sleeping_offset", "ring", NULL};
     PyObject *segment, *offset, *taken_offset, *sleeping_offset, *ring;
-    Sender made = {.known_taken = 0};
+    Sender made;
     uint64_t sleeping;
     if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "OOOOO", names, &segment, &offset, &taken_offset, &sleeping_offset, &ring)
         || !as_unsigned(sleeping_offset, UINT64_MAX, "sleeping_offset", &sleeping)
-        || !open_queue(&made.queue, segment, slot_bytes, offset, taken_offset))
+        || !open_queue(&made.queue, &made.map, segment, slot_bytes, offset, taken_offset))
         return false;
-    if (!find_word(&made.queue, sleeping, &made.peer_sleeping) || !is_first_making(&self->queue)) {
-        PyBuffer_Release(&made.queue.map);
+    if (!find_word(&made.map, sleeping, &made.peer_sleeping) || !is_first_making(&self->queue)) {
+        PyBuffer_Release(&made.map);
         return false;
     }
     made.ring = Py_NewRef(ring);
@@ -140,58 +124,35 @@ static inline bool make_receiver(Receiver *self, PyObject *arguments, PyObject *
     PyObject *segment, *offset, *taken_offset;
     Receiver made;
     if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "OOO", names, &segment, &offset, &taken_offset)
-        || !open_queue(&made.queue, segment, slot_bytes, offset, taken_offset))
+        || !open_queue(&made.queue, &made.map, segment, slot_bytes, offset, taken_offset))
         return false;
     if (!is_first_making(&self->queue)) {
-        PyBuffer_Release(&made.queue.map);
+        PyBuffer_Release(&made.map);
         return false;
     }
     *self = made;
     return true;
 }
 
-static inline void close_queue(Queue *queue)
-{
-    if (queue->slots != NULL)
-        PyBuffer_Release(&queue->map);
-}
-
 static inline void close_sender(Sender *self)
 {
-    close_queue(&self->queue);
+    if (self->queue.slots != NULL)
+        PyBuffer_Release(&self->map);
     Py_XDECREF(self->ring);
 }
 
-/* --- sending ------------------------------------------------------------------------------------------------------------------------------ */
-
-static inline uint8_t *slot_of(const Queue *queue, uint64_t position)
+static inline void close_receiver(Receiver *self)
 {
-    return queue->slots + (position & queue->mask) * queue->slot_bytes;
+    if (self->queue.slots != NULL)
+        PyBuffer_Release(&self->map);
 }
 
-static inline _Atomic uint64_t *sequence_of(uint8_t *slot)
-{
-    return (_Atomic uint64_t *)slot;
-}
+/* --- sending and receiving ---------------------------------------------------------------------------------------------------------------- */
 
-/* The slot to fill, or NULL while the queue is full (Q1). The consumer's word can be anything: it is clamped. */
-static inline uint8_t *claim(Sender *self)
+/* Ring the peer's bell where the core says that it has to be rung. False: ring raised. */
+static inline bool ring_if(Sender *self, bool must_ring)
 {
-    Queue *queue = &self->queue;
-    if (queue->position - self->known_taken > queue->mask) {
-        uint64_t taken = atomic_load_explicit(queue->taken, memory_order_acquire);
-        self->known_taken = taken < queue->position ? taken : queue->position;
-        if (queue->position - self->known_taken > queue->mask)
-            return NULL;
-    }
-    return slot_of(queue, queue->position);
-}
-
-/* Wake the peer if it sleeps; its word is taken down, so that it is rung for once (D4). False: ring raised. */
-static inline bool wake(Sender *self)
-{
-    if (atomic_load_explicit(self->peer_sleeping, memory_order_relaxed)) {
-        atomic_store_explicit(self->peer_sleeping, 0, memory_order_relaxed);
+    if (must_ring) {
         PyObject *rung = PyObject_CallNoArgs(self->ring);
         if (rung == NULL)
             return false;
@@ -200,13 +161,11 @@ static inline bool wake(Sender *self)
     return true;
 }
 
-/* Publish the slot (Q2) and wake the peer if it sleeps (D1). False: ring raised; the frame is published all the same. */
+/* Publish the slot and wake the peer if it sleeps. False: ring raised; the frame is published all the same. */
 static inline bool commit(Sender *self, uint8_t *slot)
 {
-    self->queue.position += 1;
-    atomic_store_explicit(sequence_of(slot), self->queue.position, memory_order_release);
-    atomic_thread_fence(memory_order_seq_cst);
-    return wake(self);
+    shmbroker_commit(&self->queue, slot);
+    return ring_if(self, shmbroker_must_ring(self->peer_sleeping));
 }
 
 /* Between two looks. */
@@ -219,20 +178,10 @@ static inline void relax(void)
 #endif
 }
 
-/* --- receiving ---------------------------------------------------------------------------------------------------------------------------- */
-
 /* Whether a frame is published and not yet taken. Needs no interpreter lock. */
 static inline bool is_ready(const Receiver *self)
 {
-    uint8_t *slot = slot_of(&self->queue, self->queue.position);
-    return atomic_load_explicit(sequence_of(slot), memory_order_acquire) == self->queue.position + 1;
-}
-
-/* The frame has been copied: its slot may be filled again (Q3). */
-static inline void advance(Receiver *self)
-{
-    self->queue.position += 1;
-    atomic_store_explicit(self->queue.taken, self->queue.position, memory_order_release);
+    return shmbroker_peek(&self->queue) != NULL;
 }
 
 #endif

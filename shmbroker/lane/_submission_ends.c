@@ -5,7 +5,6 @@
 #include "_keys.h"
 
 typedef struct shmbroker_submission_frame Submission;
-typedef struct shmbroker_tensor_descriptor Descriptor;
 
 /* --- SubmissionSender ------------------------------------------------------------------------------------------------------------------------
  *
@@ -48,25 +47,9 @@ static void submission_sender_dealloc(SubmissionSender *self)
 
 static PyObject *submission_sender_nudge(SubmissionSender *self, PyObject *Py_UNUSED(ignored))
 {
-    if (!is_made(&self->sender.queue) || !wake(&self->sender))
+    if (!is_made(&self->sender.queue) || !ring_if(&self->sender, shmbroker_nudge(self->sender.peer_sleeping)))
         return NULL;
     Py_RETURN_NONE;
-}
-
-/* How many tensors a template's bytes tell of; -1 for bytes that no template has. */
-static int tensors_of(PyObject *packed)
-{
-    const uint8_t *bytes = (const uint8_t *)PyBytes_AS_STRING(packed);
-    size_t nbytes = (size_t)PyBytes_GET_SIZE(packed);
-    if (nbytes < offsetof(Submission, tensors) - SEQUENCE_BYTES || nbytes > sizeof(Submission) - SEQUENCE_BYTES)
-        return -1;
-    uint16_t inputs, outputs;
-    memcpy(&inputs, bytes + offsetof(Submission, input_count) - SEQUENCE_BYTES, sizeof inputs);
-    memcpy(&outputs, bytes + offsetof(Submission, output_count) - SEQUENCE_BYTES, sizeof outputs);
-    size_t tensors = (size_t)inputs + outputs;
-    if (tensors > SHMBROKER_MAX_TENSORS || nbytes < offsetof(Submission, tensors) + tensors * sizeof(Descriptor) - SEQUENCE_BYTES)
-        return -1;
-    return (int)tensors;
 }
 
 static bool is_sequence(PyObject *object, const char *name)
@@ -91,7 +74,7 @@ static inline bool are_as_many(PyObject *offsets, PyObject *generations, Py_ssiz
 static int write_submission(Sender *self, PyObject *packed, PyObject *const *arguments)
 {
     uint64_t call_id, deadline_ns, submitted_ns, offsets[SHMBROKER_MAX_TENSORS], generations[SHMBROKER_MAX_TENSORS];
-    int tensors = tensors_of(packed);
+    int tensors = shmbroker_packed_tensors(PyBytes_AS_STRING(packed), (size_t)PyBytes_GET_SIZE(packed));
     if (tensors < 0) {
         PyErr_Format(PyExc_ValueError, "%zd bytes that are no template of a frame", PyBytes_GET_SIZE(packed));
         return -1;
@@ -107,18 +90,12 @@ static int write_submission(Sender *self, PyObject *packed, PyObject *const *arg
             || !are_as_many(arguments[4], arguments[5], tensors)
             || !as_unsigned(PySequence_Fast_GET_ITEM(arguments[5], i), UINT32_MAX, "a generation", &generations[i]))
             return -1;
-    uint8_t *slot = claim(self);
+    uint8_t *slot = shmbroker_claim(&self->queue);
     if (slot == NULL)
         return 0;
-    memcpy(slot + SEQUENCE_BYTES, PyBytes_AS_STRING(packed), (size_t)PyBytes_GET_SIZE(packed));
-    Submission *frame = (Submission *)slot;
-    frame->call_id = call_id;
-    frame->deadline_ns = deadline_ns;
-    frame->submitted_ns = submitted_ns;
-    for (int i = 0; i < tensors; i++) {
-        frame->tensors[i].offset = offsets[i];
-        frame->generations[i] = (uint32_t)generations[i];
-    }
+    shmbroker_fill_submission(slot, PyBytes_AS_STRING(packed), (size_t)PyBytes_GET_SIZE(packed), call_id, deadline_ns, submitted_ns);
+    for (int i = 0; i < tensors; i++)
+        shmbroker_fill_tensor(slot, i, offsets[i], (uint32_t)generations[i]);
     return commit(self, slot) ? 1 : -1;
 }
 
@@ -131,7 +108,7 @@ static PyObject *submission_sender_submit(SubmissionSender *self, PyObject *cons
         PyErr_SetString(PyExc_TypeError, "submit(template, call_id, deadline_ns, submitted_ns, offsets, generations)");
         return NULL;
     }
-    if (claim(&self->sender) == NULL)
+    if (shmbroker_claim(&self->sender.queue) == NULL)
         Py_RETURN_FALSE;
     PyObject *packed = PyObject_GetAttr(arguments[0], self->packed_name);
     if (packed == NULL)
@@ -176,7 +153,7 @@ static int submission_receiver_init(SubmissionReceiver *self, PyObject *argument
 
 static void submission_receiver_dealloc(SubmissionReceiver *self)
 {
-    close_queue(&self->receiver.queue);
+    close_receiver(&self->receiver);
     forget_keys(&self->keys);
     free_object((PyObject *)self);
 }
@@ -187,12 +164,14 @@ static PyObject *submission_receiver_take(SubmissionReceiver *self, PyObject *Py
     Receiver *receiver = &self->receiver;
     if (!is_made(&receiver->queue))
         return NULL;
-    if (!is_ready(receiver))
+    const uint8_t *slot = shmbroker_peek(&receiver->queue);
+    if (slot == NULL)
         Py_RETURN_NONE;
-    PyObject *bytes = PyBytes_FromStringAndSize((const char *)slot_of(&receiver->queue, receiver->queue.position), sizeof(Submission));
+    PyObject *bytes = PyBytes_FromStringAndSize(NULL, sizeof(Submission));
     if (bytes == NULL)
         return NULL;
     Submission *frame = (Submission *)PyBytes_AS_STRING(bytes);
+    shmbroker_copy_submission(slot, frame);
     PyObject *key = key_of(&self->keys, frame);
     if (key == NULL) {
         Py_DECREF(bytes);
@@ -200,7 +179,7 @@ static PyObject *submission_receiver_take(SubmissionReceiver *self, PyObject *Py
     }
     PyObject *taken = Py_BuildValue("KKKNN", frame->call_id, frame->deadline_ns, frame->submitted_ns, key, bytes);
     if (taken != NULL)
-        advance(receiver);
+        shmbroker_advance(&receiver->queue);
     return taken;
 }
 

@@ -1,4 +1,4 @@
-"""The C header of the layout, generated from the ctypes structures: ``python -m shmbroker.memory.cheader > shmbroker.h``."""
+"""The C header of the layout, generated from the ctypes structures: ``python -m shmbroker.memory.cheader > shmbroker/include/shmbroker/layout.h``."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _c_name(kind: Any) -> str:
 
 def _lines() -> Iterator[str]:
     yield f"/* Layout of a shmbroker segment, version {layout.LAYOUT_VERSION}. Generated; see docs/memory-layout.md. Little-endian. */"
-    yield "#ifndef SHMBROKER_H\n#define SHMBROKER_H\n\n#include <stddef.h>\n#include <stdint.h>\n"
+    yield "#ifndef SHMBROKER_LAYOUT_H\n#define SHMBROKER_LAYOUT_H\n\n#include <assert.h>\n#include <stddef.h>\n#include <stdint.h>\n"
     yield f'#define SHMBROKER_MAGIC "{layout.MAGIC.decode()}"'
     for constant in (
         "LAYOUT_VERSION",
@@ -66,7 +66,7 @@ def _lines() -> Iterator[str]:
             yield f"    {declaration(name, kind) + ';':<56}/* {offset} */"
         yield "};"
         size = ctypes.sizeof(structure)
-        yield f'_Static_assert(sizeof(struct {struct_name(structure)}) == {size}, "size of {structure.__name__}");'
+        yield f'static_assert(sizeof(struct {struct_name(structure)}) == {size}, "size of {structure.__name__}");'
     yield "\n#endif"
 
 

@@ -17,7 +17,6 @@
 #include "../memory/_slots.h"
 
 typedef struct shmbroker_submission_frame Submission;
-typedef struct shmbroker_completion_frame Completion;
 
 enum { LOOKS_FOR_EACH_CLOCK = 16 }; /* a look costs a few ns, the clock some 25 */
 
@@ -303,13 +302,6 @@ static PyType_Spec step_spec = {
 
 typedef enum { FAILED = -1, NOTHING, RAN, EXTRAORDINARY } Outcome;
 
-/* A private copy of as much of a frame as it tells of (F1). */
-static inline void copy_frame(Submission *copy, const Submission *frame)
-{
-    memcpy(copy, frame, offsetof(Submission, tensors));
-    memcpy(copy->tensors, frame->tensors, tensors_in(copy) * sizeof *copy->tensors);
-}
-
 static bool take_device(const Step *self)
 {
     if (PyDict_GET_SIZE(self->wanting))
@@ -343,20 +335,13 @@ static PyObject *error_object(void)
 static Outcome complete(Step *self, uint64_t call_id, uint64_t queued_ns, uint64_t compute_ns)
 {
     Sender *sender = &((AnySender *)self->sender)->sender;
-    uint8_t *slot = claim(sender);
+    uint8_t *slot = shmbroker_claim(&sender->queue);
     if (slot == NULL) {
         PyObject *told = PyObject_CallNoArgs(self->overfull);
         Py_XDECREF(told);
         return told == NULL ? FAILED : RAN;
     }
-    Completion *frame = (Completion *)slot;
-    frame->call_id = call_id;
-    frame->status = 0;
-    frame->reserved0 = 0;
-    frame->text_bytes = 0;
-    frame->reserved1 = 0;
-    frame->queued_ns = queued_ns;
-    frame->compute_ns = compute_ns;
+    shmbroker_fill_completion(slot, call_id, 0, queued_ns, compute_ns, NULL, 0);
     return commit(sender, slot) ? RAN : FAILED;
 }
 
@@ -377,11 +362,12 @@ static Outcome complete_with(Step *self, PyObject *completion)
 static Outcome run_one(Step *self)
 {
     Receiver *receiver = &((AnyReceiver *)self->receiver)->receiver;
-    if (!is_ready(receiver))
+    const uint8_t *slot = shmbroker_peek(&receiver->queue);
+    if (slot == NULL)
         return NOTHING;
     unsigned long long taken_ns = clock_ns();
     Submission frame;
-    copy_frame(&frame, (const Submission *)slot_of(&receiver->queue, receiver->queue.position));
+    shmbroker_copy_constant(slot, &frame);
     PyObject *key = key_of(&self->keys, &frame);
     PyObject *prepared = key == NULL ? NULL : PyDict_GetItemWithError(in_slot(self->channel, known.at.prepared), key);
     PyObject *watched = prepared == NULL ? NULL : in_slot(prepared, known.at.watched);
@@ -390,7 +376,7 @@ static Outcome run_one(Step *self)
         Py_XDECREF(key);
         return EXTRAORDINARY;
     }
-    advance(receiver);
+    shmbroker_advance(&receiver->queue);
     Py_INCREF(prepared);
     Counters *counters = (Counters *)self->counters;
     unsigned long long queued_ns = taken_ns > frame.submitted_ns ? taken_ns - frame.submitted_ns : 0;

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import shmbroker
 from shmbroker.memory import layout
 from shmbroker.memory.cheader import render, struct_name
 from tests.memory.golden import (
@@ -21,7 +22,7 @@ from tests.memory.golden import (
 
 def _c_program() -> str:
     """A program that prints every field, size, constant and code as the C compiler sees it."""
-    lines = ['#include "shmbroker.h"', "#include <stdio.h>", "int main(void) {"]
+    lines = ['#include "layout.h"', "#include <stdio.h>", "int main(void) {"]
 
     def show(label: str, *values: str) -> None:
         lines.append(f'    printf("{label}{" %zu" * len(values)}\\n", {", ".join(f"(size_t)({value})" for value in values)});')
@@ -46,7 +47,7 @@ def seen_by_c(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     if compiler is None:
         pytest.skip("no C compiler (cc) on this machine: the C header can only be compiled where there is one")
     folder: Path = tmp_path_factory.mktemp("cheader")
-    (folder / "shmbroker.h").write_text(render())
+    (folder / "layout.h").write_text(render())
     (folder / "show.c").write_text(_c_program())
     program = folder / "show"
     subprocess.run(
@@ -56,8 +57,8 @@ def seen_by_c(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def test_the_header_in_the_package_is_the_generated_one() -> None:
-    """The compiled parts include it; ``python -m shmbroker.memory.cheader > shmbroker/memory/shmbroker.h`` makes it anew."""
-    assert (Path(layout.__file__).parent / "shmbroker.h").read_text() == render()
+    """The compiled parts include it; ``python -m shmbroker.memory.cheader > shmbroker/include/shmbroker/layout.h`` makes it anew."""
+    assert Path(shmbroker.get_include(), "shmbroker", "layout.h").read_text() == render()
 
 
 def test_c_header_puts_every_field_where_ctypes_puts_it(seen_by_c: list[str]) -> None:

@@ -191,7 +191,7 @@ def test_the_top_of_the_package_holds_five_files() -> None:
 OTHER_TESTS = {
     "structure", "docs", "benchmarks", "programs",
     "gpu_worker", "gpu_hardware", "tee_worker",
-    "faults", "hostile", "sanitize",
+    "examples", "faults", "hostile", "sanitize",
 }  # fmt: skip
 """Folders of tests that are of no one room of ``shmbroker``: of the house, of the other packages, of all rooms at work together."""
 

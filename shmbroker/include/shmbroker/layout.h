@@ -1,7 +1,8 @@
 /* Layout of a shmbroker segment, version 4. Generated; see docs/memory-layout.md. Little-endian. */
-#ifndef SHMBROKER_H
-#define SHMBROKER_H
+#ifndef SHMBROKER_LAYOUT_H
+#define SHMBROKER_LAYOUT_H
 
+#include <assert.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -57,7 +58,7 @@ struct shmbroker_pictured_block {
     uint64_t nbytes;                                        /* 8 */
     uint64_t placed_ns;                                     /* 16 */
 };
-_Static_assert(sizeof(struct shmbroker_pictured_block) == 24, "size of PicturedBlock");
+static_assert(sizeof(struct shmbroker_pictured_block) == 24, "size of PicturedBlock");
 
 struct shmbroker_arena_statistics {
     uint64_t revision;                                      /* 0 */
@@ -74,7 +75,7 @@ struct shmbroker_arena_statistics {
     uint64_t block_count;                                   /* 88 */
     struct shmbroker_pictured_block blocks[64];             /* 96 */
 };
-_Static_assert(sizeof(struct shmbroker_arena_statistics) == 1632, "size of ArenaStatistics");
+static_assert(sizeof(struct shmbroker_arena_statistics) == 1632, "size of ArenaStatistics");
 
 struct shmbroker_segment_header {
     char magic[8];                                          /* 0 */
@@ -104,7 +105,7 @@ struct shmbroker_segment_header {
     struct shmbroker_arena_statistics arena;                /* 512 */
     uint8_t reserved2[1952];                                /* 2144 */
 };
-_Static_assert(sizeof(struct shmbroker_segment_header) == 4096, "size of SegmentHeader");
+static_assert(sizeof(struct shmbroker_segment_header) == 4096, "size of SegmentHeader");
 
 struct shmbroker_channel_statistics {
     uint64_t revision;                                      /* 0 */
@@ -140,7 +141,7 @@ struct shmbroker_channel_statistics {
     uint64_t batched_with;                                  /* 840 */
     uint8_t reserved1[176];                                 /* 848 */
 };
-_Static_assert(sizeof(struct shmbroker_channel_statistics) == 1024, "size of ChannelStatistics");
+static_assert(sizeof(struct shmbroker_channel_statistics) == 1024, "size of ChannelStatistics");
 
 struct shmbroker_channel_header {
     uint8_t reserved0[128];                                 /* 0 */
@@ -151,7 +152,7 @@ struct shmbroker_channel_header {
     uint64_t worker_sleeping;                               /* 384 */
     uint8_t reserved3[120];                                 /* 392 */
 };
-_Static_assert(sizeof(struct shmbroker_channel_header) == 512, "size of ChannelHeader");
+static_assert(sizeof(struct shmbroker_channel_header) == 512, "size of ChannelHeader");
 
 struct shmbroker_tensor_descriptor {
     uint64_t offset;                                        /* 0 */
@@ -164,7 +165,7 @@ struct shmbroker_tensor_descriptor {
     int64_t shape[8];                                       /* 24 */
     int64_t strides[8];                                     /* 88 */
 };
-_Static_assert(sizeof(struct shmbroker_tensor_descriptor) == 152, "size of TensorDescriptor");
+static_assert(sizeof(struct shmbroker_tensor_descriptor) == 152, "size of TensorDescriptor");
 
 struct shmbroker_submission_frame {
     uint64_t sequence;                                      /* 0 */
@@ -180,7 +181,7 @@ struct shmbroker_submission_frame {
     struct shmbroker_tensor_descriptor tensors[12];         /* 96 */
     uint8_t metadata[128];                                  /* 1920 */
 };
-_Static_assert(sizeof(struct shmbroker_submission_frame) == 2048, "size of SubmissionFrame");
+static_assert(sizeof(struct shmbroker_submission_frame) == 2048, "size of SubmissionFrame");
 
 struct shmbroker_completion_frame {
     uint64_t sequence;                                      /* 0 */
@@ -194,6 +195,6 @@ struct shmbroker_completion_frame {
     uint8_t reserved2[16];                                  /* 48 */
     uint8_t body[960];                                      /* 64 */
 };
-_Static_assert(sizeof(struct shmbroker_completion_frame) == 1024, "size of CompletionFrame");
+static_assert(sizeof(struct shmbroker_completion_frame) == 1024, "size of CompletionFrame");
 
 #endif

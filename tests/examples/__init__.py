@@ -1,0 +1,1 @@
+"""The programs of ``examples/``, against a real broker and real workers."""
