@@ -22,6 +22,7 @@
 enum {
     KINDS = 256,              /* that one op knows at most; beyond that the record starts over, as in Python */
     LOOK_NS = 20000,          /* with the interpreter lock, at most: longer waits are left to Python, which lets go of it */
+    LEAST_LOOK_NS = 5000,     /* also where a client is not to spin: to sleep and be woken takes longer, and costs more */
     LOOKS_FOR_EACH_CLOCK = 16, /* a look costs a few ns, the clock some 25 */
     SHORTEST_LIMIT_NS = 10 * LOOK_NS,
 };
@@ -242,7 +243,7 @@ static int path_init(FastPath *self, PyObject *arguments, PyObject *keywords)
     self->ends = (Ends *)Py_NewRef(ends);
     self->address = address;
     self->limit_ns = limit_ns;
-    self->look_ns = look_ns < LOOK_NS ? look_ns : LOOK_NS;
+    self->look_ns = look_ns < LEAST_LOOK_NS ? LEAST_LOOK_NS : look_ns < LOOK_NS ? look_ns : LOOK_NS;
     return 0;
 }
 

@@ -204,6 +204,114 @@ static PyType_Spec watched_spec = {
     .slots = watched_slots,
 };
 
+/* --- Bound: a function with its arguments, to be called again and again without packing them anew ------------------------------------------- */
+
+typedef struct {
+    PyObject_HEAD
+    vectorcallfunc vectorcall;
+    PyObject *function, *names; /* of the keywords, or NULL */
+    Py_ssize_t positional, count;
+    PyObject **arguments; /* NULL: never made */
+} Bound;
+
+static PyObject *bound_vectorcall(PyObject *object, PyObject *const *Py_UNUSED(arguments), size_t count, PyObject *names)
+{
+    Bound *self = (Bound *)object;
+    if (PyVectorcall_NARGS(count) || (names != NULL && PyTuple_GET_SIZE(names)) || self->arguments == NULL) {
+        PyErr_SetString(PyExc_TypeError, "a Bound is called with nothing");
+        return NULL;
+    }
+    return PyObject_Vectorcall(self->function, self->arguments, (size_t)self->positional, self->names);
+}
+
+/* Bound(function, arguments: tuple, keywords: dict) */
+static int bound_init(Bound *self, PyObject *arguments, PyObject *Py_UNUSED(keywords))
+{
+    PyObject *function, *positional, *named;
+    if (!PyArg_ParseTuple(arguments, "OO!O!", &function, &PyTuple_Type, &positional, &PyDict_Type, &named))
+        return -1;
+    if (self->arguments != NULL) {
+        PyErr_SetString(PyExc_RuntimeError, "a Bound is made once");
+        return -1;
+    }
+    Py_ssize_t count = PyTuple_GET_SIZE(positional) + PyDict_GET_SIZE(named);
+    PyObject *names = PyDict_GET_SIZE(named) ? PySequence_Tuple(named) : NULL;
+    PyObject **all = PyMem_Calloc((size_t)count + 1, sizeof *all);
+    if (all == NULL || (names == NULL && PyDict_GET_SIZE(named))) {
+        PyMem_Free(all);
+        Py_XDECREF(names);
+        if (!PyErr_Occurred())
+            PyErr_NoMemory();
+        return -1;
+    }
+    self->positional = PyTuple_GET_SIZE(positional);
+    for (Py_ssize_t i = 0; i < count; i++) {
+        bool by_name = i >= self->positional;
+        PyObject *one = by_name ? PyDict_GetItem(named, PyTuple_GET_ITEM(names, i - self->positional)) : PyTuple_GET_ITEM(positional, i);
+        all[i] = Py_NewRef(one);
+    }
+    self->function = Py_NewRef(function);
+    self->names = names;
+    self->count = count;
+    self->arguments = all;
+    self->vectorcall = bound_vectorcall;
+    return 0;
+}
+
+static int bound_traverse(Bound *self, visitproc visit, void *arg)
+{
+    Py_VISIT(Py_TYPE(self));
+    Py_VISIT(self->function);
+    for (Py_ssize_t i = 0; i < self->count; i++)
+        Py_VISIT(self->arguments[i]);
+    return 0;
+}
+
+static int bound_clear(Bound *self)
+{
+    PyObject **arguments = self->arguments;
+    Py_ssize_t count = self->count;
+    self->arguments = NULL;
+    self->count = 0;
+    Py_CLEAR(self->function);
+    Py_CLEAR(self->names);
+    for (Py_ssize_t i = 0; i < count; i++)
+        Py_DECREF(arguments[i]);
+    PyMem_Free(arguments);
+    return 0;
+}
+
+static void bound_dealloc(Bound *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    PyObject_GC_UnTrack(self);
+    bound_clear(self);
+    type->tp_free((PyObject *)self);
+    Py_DECREF(type);
+}
+
+static PyMemberDef bound_members[] = {
+    {"__vectorcalloffset__", T_PYSSIZET, offsetof(Bound, vectorcall), READONLY, NULL},
+    {NULL},
+};
+static PyType_Slot bound_slots[] = {
+    {Py_tp_doc, "A function with its arguments."},
+    {Py_tp_new, PyType_GenericNew},
+    {Py_tp_init, bound_init},
+    {Py_tp_dealloc, bound_dealloc},
+    {Py_tp_traverse, bound_traverse},
+    {Py_tp_clear, bound_clear},
+    {Py_tp_members, bound_members},
+    {Py_tp_call, PyVectorcall_Call},
+    {0, NULL},
+};
+static PyType_Spec bound_spec = {
+    .name = "shmbroker.worker._steps.Bound",
+    .basicsize = sizeof(Bound),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_HAVE_VECTORCALL,
+    .slots = bound_slots,
+};
+
 /* --- Step: one lane -------------------------------------------------------------------------------------------------------------------------- */
 
 typedef struct {
@@ -483,7 +591,7 @@ static PyObject *set_up(PyObject *Py_UNUSED(module), PyObject *const *arguments,
 
 static int module_exec(PyObject *module)
 {
-    PyType_Spec *specs[] = {&counters_spec, &watched_spec, &step_spec};
+    PyType_Spec *specs[] = {&counters_spec, &watched_spec, &bound_spec, &step_spec};
     for (size_t i = 0; i < sizeof specs / sizeof *specs; i++) {
         PyObject *type = PyType_FromModuleAndSpec(module, specs[i], NULL);
         if (type == NULL || PyModule_AddType(module, (PyTypeObject *)type) < 0) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
@@ -28,6 +29,14 @@ if COMPILED:
     except (AttributeError, ImportError, TypeError):
         pass  # not built, or a torch that tells of its tensors otherwise
 
+
+def bound(function: Callable[..., object], *arguments: object, **keywords: object) -> Callable[[], object]:
+    """``function`` with its arguments, to be called again and again."""
+    if STEPS_COMPILED:
+        return _steps.Bound(function, arguments, keywords)
+    return functools.partial(function, *arguments, **keywords)
+
+
 WatchedInputs: Callable[[tuple[torch.Tensor, ...], tuple[int, ...]], Watched] | None = _steps.Watched if STEPS_COMPILED else None
 """Notes tensors and their storages; None where steps are not compiled."""
 
@@ -36,4 +45,4 @@ if STEPS_COMPILED and not TYPE_CHECKING:
 else:
     from shmbroker.worker.python_counters import Counters
 
-__all__ = ["STEPS_COMPILED", "Counters", "Watched", "WatchedInputs"]
+__all__ = ["STEPS_COMPILED", "Counters", "Watched", "WatchedInputs", "bound"]

@@ -14,6 +14,7 @@ import torch
 from shmbroker.arena.spec import TensorSpec, spec_of
 from shmbroker.errors import BadInput
 from shmbroker.lane.outputs import Outputs, OutSpec
+from shmbroker.worker.counters import bound
 from shmbroker.worker.pieces import Pieces, PieceSize, TilePieces, is_long, pieces_by_row
 
 Static = dict[str, Any]
@@ -196,7 +197,7 @@ class BoundOp:
             return functools.partial(self._run_and_copy, inputs, outputs, arguments)
         out = outputs[0] if single else tuple(outputs)
         function = self._with_copies if self._definition.copies_inputs else self._function
-        return functools.partial(function, *inputs, out=out, **self._kwargs, **arguments)
+        return bound(function, *inputs, out=out, **self._kwargs, **arguments)
 
     def pieces(self, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor], arguments: Static, *, single: bool) -> Pieces | None:
         """The same call as pieces; None where the op cannot be divided, or the call is no longer than one."""
