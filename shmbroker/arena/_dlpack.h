@@ -58,7 +58,7 @@ typedef struct DLPackExchange {
     void *stream;
 } DLPackExchange;
 
-enum { DL_CPU = 1, DL_COMPLEX = 5 };
+enum { DL_CPU = 1, DL_UNSIGNED = 1, DL_COMPLEX = 5 };
 
 #define DLPACK_EXCHANGE "dlpack_exchange_api"
 

@@ -109,6 +109,8 @@ class Arena:
         self.address = address
         self._first_address = self.address + self._offset
         self._end_address = self._first_address + self.nbytes
+        self.end = offset + nbytes
+        """Offset behind its last byte."""
         self._ring = RingAllocator(self._offset, self.nbytes)
         self._lock = threading.RLock()
         self._busy = False

@@ -1,7 +1,7 @@
 /* Calls, compiled: what RemoteOp.__call__ and CapturedCall.replay do, for the ordinary one of them; anything else is left to those.
  *
- * Ordinary is a call by position, with plain tensors that begin a block each, of a kind that was met before; whose outputs find dead blocks of their
- * sizes; on a channel of the shm lane that has nothing outstanding, while nobody reads completions. What makes it so is looked at first, and where
+ * Ordinary is a call by position, with plain tensors that begin a block each, or are small and contiguous, and are copied; of a kind that was met
+ * before; for whose outputs and copies there are dead blocks of their sizes; on a channel of the shm lane that has nothing outstanding, while nobody reads completions. What makes it so is looked at first, and where
  * anything is otherwise nothing was done.
  *
  * Nothing here takes a lock. Between the look at the channel and the frame's publication, and between the look at who reads completions and the taking
@@ -25,6 +25,7 @@ enum {
     LEAST_LOOK_NS = 5000,     /* also where a client is not to spin: to sleep and be woken takes longer, and costs more */
     LOOKS_FOR_EACH_CLOCK = 16, /* a look costs a few ns, the clock some 25 */
     SHORTEST_LIMIT_NS = 10 * LOOK_NS,
+    MOST_COPIED_BYTES = 64 << 10, /* of an input, with the interpreter lock: some 5 us; larger ones torch copies without it, and by several threads */
 };
 
 Known known;
@@ -95,6 +96,8 @@ typedef struct {
     DLDataType dtype;
     int32_t ndim;
     int64_t shape[SHMBROKER_MAX_DIMS], strides[SHMBROKER_MAX_DIMS];
+    PyObject *block_bytes; /* of a block for a copy; NULL where none is made here */
+    size_t nbytes;
 } InputForm;
 
 typedef struct {
@@ -139,9 +142,32 @@ static void let_go_of_kind(Kind *kind)
 {
     if (--kind->uses > 0)
         return;
+    for (int i = 0; i < kind->input_count; i++)
+        Py_XDECREF(kind->inputs[i].block_bytes);
     Py_DECREF(kind->plan);
     Py_DECREF(kind->packed);
     PyMem_Free(kind);
+}
+
+/* Note how large a copy is, where it may be made here: of a contiguous tensor that is small and not empty. */
+static void note_copy(InputForm *form)
+{
+    size_t nbytes = (size_t)form->dtype.bits / 8 * form->dtype.lanes;
+    int64_t step = 1;
+    if (form->dtype.bits % 8)
+        return;
+    for (int i = form->ndim - 1; i >= 0; i--) {
+        if (form->strides[i] != step)
+            return;
+        step *= form->shape[i] ? form->shape[i] : 1;
+        if (__builtin_mul_overflow(nbytes, (size_t)form->shape[i], &nbytes))
+            return;
+    }
+    if (nbytes == 0 || nbytes > MOST_COPIED_BYTES)
+        return;
+    form->nbytes = nbytes;
+    form->block_bytes = PyLong_FromSize_t((nbytes + SHMBROKER_ALIGNMENT - 1) / SHMBROKER_ALIGNMENT * SHMBROKER_ALIGNMENT);
+    PyErr_Clear();
 }
 
 static inline bool is_of_form(const DLTensor *tensor, const InputForm *form)
@@ -164,11 +190,13 @@ typedef struct {
     PyObject *call_ids; /* an iterator */
     PyObject *followers;
     Ends *ends;
-    uint64_t address; /* where offset 0 lies */
+    uint64_t address, nbytes; /* where offset 0 lies, and how far the segment reaches */
     unsigned long long limit_ns, look_ns;
+    int in_place; /* the op writes into inputs, so that copies are copied back: by Python */
     Kind *kinds[KINDS];
     int kind_count;
     CallRecord *spare; /* for the next call */
+    unsigned long long made; /* calls and replays, so far */
 } FastPath;
 
 static int path_traverse(FastPath *self, visitproc visit, void *arg)
@@ -219,14 +247,15 @@ static void path_dealloc(FastPath *self)
     Py_DECREF(type);
 }
 
-/* FastPath(pair, loop, arena, statistics, lane, is_led, call_ids, followers, ends, address, limit_ns, look_ns) */
+/* FastPath(pair, loop, arena, statistics, lane, is_led, call_ids, followers, ends, address, nbytes, limit_ns, look_ns, in_place) */
 static int path_init(FastPath *self, PyObject *arguments, PyObject *keywords)
 {
-    static char *names[] = {"pair", "loop", "arena", "statistics", "lane", "is_led", "call_ids", "followers", "ends", "address", "limit_ns", "look_ns", NULL};
+    static char *names[] = {"pair", "loop", "arena", "statistics", "lane", "is_led", "call_ids", "followers", "ends", "address", "nbytes", "limit_ns", "look_ns", "in_place", NULL};
     PyObject *pair, *loop, *arena, *statistics, *lane, *is_led, *call_ids, *followers, *ends;
-    unsigned long long address, limit_ns, look_ns;
-    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "OOOOOOOO!OKKK", names, &pair, &loop, &arena, &statistics, &lane, &is_led, &call_ids,
-                                     &PyList_Type, &followers, &ends, &address, &limit_ns, &look_ns))
+    unsigned long long address, nbytes, limit_ns, look_ns;
+    int in_place;
+    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "OOOOOOOO!OKKKKp", names, &pair, &loop, &arena, &statistics, &lane, &is_led, &call_ids,
+                                     &PyList_Type, &followers, &ends, &address, &nbytes, &limit_ns, &look_ns, &in_place))
         return -1;
     if (self->pair != NULL) {
         PyErr_SetString(PyExc_RuntimeError, "a FastPath is made once");
@@ -242,7 +271,9 @@ static int path_init(FastPath *self, PyObject *arguments, PyObject *keywords)
     self->followers = Py_NewRef(followers);
     self->ends = (Ends *)Py_NewRef(ends);
     self->address = address;
+    self->nbytes = nbytes;
     self->limit_ns = limit_ns;
+    self->in_place = in_place;
     self->look_ns = look_ns < LEAST_LOOK_NS ? LEAST_LOOK_NS : look_ns < LOOK_NS ? look_ns : LOOK_NS;
     return 0;
 }
@@ -272,6 +303,9 @@ static PyObject *path_learn(FastPath *self, PyObject *const *arguments, Py_ssize
         form->ndim = lent.ndim;
         memcpy(form->shape, lent.shape, (size_t)lent.ndim * sizeof(int64_t));
         memcpy(form->strides, lent.strides, (size_t)lent.ndim * sizeof(int64_t));
+        kind->input_count = (int)i + 1;
+        if (!self->in_place)
+            note_copy(form);
     }
     for (Py_ssize_t i = 0; i < output_count; i++) {
         PyObject *room = PyTuple_GET_ITEM(rooms, i), *form = in_slot(room, known.at.form);
@@ -280,7 +314,6 @@ static PyObject *path_learn(FastPath *self, PyObject *const *arguments, Py_ssize
         kind->outputs[i].nbytes = in_slot(room, known.at.room_nbytes);
         memcpy(&kind->outputs[i].form, PyBytes_AS_STRING(form), sizeof(Form));
     }
-    kind->input_count = (int)input_count;
     kind->output_count = (int)output_count;
     if (self->kind_count == KINDS)
         Py_DECREF(path_forget(self, NULL));
@@ -321,6 +354,12 @@ static inline bool is_false(PyObject *asked)
     }
     Py_DECREF(asked);
     return asked == Py_False;
+}
+
+/* Whether its bytes alone are its values, and are there: for one that is copied. Python refuses any other. */
+static inline bool has_own_bytes(PyObject *tensor)
+{
+    return is_false(PyObject_CallOneArg(known.is_transformed, tensor));
 }
 
 /* Whether torch takes it for more than its bytes: it wants a gradient, or is shown with another sign. Runs Python code under a torch function mode. */
@@ -462,18 +501,54 @@ static bool lend_outputs(FastPath *self, const Kind *kind, CallRecord *record, P
     return false;
 }
 
-/* Find the blocks that the inputs begin, and note places and holds. */
-static bool find_inputs(FastPath *self, const DLTensor *tensors, Py_ssize_t count, CallRecord *record, Places *places)
+static inline const uint8_t *data_of(const DLTensor *tensor)
+{
+    return (const uint8_t *)tensor->data + tensor->byte_offset;
+}
+
+/* A block with a copy of an input, which the record has leased; borrowed. NULL: none was made. */
+static PyObject *copied_in(FastPath *self, const InputForm *form, PyObject *input, const DLTensor *tensor, CallRecord *record)
+{
+    PyObject *leases = in_slot(self->arena, known.at.leases);
+    if (form->block_bytes == NULL || tensor->data == NULL || in_slot(self->arena, known.at.busy) != Py_False || !Py_IS_TYPE(leases, known.leases)
+        || !has_own_bytes(input))
+        return NULL;
+    unsigned long long begun_ns = clock_ns();
+    PyObject *block = idle_block(self, form->block_bytes, begun_ns);
+    if (block == NULL)
+        return NULL;
+    Form bytes = {.code = DL_UNSIGNED, .bits = 8, .ndim = 1, .shape = {(int64_t)form->nbytes}};
+    uint64_t offset = number_in(block, known.at.offset);
+    struct Lease *lease = known.lease->lend(leases, &bytes, offset, block);
+    if (lease == NULL) { /* no memory: the block is lost to the arena, and no other harm is done */
+        PyErr_Clear();
+        Py_DECREF(block);
+        return NULL;
+    }
+    record->copies[record->copy_count++] = lease;
+    memcpy((uint8_t *)(uintptr_t)(self->address + offset), data_of(tensor), form->nbytes);
+    record->copied_bytes += form->nbytes;
+    record->copy_ns += clock_ns() - begun_ns;
+    Py_DECREF(block); /* the lease has it */
+    return block;
+}
+
+/* Find the blocks that the inputs begin, or copy them into some, and note places and holds. */
+static bool find_inputs(FastPath *self, const Kind *kind, PyObject *inputs, const DLTensor *tensors, CallRecord *record, Places *places)
 {
     PyObject *blocks = in_slot(self->arena, known.at.blocks);
-    for (Py_ssize_t i = 0; i < count; i++) {
-        uint64_t offset = (uint64_t)(uintptr_t)tensors[i].data + tensors[i].byte_offset - self->address;
+    for (int i = 0; i < kind->input_count; i++) {
+        uint64_t offset = (uint64_t)(uintptr_t)data_of(&tensors[i]) - self->address;
         PyObject *number = PyLong_FromUnsignedLongLong(offset);
         PyObject *block = number == NULL ? NULL : PyDict_GetItemWithError(blocks, number);
         Py_XDECREF(number);
         if (block == NULL) {
             PyErr_Clear();
-            return false;
+            if (offset >= self->nbytes) /* one that lies inside of a block is found by Python */
+                block = copied_in(self, &kind->inputs[i], PyTuple_GET_ITEM(inputs, i), &tensors[i], record);
+            if (block == NULL)
+                return false;
+            offset = number_in(block, known.at.offset);
         }
         places->offsets[i] = offset;
         places->generations[i] = (uint32_t)number_in(block, known.at.generation);
@@ -535,6 +610,7 @@ static int publish(FastPath *self, const Kind *kind, CallRecord *record, PyObjec
     set_reference(&record->inputs, inputs);
     set_reference(&record->state, known.outstanding);
     set_reference(&record->error, Py_None);
+    set_reference(&record->back, known.nothing);
     set_reference(&record->wake, Py_None);
     set_reference(&record->future, Py_None);
     int registered = PyDict_SetItem(in_slot(self->pair, known.at.outstanding), call_id, (PyObject *)record);
@@ -549,6 +625,7 @@ static int publish(FastPath *self, const Kind *kind, CallRecord *record, PyObjec
     int tensors = kind->input_count + kind->output_count;
     for (int i = 0; i < tensors; i++)
         shmbroker_fill_tensor(slot, i, places->offsets[i], places->generations[i]);
+    self->made += 1;
     return commit(sender, slot) ? 1 : -1;
 }
 
@@ -564,6 +641,9 @@ static void finish(FastPath *self, const Kind *kind, CallRecord *record, uint64_
     counters->build_ns += (long long)(record->submitted_ns - record->begun_ns);
     counters->sent_bytes += kind->sent_bytes;
     counters->received_bytes += kind->received_bytes;
+    counters->copied_bytes += (long long)record->copied_bytes;
+    counters->copy_ns += (long long)record->copy_ns;
+    counters->build_ns -= (long long)record->copy_ns;
     set_reference(&record->state, known.done);
     PyObject *sample = PyLong_FromUnsignedLongLong(rpc_ns);
     PyObject *appended = sample == NULL ? NULL : PyObject_CallMethodOneArg(in_slot(self->statistics, known.at.samples), known.append_name, sample);
@@ -693,7 +773,7 @@ static PyObject *call(FastPath *self, PyObject *inputs)
     CallRecord *record = self->spare;
     self->spare = NULL;
     kind->uses += 1; /* it may be forgotten while this call is on its way */
-    bool lent = find_inputs(self, tensors, count, record, &places) && lend_outputs(self, kind, record, &places, leases, begun_ns);
+    bool lent = find_inputs(self, kind, inputs, tensors, record, &places) && lend_outputs(self, kind, record, &places, leases, begun_ns);
     int published = lent ? publish(self, kind, record, inputs, &places, begun_ns) : 0;
     PyObject *result = published ? NULL : NOT_ORDINARY;
     if (published > 0)
@@ -712,6 +792,10 @@ static PyMethodDef path_methods[] = {
     {"forget", METHOD(path_forget), METH_NOARGS, "Know none any more."},
     {NULL},
 };
+static PyMemberDef path_members[] = {
+    {"made", T_ULONGLONG, offsetof(FastPath, made), READONLY, "Calls and replays that were made here."},
+    {NULL},
+};
 static PyType_Slot path_slots[] = {
     {Py_tp_doc, "What one op's ordinary calls need."},
     {Py_tp_new, PyType_GenericNew},
@@ -720,6 +804,7 @@ static PyType_Slot path_slots[] = {
     {Py_tp_traverse, path_traverse},
     {Py_tp_clear, path_clear},
     {Py_tp_methods, path_methods},
+    {Py_tp_members, path_members},
     {0, NULL},
 };
 static PyType_Spec path_spec = {
@@ -1069,6 +1154,7 @@ static PyObject *set_up(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(argumen
         {"OUTSTANDING", &known.outstanding},
         {"DONE", &known.done},
         {"levels", &known.levels},
+        {"is_transformed", &known.is_transformed},
         {"wait", &known.wait},
         {"op_call", &known.op_call},
         {"replay", &known.replay},
@@ -1087,9 +1173,10 @@ static PyObject *set_up(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(argumen
 
 static int module_exec(PyObject *module)
 {
+    known.nothing = PyTuple_New(0);
     known.level_name = PyUnicode_InternFromString("_current_level");
     known.append_name = PyUnicode_InternFromString("append");
-    if (known.level_name == NULL || known.append_name == NULL)
+    if (known.nothing == NULL || known.level_name == NULL || known.append_name == NULL)
         return -1;
     PyType_Spec *specs[] = {&call_record_spec, &counters_spec, &ends_spec, &path_spec, &capture_spec, &op_spec, &captured_spec};
     for (size_t i = 0; i < sizeof specs / sizeof *specs; i++) {

@@ -12,7 +12,8 @@ typedef struct {
     PyObject *plan, *inputs, *outputs, *holds, *state, *error, *wake, *future, *back;
     unsigned long long begun_ns, deadline_ns, submitted_ns, call_id, copied_bytes, copy_ns;
     PyObject *held[SHMBROKER_MAX_TENSORS];
-    int held_count;
+    struct Lease *copies[SHMBROKER_MAX_TENSORS]; /* of the blocks that inputs were copied to, given up with the holds */
+    int held_count, copy_count;
 } CallRecord;
 
 /* PythonCounters of records.py. */
@@ -28,6 +29,8 @@ typedef struct {
     PyObject *wait;                   /* wait(pair, call) -> result */
     PyObject *op_call, *replay;       /* RemoteOp.__call__, CapturedCall.replay */
     PyObject *check_written;          /* check_written(captured): raises where an output lies elsewhere */
+    PyObject *is_transformed; /* whether a tensor is one of torch.func's */
+    PyObject *nothing;        /* () */
     PyObject *levels;     /* the names of torch.autograd.forward_ad */
     PyObject *level_name; /* "_current_level" */
     PyObject *append_name;

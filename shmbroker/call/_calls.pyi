@@ -18,6 +18,8 @@ class Ends:
     def close(self) -> None: ...
 
 class FastPath:
+    @property
+    def made(self) -> int: ...
     def __init__(
         self,
         *,
@@ -31,8 +33,10 @@ class FastPath:
         followers: list[Waitable],
         ends: object,
         address: int,
+        nbytes: int,
         limit_ns: int,
         look_ns: int,
+        in_place: bool,
     ) -> None: ...
     def learn(self, plan: Plan, inputs: tuple[torch.Tensor, ...]) -> None: ...
     def forget(self) -> None: ...

@@ -6,6 +6,16 @@
 
 /* --- CallRecord --------------------------------------------------------------------------------------------------------------------------- */
 
+static void let_go_of_blocks(CallRecord *self)
+{
+    while (self->copy_count > 0)
+        known.lease->give_up(self->copies[--self->copy_count]);
+    while (self->held_count > 0) {
+        PyObject *hold = self->held[--self->held_count];
+        Py_DECREF(hold);
+    }
+}
+
 static int record_clear(CallRecord *self)
 {
     Py_CLEAR(self->plan);
@@ -17,10 +27,7 @@ static int record_clear(CallRecord *self)
     Py_CLEAR(self->wake);
     Py_CLEAR(self->future);
     Py_CLEAR(self->back);
-    while (self->held_count > 0) {
-        PyObject *hold = self->held[--self->held_count];
-        Py_DECREF(hold);
-    }
+    let_go_of_blocks(self);
     return 0;
 }
 
@@ -73,10 +80,7 @@ static PyObject *record_holds(CallRecord *self, void *Py_UNUSED(closure))
 static int record_set_holds(CallRecord *self, PyObject *holds, void *Py_UNUSED(closure))
 {
     Py_XSETREF(self->holds, Py_XNewRef(holds));
-    while (self->held_count > 0) {
-        PyObject *hold = self->held[--self->held_count];
-        Py_DECREF(hold);
-    }
+    let_go_of_blocks(self);
     return 0;
 }
 

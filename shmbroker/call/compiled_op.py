@@ -13,12 +13,13 @@ from shmbroker.arena.arena import Arena
 from shmbroker.arena.ring import Extent, RingAllocator
 from shmbroker.arena.room import Room
 from shmbroker.call.call import Call, Result
+from shmbroker.call.captured_call import CapturedCall
 from shmbroker.call.completions import CompletionLoop
-from shmbroker.call.plain_tensors import levels
+from shmbroker.call.plain_tensors import is_transformed, levels
 from shmbroker.call.plan import Plan
 from shmbroker.call.queue_pair import QueuePair
 from shmbroker.call.records import CALLS_COMPILED
-from shmbroker.call.remote_op import CapturedCall, RemoteOp
+from shmbroker.call.remote_op import RemoteOp
 from shmbroker.call.state import DONE, OUTSTANDING
 from shmbroker.call.statistics import OpStatistics
 from shmbroker.lane.frames import FrameTemplate
@@ -60,7 +61,8 @@ if CALLS_COMPILED or TYPE_CHECKING:
             Room=Room,
             SubmissionSender=_ends.SubmissionSender,
             Tensor=torch.Tensor,
-            check_written=CapturedCall.check_written,
+            check_written=CapturedCall._check_written,
+            is_transformed=is_transformed,
             levels=vars(levels),
             op_call=RemoteOp.__call__,
             replay=CapturedCall.replay,
@@ -101,8 +103,10 @@ if COMPILED or TYPE_CHECKING:
                 followers=loop.followers,
                 ends=pair.fast_ends,
                 address=self._arena.address,
+                nbytes=self._arena.end,
                 limit_ns=self._limit_ns(self._default_timeout),
                 look_ns=int(loop.look_seconds * 1e9),
+                in_place=self.in_place,
             )
 
         def _captured(self, call: Call, offsets: list[int], generations: list[int]) -> CapturedCall:

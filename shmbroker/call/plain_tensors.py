@@ -13,7 +13,7 @@ from shmbroker.errors import BadInput
 levels = forward_ad
 """``levels._current_level`` is 0 or more while forward-mode derivatives are taken: every call looks at it, so that it is one look-up."""
 
-_is_transformed: Callable[[torch.Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor
+is_transformed: Callable[[torch.Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 def refuse_gradient(what: str, tensor: torch.Tensor) -> None:
@@ -41,7 +41,7 @@ def refuse_wrapped(what: str, tensor: torch.Tensor) -> None:
     if tensor.is_meta or tensor.is_nested or tensor.layout is not torch.strided:
         kind = "nested" if tensor.is_nested else tensor.layout
         raise BadInput(f"{what}: a {kind} tensor on {tensor.device} has no bytes to hand over")
-    if _is_transformed(tensor):
+    if is_transformed(tensor):
         raise BadInput(f"{what} is being transformed (torch.func, vmap), and a call is not: call outside of the transformation")
     if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:  # quantized, masked, distributed, fake
         raise BadInput(

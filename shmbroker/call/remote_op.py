@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from enum import Enum
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import msgspec
 import torch
 
 from shmbroker.arena.room import room_for
 from shmbroker.arena.spec import TensorSpec, spec_of
-from shmbroker.call.call import Call, Places, ReplayedCall, Result, check_places, clock_ns, places_of
+from shmbroker.call.call import Call, Places, ReplayedCall, Result, clock_ns
+from shmbroker.call.captured_call import CapturedCall
 from shmbroker.call.client_memory import as_tensor
 from shmbroker.call.future import CallFuture
 from shmbroker.call.kept import Kept
@@ -21,11 +21,11 @@ from shmbroker.call.plan import Plan
 from shmbroker.call.queue_pair import QueuePair
 from shmbroker.call.state import DONE
 from shmbroker.call.statistics import OpStatistics
+from shmbroker.call.timeout import UNSET, Timeout, nanoseconds_of
 from shmbroker.call.write_back import back_to
 from shmbroker.errors import BadInput
 from shmbroker.lane.outputs import Outputs
 from shmbroker.memory.layout import Space
-from shmbroker.settings.arguments import seconds_or_none
 
 _KNOWN_PLANS = 1024
 """Combinations of input forms remembered; a decode that grows by a token a step starts over now and then."""
@@ -40,21 +40,15 @@ OutputsOf = Callable[[Sequence[TensorSpec], dict[str, Any], float | None], Outpu
 class FastPath(Protocol):
     """Learns which calls are ordinary, for a :class:`RemoteOp` that makes them without Python."""
 
+    @property
+    def made(self) -> int:
+        """Calls and replays that were made so."""
+
     def learn(self, plan: Plan, inputs: tuple[torch.Tensor, ...]) -> None:
         """Tensors of such forms are called by ``plan``."""
 
 
 _arguments_encoder = msgspec.msgpack.Encoder()
-
-
-class _Unset(Enum):
-    """The type of ``timeout`` when the client's own is meant."""
-
-    UNSET = 0
-
-
-_UNSET = _Unset.UNSET
-Timeout = float | None | Literal[_Unset.UNSET]
 
 
 class RemoteOp:
@@ -114,13 +108,13 @@ class RemoteOp:
         counted = self._statistics
         return f"<RemoteOp {self.name!r} on {self._pair.peer_text()}: {counted.calls} calls, {counted.errors} failed>"
 
-    def __call__(self, *inputs: torch.Tensor, timeout: Timeout = _UNSET, **arguments: Any) -> Any:
+    def __call__(self, *inputs: torch.Tensor, timeout: Timeout = UNSET, **arguments: Any) -> Any:
         """Call and wait: the op's output tensor, or a tuple of them.
 
         ``timeout``: seconds, None for no limit; the client's own by default. Raises :class:`CallTimeout`, :class:`WorkerLost`,
         :class:`RemoteOpError` with the worker's error, :class:`ArenaFull`, :class:`BadInput`.
         """
-        seconds = self._default_timeout if timeout is _UNSET else timeout
+        seconds = self._default_timeout if timeout is UNSET else timeout
         call, offsets, generations = self._prepare(inputs, seconds, arguments)
         pair = self._pair
         pair.submit(call, call.plan.template, offsets, generations)
@@ -128,19 +122,19 @@ class RemoteOp:
             pair.expire(call)
         return call.result()
 
-    def submit(self, *inputs: torch.Tensor, timeout: Timeout = _UNSET, **arguments: Any) -> CallFuture:
+    def submit(self, *inputs: torch.Tensor, timeout: Timeout = UNSET, **arguments: Any) -> CallFuture:
         """Call without waiting: a future, also awaitable. Its frame is with the worker when this returns."""
-        seconds = self._default_timeout if timeout is _UNSET else timeout
+        seconds = self._default_timeout if timeout is UNSET else timeout
         call, offsets, generations = self._prepare(inputs, seconds, arguments)
         self._pair.submit(call, call.plan.template, offsets, generations)
         return self.future_of(call)
 
-    def keep(self, *inputs: torch.Tensor | Kept, timeout: Timeout = _UNSET, **arguments: Any) -> Any:
+    def keep(self, *inputs: torch.Tensor | Kept, timeout: Timeout = UNSET, **arguments: Any) -> Any:
         """Call and wait, with the results staying on the worker: a :class:`Kept`, or a tuple of them, to be inputs of later calls on this channel.
 
         Raises as :meth:`__call__`; the worker bounds how much it keeps.
         """
-        seconds = self._default_timeout if timeout is _UNSET else timeout
+        seconds = self._default_timeout if timeout is UNSET else timeout
         call, offsets, generations = self._prepare(inputs, seconds, arguments, Space.KEPT)
         self._pair.submit(call, call.plan.template, offsets, generations)
         return self.wait(call)
@@ -298,7 +292,9 @@ class RemoteOp:
                 self._statistics,
                 self.op_id,
                 inputs,
-                self._outputs([spec_of(tensor) for tensor in inputs], arguments, None if timeout is None else _nanoseconds(timeout) / 1e9),
+                self._outputs(
+                    [spec_of(tensor) for tensor in inputs], arguments, None if timeout is None else nanoseconds_of(timeout) / 1e9
+                ),
                 packed,
                 spaces,
                 output_space,
@@ -313,7 +309,7 @@ class RemoteOp:
 
     def resubmit(self, like: Call, offsets: list[int], generations: list[int], timeout: Timeout, written: Places | None = None) -> Call:
         """For :class:`CapturedCall`: another call with the same tensors, plan and places. ``written``: the outputs, for a call that looks after them itself."""
-        seconds = self._default_timeout if timeout is _UNSET else timeout
+        seconds = self._default_timeout if timeout is UNSET else timeout
         begun_ns = clock_ns()
         limit_ns = self._limit_ns(seconds)
         deadline_ns = limit_ns and begun_ns + limit_ns
@@ -339,16 +335,9 @@ class RemoteOp:
             return 0
         known, nanoseconds = self._timeout
         if timeout is not known:
-            nanoseconds = _nanoseconds(timeout)
+            nanoseconds = nanoseconds_of(timeout)
             self._timeout = timeout, nanoseconds
         return nanoseconds
-
-
-def _nanoseconds(timeout: float) -> int:
-    """A timeout as a frame can carry it: positive, and 30 years at most."""
-    checked = seconds_or_none("timeout", timeout)
-    assert checked is not None
-    return int(min(checked, 1e9) * 1e9)
 
 
 def _signature(tensors: Sequence[torch.Tensor]) -> object:
@@ -357,59 +346,3 @@ def _signature(tensors: Sequence[torch.Tensor]) -> object:
         tensor = tensors[0]
         return tensor.shape, tensor.dtype, tensor.stride()
     return tuple([(tensor.shape, tensor.dtype, tensor.stride()) for tensor in tensors])
-
-
-class CapturedCall:
-    """Made by :meth:`RemoteOp.capture`: blocks placed, frame packed. Write into ``inputs`` in place, then :meth:`replay`.
-
-    ``inputs`` and ``outputs`` are tuples of tensors in the arena; every replay reads and overwrites the same ones. Their blocks are the capture's until
-    it dies. Once one of the tensors lies elsewhere (``share_memory_()``, a multiprocessing queue and ``set_()`` give a tensor other memory), replaying
-    raises :class:`BadInput`.
-    """
-
-    __slots__ = ("_call", "_generations", "_handed", "_offsets", "_op", "_written", "fast", "inputs", "outputs")
-
-    def __init__(self, op: RemoteOp, call: Call, offsets: list[int], generations: list[int]) -> None:
-        self._op = op
-        self._call = call
-        self._offsets = offsets
-        self._generations = generations
-        self.inputs = tuple(call.inputs)
-        self.outputs = tuple(call.outputs)
-        self._handed = places_of([one for one in self.inputs if isinstance(one, torch.Tensor)])
-        """Inputs that are no kept tensors."""
-        self._written = places_of(self.outputs)
-        self.fast: object = None
-        """What it is replayed by without Python, where it is."""
-
-    def __repr__(self) -> str:
-        inputs, outputs = (", ".join(str(spec_of(tensor)) for tensor in tensors) or "nothing" for tensors in (self.inputs, self.outputs))
-        return f"<CapturedCall of {self._op!r}: {inputs} to {outputs}>"
-
-    def replay(self, *, timeout: Timeout = _UNSET) -> Any:
-        """Call again and wait: the output tensor, or a tuple of them. Raises as :meth:`RemoteOp.__call__`.
-
-        A hot path: what looking whether the tensors lie where they lay costs is in docs/performance.md.
-        """
-        op = self._op
-        for tensor, place in self._handed:
-            if tensor.data_ptr() != place or tensor.requires_grad:
-                check_places(f"op {op.name!r}: captured input", self._handed)
-        call = op.resubmit(self._call, self._offsets, self._generations, timeout)
-        moved = False
-        for tensor, place in self._written:  # while the worker is at it
-            if tensor.data_ptr() != place or tensor.requires_grad:
-                moved = True
-        result = op.wait(call)
-        if moved:
-            self.check_written()
-        return result
-
-    def check_written(self) -> None:
-        """Raise :class:`BadInput` where an output does not lie any more where the worker writes it."""
-        check_places(f"op {self._op.name!r}: captured output", self._written)
-
-    def submit(self, *, timeout: Timeout = _UNSET) -> CallFuture:
-        """Call again without waiting. The same blocks are used by every replay: wait for one before the next."""
-        check_places(f"op {self._op.name!r}: captured input", self._handed)
-        return self._op.future_of(self._op.resubmit(self._call, self._offsets, self._generations, timeout, self._written))

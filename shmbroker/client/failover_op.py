@@ -14,8 +14,9 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 
+from shmbroker.call.captured_call import CapturedCall
 from shmbroker.call.future import CallFuture, WatchedFuture
-from shmbroker.call.remote_op import CapturedCall, RemoteOp
+from shmbroker.call.remote_op import RemoteOp
 from shmbroker.client.channel import Channel
 from shmbroker.errors import BadInput, ChannelError, ShmBrokerError, WorkerDraining, WorkerLost
 

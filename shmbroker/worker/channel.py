@@ -23,7 +23,7 @@ from shmbroker.lane.op_error import pack_op_error
 from shmbroker.lane.submission_reader import Submission
 from shmbroker.memory.layout import TEXT_BYTES, ChannelStatistics, Space, Status, offset_of
 from shmbroker.memory.statistics_block import StatisticsBlock
-from shmbroker.worker.counters import Counters
+from shmbroker.worker.counters import ChannelCounters
 from shmbroker.worker.device_completions import InFlight
 from shmbroker.worker.device_memory import Launched
 from shmbroker.worker.kept_calls import about_kept, with_kept
@@ -58,22 +58,6 @@ def _nobody() -> int:
 
 class Rejected(Exception):
     """A frame that is not run. No error that an op can raise: whatever an op raises is the op's error."""
-
-
-class ChannelCounters(Counters):
-    """What a channel has done. Added to without a lock: where two threads add at one instant, one addition may be missing."""
-
-    __slots__ = ()
-
-    def __init__(self) -> None:
-        self.calls: int = 0
-        self.errors: int = 0
-        self.compute_ns: int = 0
-        self.queued_ns: int = 0
-        self.batched: int = 0
-        """Calls that were computed together with those of other clients."""
-        self.batched_with: int = 0
-        """All calls of the batches that those were in."""
 
 
 @dataclass(slots=True)

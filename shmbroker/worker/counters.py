@@ -45,4 +45,18 @@ if STEPS_COMPILED and not TYPE_CHECKING:
 else:
     from shmbroker.worker.python_counters import Counters
 
-__all__ = ["STEPS_COMPILED", "Counters", "Watched", "WatchedInputs", "bound"]
+
+class ChannelCounters(Counters):
+    """What a channel has done. Added to without a lock: where two threads add at one instant, one addition may be missing."""
+
+    __slots__ = ()
+
+    def __init__(self) -> None:
+        self.calls: int = 0
+        self.errors: int = 0
+        self.compute_ns: int = 0
+        self.queued_ns: int = 0
+        self.batched: int = 0
+        """Calls that were computed together with those of other clients."""
+        self.batched_with: int = 0
+        """All calls of the batches that those were in."""

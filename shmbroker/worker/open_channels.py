@@ -18,7 +18,8 @@ from shmbroker.memory.hold import is_surely_held
 from shmbroker.memory.segment import Segment
 from shmbroker.settings.kinds import Doorbell, Lane
 from shmbroker.trace.writer import Trace
-from shmbroker.worker.channel import ChannelCounters, WorkerChannel
+from shmbroker.worker.channel import WorkerChannel
+from shmbroker.worker.counters import ChannelCounters
 from shmbroker.worker.device_memory import DeviceMemory
 from shmbroker.worker.frame_loop import FrameLoop
 from shmbroker.worker.kept_tensors import DEFAULT_KEPT_BYTES, KeptTensors

@@ -72,6 +72,20 @@ def sleep(x: torch.Tensor, *, out: torch.Tensor, seconds: float) -> None:
     out.copy_(x)
 
 
+@worker.op(out_spec=lambda x: TensorSpec(x.shape, x.dtype))
+def sleep_for_the_first(x: torch.Tensor, *, out: torch.Tensor) -> None:
+    """For as many seconds as the first element says."""
+    time.sleep(float(x.flatten()[0]))
+    out.copy_(x)
+
+
+@worker.op(out_spec=lambda x: (TensorSpec(x.shape, x.dtype), TensorSpec((2, *x.shape), x.dtype)))
+def twins(x: torch.Tensor, *, out: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """What came, once, and twice."""
+    out[0].copy_(x)
+    out[1].copy_(x.expand(2, *x.shape))
+
+
 @worker.op(out_spec=lambda x, seconds: TensorSpec(x.shape, x.dtype))
 def compute(x: torch.Tensor, *, out: torch.Tensor, seconds: float) -> None:
     """Without a line of Python in between: one call that lets the interpreter lock go."""

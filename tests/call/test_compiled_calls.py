@@ -1,0 +1,472 @@
+"""Calls that are made without Python: which are, and that nothing is otherwise for whoever makes them."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.autograd import forward_ad
+
+import shmbroker
+from shmbroker import BadInput, CallTimeout, RemoteOpError, TensorSpec, WorkerLost
+from shmbroker.call import compiled_op
+from shmbroker.client.channel import Channel
+from shmbroker.errors import ArenaBusy
+from tests.processes import worker_process
+
+pytestmark = pytest.mark.skipif(
+    not compiled_op.COMPILED, reason="no compiled calls here: not built, or a torch without the exchange of tensors"
+)
+
+Bind = Callable[..., Any]
+
+
+def same(x: TensorSpec) -> TensorSpec:
+    return x
+
+
+@pytest.fixture
+def compiled(client: shmbroker.Client, worker: int) -> Channel:
+    return client.channel("test", lane="shm", doorbell="sem")
+
+
+@pytest.fixture
+def in_python(client: shmbroker.Client, worker: int, monkeypatch: pytest.MonkeyPatch) -> Bind:
+    """Binds on another channel to the same worker, ops that Python calls."""
+    channel = client.channel("test", lane="shm", doorbell="sem")
+
+    def bind(op: str, **options: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(compiled_op, "COMPILED", False)
+            bound = channel.bind(op, **options)
+        assert bound.fast is None
+        return bound
+
+    return bind
+
+
+def inside(channel: Channel, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Numbers in the arena, small and whole, so that every way of adding them is exact."""
+    tensor = channel.memory.empty(shape, dtype)
+    return tensor.copy_(torch.arange(tensor.numel()).reshape(shape) % 100)
+
+
+def test_once_a_kind_is_known_its_calls_are_made_without_python(compiled: Channel) -> None:
+    op, x = compiled.bind("scale", factor=2.0), inside(compiled, 4, 6)
+    expected = x * 2
+    for _ in range(20):
+        assert torch.equal(op(x), expected)
+    assert op.fast.made >= 17, "but for the first ones, whose outputs found no dead block"
+    assert op(x).is_contiguous()
+
+
+def test_a_replay_is_made_without_python(compiled: Channel) -> None:
+    captured = compiled.bind("scale", factor=2.0).capture(inside(compiled, 4, 6))
+    for step in range(20):
+        captured.inputs[0].fill_(step)
+        assert captured.replay().flatten().tolist() == [2.0 * step] * 24
+
+
+def test_a_small_contiguous_input_from_elsewhere_is_copied_without_python(compiled: Channel) -> None:
+    op, x = compiled.bind("scale", factor=2.0), inside(compiled, 4, 6)
+    for _ in range(3):
+        op(x)
+    made = op.fast.made
+    for number in range(20):
+        outside = torch.full((4, 6), float(number))
+        assert torch.equal(op(outside), outside * 2)
+    assert op.fast.made >= made + 17
+    report = compiled.report()
+    assert "scale" in str(report)
+
+
+def test_what_was_copied_is_free_when_the_call_is_over(compiled: Channel) -> None:
+    op = compiled.bind("scale", factor=2.0)
+    for _ in range(5):
+        op(torch.ones(1000))
+    gc.collect()
+    assert compiled.memory.arena.occupancy().blocks == 0
+
+
+class Odd:
+    """Inputs that are more than the block they begin, or less: made of a tensor in the arena."""
+
+    @staticmethod
+    def view_inside(x: torch.Tensor) -> torch.Tensor:
+        return x[1:]
+
+    @staticmethod
+    def transposed(x: torch.Tensor) -> torch.Tensor:
+        return x.t()
+
+    @staticmethod
+    def parameter(x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.Parameter(x, requires_grad=False)
+
+    @staticmethod
+    def empty(x: torch.Tensor) -> torch.Tensor:
+        return x[:0]
+
+    @staticmethod
+    def strided_from_elsewhere(x: torch.Tensor) -> torch.Tensor:
+        return x.clone().t()
+
+    @staticmethod
+    def large_from_elsewhere(x: torch.Tensor) -> torch.Tensor:
+        return torch.ones(100_000)
+
+    @staticmethod
+    def negated(x: torch.Tensor) -> torch.Tensor:
+        return torch.view_as_complex(x.view(-1, 2)).conj().imag
+
+    @staticmethod
+    def negated_at_the_block_begin(x: torch.Tensor) -> torch.Tensor:
+        return torch.view_as_complex(x.view(-1, 2)).conj().imag.as_strided((3,), (1,), 0)
+
+    @staticmethod
+    def complex(x: torch.Tensor) -> torch.Tensor:
+        return torch.view_as_complex(x.view(-1, 2))
+
+    @staticmethod
+    def conjugate(x: torch.Tensor) -> torch.Tensor:
+        return torch.view_as_complex(x.view(-1, 2)).conj()
+
+
+ODD = [name for name in vars(Odd) if not name.startswith("_")]
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_an_odd_input_gives_what_it_gives_in_python(compiled: Channel, in_python: Bind, name: str) -> None:
+    x = inside(compiled, 4, 6)
+    op, reference = compiled.bind("contiguous", out_spec=same), in_python("contiguous", out_spec=same)
+    for _ in range(4):
+        odd = getattr(Odd, name)(x)
+        result, expected = op(odd), reference(odd)
+        assert torch.equal(result, expected)
+        assert torch.equal(result, odd.resolve_neg().resolve_conj())
+        assert torch.equal(op(x), x), "what comes after is as before"
+
+
+def gradient(x: torch.Tensor, call: Callable[[torch.Tensor], object]) -> None:
+    call(x.requires_grad_())
+
+
+def tangent(x: torch.Tensor, call: Callable[[torch.Tensor], object]) -> None:
+    with forward_ad.dual_level():
+        call(forward_ad.make_dual(x, torch.ones_like(x)))
+
+
+def mapped(x: torch.Tensor, call: Callable[[torch.Tensor], object]) -> None:
+    torch.func.vmap(lambda row: (call(row), row)[1])(x)
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+@pytest.mark.parametrize("attempt", [gradient, tangent, mapped])
+def test_what_python_refuses_is_refused(compiled: Channel, attempt: Callable[..., None], elsewhere: bool) -> None:
+    op, x = compiled.bind("contiguous", out_spec=same), inside(compiled, 4, 6)
+    for _ in range(3):
+        op(x)
+        op(x[0].clone())
+    with pytest.raises(BadInput):
+        attempt(x.clone() if elsewhere else x, op)
+
+
+def test_no_gradient_is_wanted_where_none_is_recorded(compiled: Channel) -> None:
+    op, x = compiled.bind("contiguous", out_spec=same), inside(compiled, 4)
+    for _ in range(3):
+        op(x)
+    with torch.no_grad():
+        assert torch.equal(op(x.requires_grad_()), x.detach())
+
+
+def test_an_error_of_the_op_is_raised_and_the_next_call_is_ordinary(compiled: Channel) -> None:
+    op, x = compiled.bind("scale", factor=1.0), inside(compiled, 4)
+    failing = compiled.bind("fail", out_spec=same)
+    for _ in range(3):
+        op(x)
+        with pytest.raises(RemoteOpError, match="ValueError"):
+            failing(x)
+    assert torch.equal(op(x), x)
+
+
+def test_calls_are_counted_as_in_python(compiled: Channel, in_python: Bind) -> None:
+    op, reference = compiled.bind("scale", factor=2.0), in_python("scale", factor=2.0)
+    x, outside = inside(compiled, 4, 6), torch.ones(4, 6)
+    for one in (op, reference):
+        for tensor in (x, x, x, outside, outside, outside):
+            one(tensor)
+    assert op.fast.made > 0
+    counted, expected = repr(op), repr(reference)
+    assert counted.split(":")[-1] == expected.split(":")[-1] == " 6 calls, 0 failed>"
+
+
+def test_threads_that_call_at_once_each_have_their_own_result(compiled: Channel) -> None:
+    op = compiled.bind("scale", factor=2.0)
+    wrong: list[float] = []
+
+    def call(number: int) -> None:
+        x = compiled.memory.empty((64,), torch.float32)
+        for step in range(300):
+            x.fill_(1000 * number + step)
+            if not torch.equal(op(x), x * 2):
+                wrong.append(number)
+
+    threads = [threading.Thread(target=call, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+class CallsWhenItDies:
+    """A finaliser that calls: whatever it does in the midst of another call must not harm that one."""
+
+    def __init__(self, op: Any, results: list[bool]) -> None:
+        self.op, self.results, self.itself = op, results, self
+
+    def __del__(self) -> None:
+        with contextlib.suppress(ArenaBusy):
+            x = torch.full((8,), 3.0)
+            self.results.append(torch.equal(self.op(x), x * 2))
+
+
+def test_a_finaliser_may_call_in_the_midst_of_a_call(compiled: Channel) -> None:
+    op, x = compiled.bind("scale", factor=2.0), inside(compiled, 4, 6)
+    results: list[bool] = []
+    thresholds = gc.get_threshold()
+    gc.set_threshold(1, 1, 1)
+    try:
+        for _ in range(200):
+            CallsWhenItDies(op, results)
+            assert torch.equal(op(x), x * 2)
+    finally:
+        gc.set_threshold(*thresholds)
+    assert results, "some ran"
+    assert all(results)
+
+
+def test_a_channel_that_is_closed_refuses_and_lets_go_of_its_memory(client: shmbroker.Client, worker: int) -> None:
+    channel = client.channel("test", lane="shm")
+    op, x = channel.bind("scale", factor=2.0), client.empty((8,), torch.float32)
+    captured = op.capture(x)
+    for _ in range(3):
+        op(x)
+        captured.replay()
+    channel.close()
+    for call in (lambda: op(x), captured.replay):
+        with pytest.raises(shmbroker.ChannelError):
+            call()
+
+
+@pytest.fixture
+def mortal(broker: shmbroker.LocalBroker) -> Iterator[Callable[[], tuple[Any, shmbroker.Client]]]:
+    """Starts workers that may be killed, each with a client."""
+    with contextlib.ExitStack() as undo:
+
+        def start() -> tuple[Any, shmbroker.Client]:
+            process = undo.enter_context(worker_process("mortal"))
+            return process, undo.enter_context(shmbroker.connect(arena="16M", place_timeout=1.0))
+
+        yield start
+
+
+def kill(process: Any) -> None:
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def test_a_worker_that_dies_amid_an_ordinary_call_is_lost_and_its_blocks_are_free(
+    mortal: Callable[[], tuple[Any, shmbroker.Client]],
+) -> None:
+    process, client = mortal()
+    channel = client.channel("mortal", lane="shm")
+    op, x = channel.bind("sleep_for_the_first"), inside(channel, 8)
+    for _ in range(3):
+        op(x)
+    made = op.fast.made
+    x[0] = 600.0
+    killer = threading.Timer(0.3, kill, [process])
+    killer.start()
+    with pytest.raises(WorkerLost):
+        op(x)
+    assert op.fast.made == made + 1
+    killer.join()
+    with pytest.raises(WorkerLost):
+        op(x)
+    assert op.fast.made == made + 1
+    del x
+    gc.collect()
+    assert channel.memory.arena.occupancy().blocks == 0
+
+
+def test_a_deadline_that_passes_amid_an_ordinary_call_is_told_and_the_blocks_stay_the_workers(
+    mortal: Callable[[], tuple[Any, shmbroker.Client]],
+) -> None:
+    process, _ = mortal()
+    with shmbroker.connect(arena="16M", timeout=0.5) as hasty:
+        channel = hasty.channel("mortal", lane="shm")
+        op, x = channel.bind("sleep_for_the_first"), inside(channel, 8)
+        for _ in range(3):
+            op(x)
+        made = op.fast.made
+        x[0] = 600.0
+        with pytest.raises(CallTimeout, match="no completion after"):
+            op(x)
+        assert op.fast.made == made + 1
+        del x
+        gc.collect()
+        assert channel.memory.arena.occupancy().blocks == 2, "input and output are still the worker's"
+        kill(process)
+
+
+def test_a_call_whose_worker_has_died_before_it_is_lost(mortal: Callable[[], tuple[Any, shmbroker.Client]]) -> None:
+    process, client = mortal()
+    channel = client.channel("mortal", lane="shm")
+    op, x = channel.bind("scale", factor=2.0), inside(channel, 8)
+    captured = op.capture(x)
+    for _ in range(3):
+        op(x)
+        captured.replay()
+    kill(process)
+    for call in (captured.replay, lambda: op(x), captured.replay):
+        with pytest.raises(WorkerLost):
+            call()
+
+
+# --- compiled and in Python, side by side ---------------------------------------------------------------------------------------------------
+
+SHAPES = [(), (0, 3), (1,), (7,), (3, 5), (5, 3), (2, 3, 4), (70, 300)]
+FORMS = ["in the arena", "elsewhere", "a view inside", "transposed", "strided elsewhere"]
+DTYPES = [torch.float32, torch.int64, torch.bfloat16, torch.bool, torch.complex64, torch.float8_e4m3fn]
+STEPS = st.one_of(
+    st.tuples(
+        st.just("call"),
+        st.sampled_from(SHAPES),
+        st.sampled_from(FORMS),
+        st.sampled_from(DTYPES),
+        st.sampled_from(["contiguous", "fail", "twins"]),
+    ),
+    st.tuples(st.just("call"), st.sampled_from(SHAPES[3:5]), st.just("in the arena"), st.just(torch.float32), st.just("contiguous")),
+    st.tuples(st.just("capture"), st.sampled_from(SHAPES), st.sampled_from(DTYPES)),
+    st.tuples(st.just("replay"), st.integers(0, 3)),
+    st.tuples(st.just("free"), st.integers(0, 5)),
+    st.tuples(st.just("free all")),
+)
+
+
+class Side:
+    """One of two clients that do the same: what it holds, and what came of each step."""
+
+    def __init__(self, channel: Channel, bind: Bind) -> None:
+        self.memory, self.close = channel.memory, channel.close
+        self.ops = {name: bind(name, out_spec=same) for name in ("contiguous", "fail")}
+        self.ops["twins"] = bind("twins")
+        self.held: list[Any] = []
+        self.captured: list[Any] = []
+
+    def tensor(self, shape: tuple[int, ...], form: str, dtype: torch.dtype) -> torch.Tensor:
+        values = (torch.arange(max(1, torch.Size(shape).numel())) % 7)[: torch.Size(shape).numel()].reshape(shape)
+        outside = values.to(torch.float32).to(dtype)
+        if form == "elsewhere":
+            return outside
+        if form == "strided elsewhere":
+            return outside.t().clone().t() if outside.ndim == 2 else outside
+        if form == "a view inside":
+            room = self.memory.empty((outside.numel() + 3,), dtype)
+            return room[3:].copy_(outside.flatten()).reshape(shape)
+        room = self.memory.empty(shape, dtype)
+        room.copy_(outside)
+        return room.t() if form == "transposed" and room.ndim == 2 else room
+
+    def do(self, step: tuple[Any, ...]) -> object:
+        """What came of it, as plain values."""
+        try:
+            return self._do(step)
+        except shmbroker.ShmBrokerError as error:
+            return type(error).__name__
+
+    def _do(self, step: tuple[Any, ...]) -> object:
+        if step[0] == "call":
+            _, shape, form, dtype, name = step
+            x = self.tensor(shape, form, dtype)
+            result = self.ops[name](x)
+            self.held.append(result)
+            return plain(result)
+        if step[0] == "capture":
+            self.captured.append(self.ops["contiguous"].capture(self.tensor(step[1], "in the arena", step[2])))
+        elif step[0] == "replay" and self.captured:
+            return plain(self.captured[step[1] % len(self.captured)].replay())
+        elif step[0] == "free" and self.held:
+            del self.held[step[1] % len(self.held)]
+        elif step[0] == "free all":
+            self.held.clear()
+            self.captured.clear()
+        return None
+
+    def blocks(self) -> int:
+        """How many are held, but for what waits to be collected."""
+        blocks: int = self.memory.arena.occupancy().blocks
+        return blocks
+
+
+def plain(result: Any) -> object:
+    tensors = result if isinstance(result, tuple) else (result,)
+    return [(tuple(one.shape), one.dtype, one.stride(), one.contiguous().flatten().view(torch.uint8).tolist()) for one in tensors]
+
+
+@pytest.fixture
+def sides(broker: shmbroker.LocalBroker, worker: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[Side]]]:
+    """Makes two sides with nothing held yet: the first makes ordinary calls without Python."""
+    with contextlib.ExitStack() as undo:
+
+        def bound(client: shmbroker.Client, service: str, wanted: bool) -> Side:
+            channel = client.channel(service, lane="shm", doorbell="sem")
+            with monkeypatch.context() as patch:
+                patch.setattr(compiled_op, "COMPILED", wanted)
+                return Side(channel, channel.bind)
+
+        clients = [undo.enter_context(shmbroker.connect(arena="16M", place_timeout=1.0)) for _ in range(2)]
+        yield lambda service="test": [bound(client, service, wanted) for client, wanted in zip(clients, (True, False), strict=True)]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(steps=st.lists(STEPS, min_size=1, max_size=40))
+def test_whatever_is_done_comes_out_as_in_python(sides: Callable[..., list[Side]], steps: list[tuple[Any, ...]]) -> None:
+    compiled, reference = sides()
+    for step in steps:
+        assert compiled.do(step) == reference.do(step), step
+    for name, op in compiled.ops.items():
+        assert repr(op).split(":")[-1] == repr(reference.ops[name]).split(":")[-1], "counted alike"
+    assert compiled.blocks() == reference.blocks()
+    for side in (compiled, reference):
+        side.close()
+
+
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(steps=st.lists(STEPS, min_size=5, max_size=20), after=st.integers(0, 10))
+def test_a_death_comes_out_as_in_python(
+    sides: Callable[..., list[Side]], broker: shmbroker.LocalBroker, steps: list[tuple[Any, ...]], after: int
+) -> None:
+    with worker_process("twice-mortal") as process:
+        both = sides("twice-mortal")
+        for number, step in enumerate(steps):
+            if number == after:
+                kill(process)
+            compiled, reference = [side.do(step) for side in both]
+            assert compiled == reference, step
+        for side in both:
+            side.held.clear()
+            side.captured.clear()
+        gc.collect()
+        assert [side.blocks() for side in both] == [0, 0]
+        for side in both:
+            side.close()
