@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import platform
 import threading
 import time
 
@@ -38,14 +37,12 @@ _fence_lock = threading.Lock()
 
 
 def fence() -> None:
-    """A full memory barrier: taking a lock is a locked instruction, which orders an earlier store before a later load on x86-64."""
+    """A full memory barrier on x86-64: taking a lock is a locked instruction there, which orders an earlier store before a later load.
+
+    Elsewhere it is none; there the compiled ends are used, or lane zmq.
+    """
     _fence_lock.acquire()
     _fence_lock.release()
-
-
-def shm_lane_supported() -> bool:
-    """Whether plain stores from Python are ordered here as the queues need it (x86-64)."""
-    return platform.machine() in ("x86_64", "AMD64")
 
 
 class SemaphoreBell:
