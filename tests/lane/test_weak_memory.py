@@ -125,6 +125,16 @@ def test_every_order_that_is_not_relaxed_is_planted_as_a_weaker_one() -> None:
     )
 
 
+def test_the_documents_list_every_program_fault_and_order() -> None:
+    text = (PATH.parent / "README.md").read_text()
+    for program in model.PROGRAMS:
+        assert len(re.findall(rf"^\| {re.escape(program)} \| \d+ \|$", text, re.MULTILINE)) == 1
+    assert re.findall(rf"^\| (.+) \| (?:{model.RACE}|{model.ASLEEP}) \|$", text, re.MULTILINE) == list(model.FAULTS)
+    table = re.findall(r"^\| (`[^|:]+)[^|]*\| (\w+)", (PATH.parents[1] / "c.md").read_text().split("## Memory orders")[1], re.MULTILINE)
+    told = {step: order for steps, order in table for step in re.findall(r"`(\w+)`", steps) if step in model.ORDERS}
+    assert told == model.ORDERS
+
+
 # --- the model's memory is that of C11 ------------------------------------------------------------------------------------------------------
 
 Write = Callable[[Any], None]
