@@ -8,7 +8,7 @@ Every process sleeps on one bell, whatever it waits for; whoever writes it a fra
 D1  Between its word and its look (or its frame and its look at the word) each side has a full fence, so at least one sees the other.
 D2  A ring is a hint: after every wake-up all state is read again.
 D3  No wait lasts longer than ``RECHECK_SECONDS`` before the state and the peer's liveness are looked at again.
-D4  Who rings takes the word down, and then rings (which is a full fence), so a sleeper is rung for once; it puts the word up again before it
+D4  Who rings takes the word down, and then rings (a post releases: the 0 is seen first), so a sleeper is rung for once; it puts the word up again before it
     blocks again. So a writer may ring a moment before it publishes (``nudge``): waking takes longer than writing the frame, and a sleeper that
     was faster looks, and sleeps again.
 """
