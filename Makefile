@@ -1,7 +1,7 @@
 # make run: everything from nothing, ending in the demo.  make test: everything that must hold.  make bench: how fast it is here.
 # JOBS: how many test files run side by side (a test waits more than it computes).
 # make test-gpu: on a machine with an NVIDIA GPU.
-# make model-check: the queues' protocol, by SPIN.  make sanitize: the tests of the compiled parts, built built with GCC's sanitizers, some
+# make model-check: the queues' protocol, by SPIN, and the core's memory orders.  make sanitize: the tests of the compiled parts, built built with GCC's sanitizers, some
 # minutes; too long for make test.
 PYTHON ?= python3
 VENV := .venv
@@ -63,6 +63,7 @@ soak: $(VENV)/ready
 
 model-check:
 	docs/protocol/check.sh
+	$(PYTHON) docs/protocol/weak_memory.py
 
 sanitize: $(VENV)/ready
 	$(BIN)/python -m tests.sanitize

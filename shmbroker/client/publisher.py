@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from shmbroker.arena.arena import Arena
 from shmbroker.call.statistics import TrustCounts
+from shmbroker.lane.ends import fence
 from shmbroker.memory import layout
 from shmbroker.memory.segment import Segment
 from shmbroker.memory.statistics_block import StatisticsBlock, text_words
@@ -36,7 +37,7 @@ class Publisher:
         self._channels = channels
         self._lock = threading.Lock()
         """An area that was cleared must not be written to by a publication that had begun before."""
-        self._arena_block: StatisticsBlock | None = StatisticsBlock(segment, _ARENA)
+        self._arena_block: StatisticsBlock | None = StatisticsBlock(segment, _ARENA, fence)
         self._told: dict[Channel, tuple[tuple[int, ...], TrustCounts]] = {}
         self._arena_told: tuple[int, ...] = ()
         self._next_picture = 0.0
@@ -61,7 +62,7 @@ class Publisher:
         values += text_words(channel.lane, 8) + text_words(channel.doorbell, 8) + text_words(channel.worker_id, 32)
         values += text_words(channel.service, 64) + list(counted[-layout.BUCKETS :])
         values += text_words(trust.mode, 16) + [min(max(count, 0), _WORD) for count in trust[1:]]
-        StatisticsBlock(self._segment, offset).write(values)
+        StatisticsBlock(self._segment, offset, fence).write(values)
 
     def _publish_arena(self) -> None:
         begun = time.monotonic()

@@ -1,5 +1,5 @@
-/* The ends of the queues, compiled: what shmbroker/lane/python_ends.py says, for a tenth of its cost. Here are the module and spin(); the ends
- * stand in _submission_ends.c and _completion_ends.c, what they share in _queue.h and _ends.h, and what they do to a
+/* The ends of the queues, compiled: what shmbroker/lane/python_ends.py says, for a tenth of its cost. Here are the module, spin() and what a sleeper does;
+ * the ends stand in _submission_ends.c and _completion_ends.c, what they share in _queue.h and _ends.h, and what they do to a
  * queue in the core, shmbroker/include/shmbroker/.
  *
  * Optional: without a compiler, or with SHMBROKER_PURE_PYTHON=1, the classes of python_ends.py do the same, and the same tests run on both.
@@ -99,6 +99,67 @@ static PyObject *spin(PyObject *module, PyObject *const *arguments, Py_ssize_t c
     return PyBool_FromLong(found);
 }
 
+/* --- before_sleep, after_sleep -----------------------------------------------------------------------------------------------------------------
+ *
+ * before_sleep(sleeping), after_sleep(sleeping): put up, and down, the words of who is about to block, or was.
+ *
+ *   Before   `sleeping` is a sequence of pairs: a writable memory, and the index of a 64-bit word in it.
+ *   Who      The process whose words they are, one thread at a time, with the interpreter lock.
+ *   After    All words are up (down). Up: all queues are looked at once more before the caller blocks (D1); each word's fence is passed.
+ *   Failure  TypeError for what is no such sequence, BufferError for a memory that cannot be written, IndexError for a word that is not in it; those
+ *            before it are up (down).
+ */
+
+static bool word_of(PyObject *pair, void (*done)(shmbroker_word *))
+{
+    PyObject *memory;
+    Py_ssize_t index;
+    Py_buffer words;
+    if (!PyTuple_Check(pair)) {
+        PyErr_SetString(PyExc_TypeError, "a word to sleep under is a tuple (memory, index)");
+        return false;
+    }
+    if (!PyArg_ParseTuple(pair, "On", &memory, &index) || PyObject_GetBuffer(memory, &words, PyBUF_WRITABLE) < 0)
+        return false;
+    bool there = index >= 0 && index < words.len / (Py_ssize_t)sizeof(shmbroker_word);
+    if (there)
+        done(shmbroker_word_at((uint64_t *)words.buf + index));
+    else
+        PyErr_SetString(PyExc_IndexError, "a word to sleep under does not lie in its memory");
+    PyBuffer_Release(&words);
+    return there;
+}
+
+static PyObject *for_each_word(PyObject *sleeping, void (*done)(shmbroker_word *))
+{
+    PyObject *pairs = PySequence_Fast(sleeping, "the words to sleep under are a sequence of pairs");
+    bool all = pairs != NULL;
+    for (Py_ssize_t i = 0; all && i < PySequence_Fast_GET_SIZE(pairs); i++) {
+        PyObject *pair = Py_NewRef(PySequence_Fast_GET_ITEM(pairs, i)); /* an index is Python code where it is no int, and may change the list */
+        all = word_of(pair, done);
+        Py_DECREF(pair);
+    }
+    Py_XDECREF(pairs);
+    return all ? Py_NewRef(Py_None) : NULL;
+}
+
+static PyObject *before_sleep(PyObject *Py_UNUSED(module), PyObject *sleeping)
+{
+    return for_each_word(sleeping, shmbroker_before_sleep);
+}
+
+static PyObject *after_sleep(PyObject *Py_UNUSED(module), PyObject *sleeping)
+{
+    return for_each_word(sleeping, shmbroker_after_sleep);
+}
+
+/* fence(): for whoever writes words in Python that others read in order (L5). */
+static PyObject *fence(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
+{
+    SHMBROKER_FENCE();
+    Py_RETURN_NONE;
+}
+
 /* --- module ----------------------------------------------------------------------------------------------------------------------------- */
 
 static int module_exec(PyObject *module)
@@ -137,6 +198,9 @@ static int module_traverse(PyObject *module, visitproc visit, void *arg)
 }
 
 static PyMethodDef module_methods[] = {
+    {"before_sleep", METHOD(before_sleep), METH_O, "Put up the words of who is about to block (D1)."},
+    {"after_sleep", METHOD(after_sleep), METH_O, "Put them down."},
+    {"fence", METHOD(fence), METH_NOARGS, "A full memory barrier, on every processor."},
     {"spin", METHOD(spin), METH_FASTCALL, "Look for a frame at any of the receivers for so long; whether there is one."},
     {NULL},
 };

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from shmbroker.errors import BadInput, ChannelError
-from shmbroker.lane.doorbell import shm_lane_supported
+from shmbroker.lane.ends import shm_lane_needs
 from shmbroker.settings.kinds import AUTO, DOORBELL_WORDS, LANE_WORDS, Doorbell, Lane
 
 
@@ -13,12 +13,13 @@ def asked(lane: str, doorbell: str) -> tuple[Lane, Doorbell]:
         raise BadInput(f"lane {lane!r} is not known; there are: {', '.join(LANE_WORDS)}")
     if doorbell not in DOORBELL_WORDS:
         raise BadInput(f"doorbell {doorbell!r} is not known; there are: {', '.join(DOORBELL_WORDS)}")
-    if lane == Lane.ZMQ.value or (lane == AUTO and not shm_lane_supported()):
+    needs = shm_lane_needs()
+    if lane == Lane.ZMQ.value or (lane == AUTO and needs):
         if doorbell != AUTO:
             raise BadInput(f"doorbell {doorbell!r} belongs to lane shm; lane zmq has its socket")
         return Lane.ZMQ, Doorbell.SOCKET
-    if not shm_lane_supported():
-        raise BadInput("lane shm needs x86-64, where plain stores are seen in order: use lane zmq")
+    if needs:
+        raise BadInput(f"lane shm needs {needs}; use lane zmq, or see what 'shmbroker doctor' says of the compiled parts")
     return Lane.SHM, Doorbell.SEM if doorbell == AUTO else Doorbell(doorbell)
 
 
@@ -31,8 +32,9 @@ def agreed(lane: str, doorbell: str) -> tuple[Lane, Doorbell]:
         raise ChannelError(f"{error}; {there}") from None
     if wanted[0] is Lane.ZMQ:
         return Lane.ZMQ, Doorbell.SOCKET
-    if not shm_lane_supported():
-        raise ChannelError("the shm lane needs x86-64 at both ends: use lane zmq")
+    needs = shm_lane_needs()
+    if needs:
+        raise ChannelError(f"this worker has not what lane shm needs: {needs}; use lane zmq, or build the worker's compiled parts")
     if wanted[1] is Doorbell.SOCKET:
         raise ChannelError("doorbell socket belongs to lane zmq; lane shm takes sem or poll")
     return wanted

@@ -8,7 +8,7 @@ Every process sleeps on one bell, whatever it waits for; whoever writes it a fra
 D1  Between its word and its look (or its frame and its look at the word) each side has a full fence, so at least one sees the other.
 D2  A ring is a hint: after every wake-up all state is read again.
 D3  No wait lasts longer than ``RECHECK_SECONDS`` before the state and the peer's liveness are looked at again.
-D4  Who rings takes the word down, and then rings (which is a full fence), so a sleeper is rung for once; it puts the word up again before it
+D4  Who rings takes the word down, and then rings (a post releases: the 0 is seen first), so a sleeper is rung for once; it puts the word up again before it
     blocks again. So a writer may ring a moment before it publishes (``nudge``): waking takes longer than writing the frame, and a sleeper that
     was faster looks, and sleeps again.
 """
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import platform
 import threading
 import time
 
@@ -38,14 +37,12 @@ _fence_lock = threading.Lock()
 
 
 def fence() -> None:
-    """A full memory barrier: taking a lock is a locked instruction, which orders an earlier store before a later load on x86-64."""
+    """A full memory barrier on x86-64: taking a lock is a locked instruction there, which orders an earlier store before a later load.
+
+    Elsewhere it is none; there the compiled ends are used, or lane zmq.
+    """
     _fence_lock.acquire()
     _fence_lock.release()
-
-
-def shm_lane_supported() -> bool:
-    """Whether plain stores from Python are ordered here as the queues need it (x86-64)."""
-    return platform.machine() in ("x86_64", "AMD64")
 
 
 class SemaphoreBell:

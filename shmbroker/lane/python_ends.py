@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from shmbroker.lane.completion_frames import CompletionFields, read_completion, read_plain_completion, write_completion
@@ -157,6 +157,19 @@ class CompletionReceiver:
             if completion is not None:
                 return completion
         return None
+
+
+def before_sleep(sleeping: Sequence[tuple[memoryview, int]]) -> None:
+    """Put up the words, each a memory of 64-bit words and an index: who looks for a frame after this, and sees none, will be rung for (D1)."""
+    for words, index in sleeping:
+        words[index] = 1
+    fence()
+
+
+def after_sleep(sleeping: Sequence[tuple[memoryview, int]]) -> None:
+    """Put them down."""
+    for words, index in sleeping:
+        words[index] = 0
 
 
 IMPOLITE_SECONDS = 50e-6

@@ -10,7 +10,8 @@ Q1  A slot is filled only after the consumer has taken what was in it ``depth`` 
 Q2  The sequence number is stored last, as one aligned 64-bit word, so a frame is seen whole or not at all.
 Q3  The consumer copies the frame before it says that it has taken it.
 
-Plain stores and loads keep these orders on x86-64 only (total store order); elsewhere the shm lane is not offered.
+Plain stores and loads keep these orders on x86-64 only (total store order); elsewhere lane shm needs the compiled ends, whose core says in which order
+each step is seen (``shmbroker/include/shmbroker/word.h``).
 A peer that writes nonsense into its words can lose its own frames, nothing else: positions are counted privately.
 """
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from shmbroker.lane.doorbell import RECHECK_SECONDS, PollingBell, SemaphoreBell, fence
-from shmbroker.lane.ends import spin
+from shmbroker.lane.doorbell import RECHECK_SECONDS, PollingBell, SemaphoreBell
+from shmbroker.lane.ends import after_sleep, before_sleep, spin
 from shmbroker.lane.python_ends import Receiver
 from shmbroker.settings.schema import DEFAULTS
 
@@ -68,14 +68,11 @@ class Waiter:
                 bell.wait(left)
             return True
         sleeping = self.sleeping
-        for words, index in sleeping:
-            words[index] = 1
         try:
-            fence()
+            before_sleep(sleeping)
             if ready():
                 return True
             bell.wait(min(seconds, RECHECK_SECONDS))
         finally:
-            for words, index in sleeping:
-                words[index] = 0
+            after_sleep(sleeping)
         return ready()

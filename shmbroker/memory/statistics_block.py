@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from shmbroker.memory.segment import Segment
 
@@ -11,10 +11,11 @@ from shmbroker.memory.segment import Segment
 class StatisticsBlock:
     """The words of one block, of which the first is its revision. One writer; costs one copy of the words."""
 
-    __slots__ = ("_first", "_words")
+    __slots__ = ("_fence", "_first", "_words")
 
-    def __init__(self, segment: Segment, offset: int) -> None:
-        """``offset``: of the revision in the segment, bytes."""
+    def __init__(self, segment: Segment, offset: int, fence: Callable[[], None]) -> None:
+        """``offset``: of the revision in the segment, bytes. ``fence``: keeps the stores before it from being seen after those behind it."""
+        self._fence = fence
         self._words = segment.words
         self._first = offset // 8
 
@@ -24,7 +25,9 @@ class StatisticsBlock:
         copied = array("Q", values)
         revision = words[first] | 1  # also of a writer that was replaced in the midst of it
         words[first] = revision
+        self._fence()
         words[first + 1 : first + 1 + len(copied)] = memoryview(copied)
+        self._fence()
         words[first] = (revision + 1) % (1 << 64)
 
 

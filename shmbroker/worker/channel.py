@@ -17,6 +17,7 @@ from shmbroker.control.liveness import Watch
 from shmbroker.control.messages import OpenChannel
 from shmbroker.errors import BadFrame, describe
 from shmbroker.lane.completion_frames import Completion, CompletionFields, pack_text
+from shmbroker.lane.ends import fence
 from shmbroker.lane.frame_layout import KEPT_OP, SUBMISSION_HEADER
 from shmbroker.lane.frames import Taken, taken_of
 from shmbroker.lane.op_error import pack_op_error
@@ -351,7 +352,7 @@ class WorkerChannel:
         if counted != self._published:
             self._published = counted
             segment = self.mapped.segment
-            block = StatisticsBlock(segment, segment.geometry.statistics_of(self.opened.index) + _WORKER_STATISTICS)
+            block = StatisticsBlock(segment, segment.geometry.statistics_of(self.opened.index) + _WORKER_STATISTICS, fence)
             # What a client claims (when it submitted) must not make a number that has no room.
             block.write((_clock_ns(), *[min(value, _WORD) for value in counted]))
 

@@ -28,7 +28,8 @@ def flavour(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     source = python_ends if flavour == "python" else pytest.importorskip("shmbroker.lane._ends", reason="built without a C compiler")
     for name in ("SubmissionSender", "SubmissionReceiver", "CompletionSender", "CompletionReceiver"):
         monkeypatch.setattr(shm_lane, name, getattr(source, name))
-    monkeypatch.setattr(waiter, "spin", source.spin)
+    for name in ("spin", "before_sleep", "after_sleep"):
+        monkeypatch.setattr(waiter, name, getattr(source, name))
     return flavour
 
 

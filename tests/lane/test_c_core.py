@@ -158,6 +158,13 @@ def test_every_frame_comes_whole_and_in_order_and_nobody_sleeps_for_ever(way: tu
     stressed(stress, way, FRAMES)
 
 
+@pytest.mark.parametrize("who", ["threads", "processes"])
+def test_the_same_holds_under_address_and_undefined_behaviour_sanitizer(who: str, tmp_path: Path) -> None:
+    by, flag = sanitizing(tmp_path, "address,undefined")
+    program = compiled(HERE / "core_stress.c", tmp_path / "sanitized", "-O1", "-g", flag, "-fno-sanitize-recover=all", by=by)
+    stressed(program, (who, "calls", "4"), FRAMES)
+
+
 ARM_COMPILER, ARM = "aarch64-linux-gnu-gcc", "qemu-aarch64-static"
 
 
@@ -173,6 +180,13 @@ def arm_stress(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_same_holds_of_the_code_for_aarch64_under_emulation(way: tuple[str, str, str], arm_stress: Path) -> None:
     """Of the code that a compiler makes for aarch64, not of its processors: on x86-64 the emulator's stores keep their order, as this machine's do."""
     stressed(arm_stress, way, EMULATED_FRAMES, under=(ARM,))
+
+
+@pytest.mark.parametrize("instruction", [r"stlr\s+x", r"ldap?r\s+x", r"dmb\s+ish$"], ids=["release", "acquire", "fence"])
+def test_the_compiler_makes_ordered_instructions_of_the_steps_for_aarch64(instruction: str, tmp_path: Path) -> None:
+    by = compiler(ARM_COMPILER, "gcc-aarch64-linux-gnu libc6-dev-arm64-cross")
+    text = compiled(HERE / "core_stress.c", tmp_path / "stress.s", "-O2", "-S", by=by).read_text()
+    assert re.search(rf"^\s+{instruction}", text, re.MULTILINE)
 
 
 # --- races ----------------------------------------------------------------------------------------------------------------------------------

@@ -258,3 +258,70 @@ def test_a_segment_stays_mapped_while_a_spin_looks_at_it(compiled_ends: ModuleTy
         assert not thread.is_alive()
     thread.join()
     segment.map.append(0)
+
+
+# --- before_sleep, after_sleep --------------------------------------------------------------------------------------------------------------
+
+
+def words_of(count: int) -> memoryview:
+    return memoryview(bytearray(8 * count)).cast("Q")
+
+
+def test_the_words_to_sleep_under_go_up_and_down_and_no_others(ends: ModuleType) -> None:
+    near, far = words_of(3), words_of(2)
+    ends.before_sleep([(near, 1), (far, 0)])
+    assert (near.tolist(), far.tolist()) == ([0, 1, 0], [1, 0])
+    ends.after_sleep([(near, 1), (far, 0)])
+    assert (near.tolist(), far.tolist()) == ([0, 0, 0], [0, 0])
+    ends.before_sleep(())
+    ends.fence()
+
+
+@pytest.mark.parametrize("step", ["before_sleep", "after_sleep"])
+@pytest.mark.parametrize("index", [3, 1 << 61, 1 << 70])
+def test_a_word_that_is_not_in_its_memory_is_refused(ends: ModuleType, step: str, index: int) -> None:
+    words = words_of(3)
+    words[0] = words[2] = 7
+    with pytest.raises((IndexError, OverflowError)):
+        getattr(ends, step)([(words, index)])
+    assert words.tolist() == [7, 0, 7]
+
+
+STRANGE_WORDS = {
+    "nothing": None,
+    "a number": 5,
+    "no pair": [None],
+    "an empty pair": [()],
+    "no index": [(words_of(1),)],
+    "read-only": [(b"12345678", 0)],
+    "a text": [("12345678", 0)],
+    "a text for an index": [(words_of(1), "0")],
+}
+
+
+@pytest.mark.parametrize("what", STRANGE_WORDS)
+def test_what_is_no_word_is_refused(ends: ModuleType, what: str) -> None:
+    for step in (ends.before_sleep, ends.after_sleep):
+        with pytest.raises((TypeError, ValueError, BufferError)):
+            step(STRANGE_WORDS[what])
+
+
+def test_a_memory_that_was_let_go_of_is_refused(ends: ModuleType) -> None:
+    words = words_of(1)
+    words.release()
+    with pytest.raises(ValueError, match="released"):
+        ends.before_sleep([(words, 0)])
+
+
+def test_a_list_that_an_index_empties_meanwhile_ends_the_step(compiled_ends: ModuleType) -> None:
+    sleeping: list[Any] = []
+
+    class Emptying:
+        def __index__(self) -> int:
+            sleeping.clear()
+            return 0
+
+    words = words_of(1)
+    sleeping += [(words, Emptying()), (words, 5)]
+    compiled_ends.before_sleep(sleeping)
+    assert words[0] == 1

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shmbroker.lane.ends import fence
 from shmbroker.memory import layout
 from shmbroker.memory.segment import Segment
 from shmbroker.memory.statistics_block import StatisticsBlock, text_words
@@ -60,15 +61,23 @@ class Watched:
 def test_the_revision_is_odd_while_a_block_is_written_and_then_even_and_another(before: int, while_writing: int, after: int) -> None:
     """L5: also where a writer that died in the midst of it has left it odd."""
     segment = Watched(before)
-    StatisticsBlock(segment, 0).write(range(VALUES))  # type: ignore[arg-type]
-    assert segment.words.order == [("revision", while_writing), ("values", while_writing), ("revision", after)]
+    order = segment.words.order
+    StatisticsBlock(segment, 0, lambda: order.append(("fence", segment.words.words[0]))).write(range(VALUES))  # type: ignore[arg-type]
+    written = [
+        ("revision", while_writing),
+        ("fence", while_writing),
+        ("values", while_writing),
+        ("fence", while_writing),
+        ("revision", after),
+    ]
+    assert order == written
     assert segment.words.words.tolist() == [after, *range(VALUES)]
 
 
 def test_a_block_is_written_where_it_lies_and_nowhere_else(segment: Segment) -> None:
     offset = segment.geometry.statistics_of(1)
     before = bytes(segment.map)
-    block = StatisticsBlock(segment, offset)
+    block = StatisticsBlock(segment, offset, fence)
     for number in range(1, 4):
         block.write([number] * VALUES)
         words = segment.words[offset // 8 : offset // 8 + 1 + VALUES].tolist()
@@ -82,12 +91,12 @@ def test_what_no_word_can_hold_is_refused_before_anything_is_written(segment: Se
     offset = segment.geometry.statistics_of(0)
     for value in (-1, UINT64_MAX + 1):
         with pytest.raises(OverflowError):
-            StatisticsBlock(segment, offset).write([1, value])
+            StatisticsBlock(segment, offset, fence).write([1, value])
         assert not any(segment.words[offset // 8 : offset // 8 + 3])
 
 
 def _write_without_end(name: str, offset: int) -> None:
-    block = StatisticsBlock(Segment.attach(name, hold=False), offset)
+    block = StatisticsBlock(Segment.attach(name, hold=False), offset, fence)
     for number in itertools.count():
         block.write([number] * VALUES)
         time.sleep(0)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from shmbroker.errors import SegmentError
+from shmbroker.lane.ends import fence
 from shmbroker.memory import layout
 from shmbroker.memory.geometry import Geometry
 from shmbroker.memory.segment import Segment
@@ -31,9 +32,9 @@ def segment(segment_of: SegmentOf) -> Segment:
 def write(segment: Segment, number: int) -> None:
     """Blocks that are full of ``number``, of both ends of channel 0."""
     offset = GEOMETRY.statistics_of(0)
-    StatisticsBlock(segment, offset).write([number] * CLIENTS_VALUES)
+    StatisticsBlock(segment, offset, fence).write([number] * CLIENTS_VALUES)
     worker = offset + layout.offset_of(layout.ChannelStatistics, "worker_revision")
-    StatisticsBlock(segment, worker).write([number] * (1 + WORKERS_VALUES))
+    StatisticsBlock(segment, worker, fence).write([number] * (1 + WORKERS_VALUES))
 
 
 def seen(segment: Segment) -> set[int]:

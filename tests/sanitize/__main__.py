@@ -17,7 +17,7 @@ from pathlib import Path
 TREE = Path(__file__).parents[2]
 COPY = TREE / "build" / "sanitized"
 REPORTS = COPY / "reports"
-COPIED = ("shmbroker", "gpu_worker", "tee_worker", "benchmarks", "tests", "setup.py", "setup.cfg", "pyproject.toml", "README.md")
+COPIED = ("shmbroker", "gpu_worker", "tee_worker", "benchmarks", "docs", "tests", "setup.py", "setup.cfg", "pyproject.toml", "README.md")
 TESTS = ("tests/lane", "tests/arena", "tests/trust/test_arithmetic.py", "tests/trust/test_limbs.py")
 CHECKS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined"
 

@@ -91,7 +91,7 @@ def _channels(report: m.StatusReport) -> Iterator[Check]:
                 yield warn(
                     "channel",
                     f"client {peer.name} (pid {peer.pid}) uses lane zmq for {channel.service!r}: every frame goes through a socket",
-                    "its --lane, its SHMBROKER_LANE or its configuration file asks for it, or it is not on x86-64: use lane auto",
+                    "its --lane, its SHMBROKER_LANE or its configuration file asks for it, or it has no compiled parts on another processor than x86-64: use lane auto",
                     client=peer.name,
                     lane=channel.lane,
                 )

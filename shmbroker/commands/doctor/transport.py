@@ -10,7 +10,7 @@ from shmbroker.commands.doctor.check import Check, fail, ok, warn
 from shmbroker.commands.round_trip import measure
 from shmbroker.control import messages as m
 from shmbroker.errors import BadInput, ShmBrokerError
-from shmbroker.lane.doorbell import shm_lane_supported
+from shmbroker.lane.ends import shm_lane_needs
 
 if TYPE_CHECKING:
     from shmbroker.client.channel import Channel
@@ -33,7 +33,8 @@ class Asked:
         """Why the lane is the slow one."""
         if self.lane == "zmq":
             return f"lane zmq is asked for by {self.lane_origin}"
-        return "the worker agreed to no other" if shm_lane_supported() else "lane shm needs x86-64"
+        needs = shm_lane_needs()
+        return f"lane shm needs {needs}" if needs else "the worker agreed to no other"
 
 
 def checks(report: m.StatusReport, asked: Asked) -> Iterator[Check]:
@@ -86,7 +87,7 @@ def _measured(channel: Channel, asked: Asked) -> Check:
     figures |= {"calls": trip.calls, "median_us": trip.median_us, "p99_us": trip.p99_us}
     text += f"; round trip {trip.median_us:.1f} us (median of {trip.calls} calls, p99 {trip.p99_us:.1f} us)"
     if channel.lane == "zmq":
-        return warn("transport", f"{text}; {asked.why_lane()}", "use lane auto or shm, on x86-64", **figures)
+        return warn("transport", f"{text}; {asked.why_lane()}", "use lane auto or shm, with compiled parts or on x86-64", **figures)
     if channel.control == "tcp":
         return warn("transport", f"{text}; control is TCP", "see control above; calls do not go that way", **figures)
     if channel.doorbell == "poll":

@@ -80,7 +80,7 @@ static inline const char *shmbroker_segment_check(struct shmbroker_segment *segm
     return NULL;
 }
 
-/* Map the segment that `fd` is open on for reading and writing, all of it. A client that cuts its own file short later kills who touches it: SIGBUS. */
+/* Map the segment that `fd`, of a regular file as those in /dev/shm are, is open on for reading and writing, all of it. A client that cuts its own file short later kills who touches it: SIGBUS. */
 static inline const char *shmbroker_segment_map(struct shmbroker_segment *segment, int fd)
 {
     struct shmbroker_segment_header header;

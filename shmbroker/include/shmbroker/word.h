@@ -18,6 +18,10 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#if !defined(__BYTE_ORDER__) || __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "a segment is little-endian: docs/memory-layout.md"
+#endif
+
 /* As it lies in the segment: 8 bytes at a multiple of 8, and no lock beside it, which another process would not see. */
 typedef _Atomic(uint64_t) shmbroker_word;
 static_assert(sizeof(shmbroker_word) == 8, "a shared word is as large as the layout says");
