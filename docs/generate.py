@@ -40,6 +40,7 @@ LETTERS = {
     "U": "Answering on a unix socket",
     "F": "Frames",
     "C": "Waiting for completions",
+    "O": "Ordinary calls, compiled",
     "Z": "Closing",
     "S": "Staging for a GPU",
     "K": "When somebody is killed",

@@ -1,6 +1,10 @@
 """Ops whose ordinary calls and replays are made without Python, where the compiled calls are there and a channel is such that they can be.
 
 What is ordinary is told in ``_calls.c``; whatever else is called is called as in :mod:`shmbroker.call.remote_op`, whose classes these are.
+
+O1  A call that is not ordinary is left to Python, and nothing of it was done: no block is taken, no frame is written.
+O2  An ordinary call is outstanding from before its frame can be seen until it is answered, as any call is, with the holds of its blocks.
+O3  What comes of an ordinary call, and what is counted of it, is what comes of the same call in Python.
 """
 
 from __future__ import annotations

@@ -145,6 +145,7 @@ ODD = [name for name in vars(Odd) if not name.startswith("_")]
 
 @pytest.mark.parametrize("name", ODD)
 def test_an_odd_input_gives_what_it_gives_in_python(compiled: Channel, in_python: Bind, name: str) -> None:
+    """O1."""
     x = inside(compiled, 4, 6)
     op, reference = compiled.bind("contiguous", out_spec=same), in_python("contiguous", out_spec=same)
     for _ in range(4):
@@ -287,6 +288,7 @@ def kill(process: Any) -> None:
 def test_a_worker_that_dies_amid_an_ordinary_call_is_lost_and_its_blocks_are_free(
     mortal: Callable[[], tuple[Any, shmbroker.Client]],
 ) -> None:
+    """O2."""
     process, client = mortal()
     channel = client.channel("mortal", lane="shm")
     op, x = channel.bind("sleep_for_the_first"), inside(channel, 8)
@@ -311,6 +313,7 @@ def test_a_worker_that_dies_amid_an_ordinary_call_is_lost_and_its_blocks_are_fre
 def test_a_deadline_that_passes_amid_an_ordinary_call_is_told_and_the_blocks_stay_the_workers(
     mortal: Callable[[], tuple[Any, shmbroker.Client]],
 ) -> None:
+    """O2."""
     process, _ = mortal()
     with shmbroker.connect(arena="16M", timeout=0.5) as hasty:
         channel = hasty.channel("mortal", lane="shm")
@@ -441,6 +444,7 @@ def sides(broker: shmbroker.LocalBroker, worker: int, monkeypatch: pytest.Monkey
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(steps=st.lists(STEPS, min_size=1, max_size=40))
 def test_whatever_is_done_comes_out_as_in_python(sides: Callable[..., list[Side]], steps: list[tuple[Any, ...]]) -> None:
+    """O3."""
     compiled, reference = sides()
     for step in steps:
         assert compiled.do(step) == reference.do(step), step

@@ -1,4 +1,4 @@
-"""``python -m tests.sanitize [PYTEST ARGUMENT ...]``: build the compiled parts with sanitizers, and run the tests of lane, arena and the trust modes' loops on them.
+"""``python -m tests.sanitize [PYTEST ARGUMENT ...]``: build the compiled parts with sanitizers, and run the tests of lane, arena, compiled calls and the trust modes' loops on them.
 
 All happens in a copy of the tree, ``build/sanitized``: what is built in the tree itself stays as it is. Address and undefined-behaviour sanitizer of
 GCC; Python's own allocator is switched off, so that the sanitizer knows of every object where it ends. Leaks are not looked for: CPython leaves
@@ -18,7 +18,7 @@ TREE = Path(__file__).parents[2]
 COPY = TREE / "build" / "sanitized"
 REPORTS = COPY / "reports"
 COPIED = ("shmbroker", "gpu_worker", "tee_worker", "benchmarks", "docs", "tests", "setup.py", "setup.cfg", "pyproject.toml", "README.md")
-TESTS = ("tests/lane", "tests/arena", "tests/trust/test_arithmetic.py", "tests/trust/test_limbs.py")
+TESTS = ("tests/lane", "tests/arena", "tests/call/test_compiled_calls.py", "tests/trust/test_arithmetic.py", "tests/trust/test_limbs.py")
 CHECKS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined"
 
 

@@ -76,11 +76,12 @@ def _compiled(loaded: Loaded) -> Check:
     parts = {
         "queues": COMPILED,
         "leases": compiled.WANTED and find_spec("shmbroker.arena._leases") is not None,
+        "calls": _calls_are_compiled(),
         "trust loops": compiled.WANTED and find_spec("shmbroker.trust._loops") is not None,
     }
     missing = [part for part, there in parts.items() if not there]
     if not missing:
-        return ok("compiled parts", "queues, leases and the loops of the trust modes are compiled", **parts)
+        return ok("compiled parts", "queues, leases, calls and the loops of the trust modes are compiled", **parts)
     if loaded.settings.pure_python:
         return warn(
             "compiled parts",
@@ -90,10 +91,20 @@ def _compiled(loaded: Loaded) -> Check:
         )
     return warn(
         "compiled parts",
-        f"{' and '.join(missing)} in Python: not built, or built from another release",
+        f"{' and '.join(missing)} in Python: not built, or built from another release" + _OLD_TORCH * (missing == ["calls"]),
         "install a C compiler and run 'pip install --force-reinstall --no-deps .' in the source tree",
         **parts,
     )
+
+
+_OLD_TORCH = ", or torch is older than 2.10 and has no exchange of tensors in C"
+
+
+def _calls_are_compiled() -> bool:
+    from shmbroker.call import compiled_op
+    from shmbroker.worker.counters import STEPS_COMPILED
+
+    return compiled_op.COMPILED and STEPS_COMPILED
 
 
 def _settings(loaded: Loaded) -> Iterator[Check]:
