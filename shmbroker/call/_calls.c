@@ -999,10 +999,15 @@ static PyObject *call_with(PyObject *function, PyObject *self, PyObject *const *
     return result;
 }
 
+static inline bool has_any(PyObject *keywords)
+{
+    return keywords != NULL && PyDict_GET_SIZE(keywords) > 0;
+}
+
 static PyObject *op_call(PyObject *self, PyObject *inputs, PyObject *keywords)
 {
     PyObject *path = in_slot(self, known.at.fast);
-    if (path != NULL && path != Py_None && keywords == NULL) {
+    if (path != NULL && path != Py_None && !has_any(keywords)) {
         Py_INCREF(path);
         PyObject *result = call((FastPath *)path, inputs);
         Py_DECREF(path);
@@ -1023,7 +1028,7 @@ static PyType_Spec op_spec = {
 static PyObject *captured_replay(PyObject *self, PyObject *arguments, PyObject *keywords)
 {
     PyObject *capture = in_slot(self, known.at.replay);
-    if (capture != NULL && capture != Py_None && keywords == NULL && PyTuple_GET_SIZE(arguments) == 0) {
+    if (capture != NULL && capture != Py_None && !has_any(keywords) && PyTuple_GET_SIZE(arguments) == 0) {
         bool moved = false;
         Py_INCREF(capture);
         PyObject *result = replay((Capture *)capture, &moved);

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import pytest
 
-from shmbroker.call import completions
+import shmbroker
+from shmbroker.call import compiled_op, completions
 from shmbroker.call.completions import CompletionLoop
+from shmbroker.client.channel import Channel
 from tests.call.fake_sources import Clock, FakeSource, HandRungBell, WatchedLocks
-from tests.peers import broker, channel, client, worker
+from tests.peers import LANES, broker, client, worker
 
-__all__ = ["broker", "channel", "client", "worker"]
+__all__ = ["broker", "client", "worker"]
+
+
+@pytest.fixture(params=[*LANES, ("shm", "python")], ids=["shm-sem", "shm-poll", "zmq", "shm-calls-in-python"])
+def channel(request: pytest.FixtureRequest, client: shmbroker.Client, worker: int, monkeypatch: pytest.MonkeyPatch) -> Channel:
+    """By each lane and doorbell; and with the ordinary calls made in Python, which are compiled else."""
+    lane, doorbell = request.param
+    if doorbell == "python":
+        monkeypatch.setattr(compiled_op, "COMPILED", False)
+        doorbell = "sem"
+    return client.channel("test", lane=lane, doorbell=doorbell)
 
 
 @pytest.fixture

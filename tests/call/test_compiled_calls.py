@@ -68,6 +68,13 @@ def test_once_a_kind_is_known_its_calls_are_made_without_python(compiled: Channe
     assert op(x).is_contiguous()
 
 
+def test_arguments_that_are_none_at_all_make_no_difference(compiled: Channel) -> None:
+    op, x, none = compiled.bind("scale", factor=2.0), inside(compiled, 4, 6), dict[str, Any]()
+    for _ in range(10):
+        op(x, **none)
+    assert op.fast.made >= 7
+
+
 def test_a_replay_is_made_without_python(compiled: Channel) -> None:
     captured = compiled.bind("scale", factor=2.0).capture(inside(compiled, 4, 6))
     for step in range(20):
