@@ -344,6 +344,43 @@ static inline Kind *kind_of(FastPath *self, const DLTensor *tensors, Py_ssize_t 
     return NULL;
 }
 
+static inline const uint8_t *data_of(const DLTensor *tensor)
+{
+    return tensor->data == NULL ? NULL : (const uint8_t *)tensor->data + tensor->byte_offset;
+}
+
+/* Whether it lies outside of the client's segment. */
+static inline bool is_elsewhere(const FastPath *self, const DLTensor *tensor)
+{
+    return (uint64_t)(uintptr_t)data_of(tensor) - self->address >= self->nbytes;
+}
+
+/* How many bytes the elements of a contiguous tensor are; SIZE_MAX where that is beyond counting. */
+static inline size_t bytes_of(const DLTensor *tensor)
+{
+    size_t nbytes = (size_t)tensor->dtype.bits / 8 * tensor->dtype.lanes;
+    for (int i = 0; i < tensor->ndim; i++)
+        if (__builtin_mul_overflow(nbytes, (size_t)tensor->shape[i], &nbytes))
+            return SIZE_MAX;
+    return nbytes;
+}
+
+/* Borrow all inputs; how many of them lie elsewhere, or -1 where one cannot be borrowed, or lies on a device. Runs no Python code. */
+static int borrow_inputs(const FastPath *self, PyObject *inputs, DLTensor *tensors)
+{
+    int elsewhere = 0;
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(inputs); i++) {
+        if (known.exchange->borrow(PyTuple_GET_ITEM(inputs, i), &tensors[i]) < 0) {
+            PyErr_Clear();
+            return -1;
+        }
+        if (tensors[i].device.device_type != DL_CPU || tensors[i].ndim > SHMBROKER_MAX_DIMS)
+            return -1;
+        elsewhere += is_elsewhere(self, &tensors[i]);
+    }
+    return elsewhere;
+}
+
 /* --- looks: none of these runs Python code, or allocates what the collector counts ------------------------------------------------------- */
 
 static inline bool is_false(PyObject *asked)
@@ -356,10 +393,30 @@ static inline bool is_false(PyObject *asked)
     return asked == Py_False;
 }
 
-/* Whether its bytes alone are its values, and are there: for one that is copied. Python refuses any other. */
-static inline bool has_own_bytes(PyObject *tensor)
+static bool read_unsigned(PyObject *number, unsigned long long *value)
 {
-    return is_false(PyObject_CallOneArg(known.is_transformed, tensor));
+    if (number == NULL)
+        return false;
+    *value = PyLong_AsUnsignedLongLong(number);
+    Py_DECREF(number);
+    return !PyErr_Occurred();
+}
+
+/* Whether its bytes alone are its values, and are there, for one that is to be copied: no tensor of torch.func's, and not beyond its storage, which may have
+ * been resized. Python refuses any other. May run Python code. */
+static bool has_own_bytes(PyObject *tensor, const uint8_t *data, size_t nbytes)
+{
+    if (data == NULL || !is_false(PyObject_CallOneArg(known.is_transformed, tensor)))
+        return false;
+    unsigned long long room, begin;
+    PyObject *storage = PyObject_CallMethodNoArgs(tensor, known.untyped_storage);
+    bool read = storage != NULL && read_unsigned(PyObject_CallMethodNoArgs(storage, known.nbytes), &room)
+                && read_unsigned(PyObject_CallMethodNoArgs(storage, known.data_ptr), &begin);
+    Py_XDECREF(storage);
+    if (!read)
+        PyErr_Clear();
+    uint64_t at = (uint64_t)(uintptr_t)data;
+    return read && at >= begin && at - begin <= room && nbytes <= room - (at - begin);
 }
 
 /* Whether torch takes it for more than its bytes: it wants a gradient, or is shown with another sign. Runs Python code under a torch function mode. */
@@ -404,7 +461,7 @@ static inline uint64_t number_in(PyObject *object, Py_ssize_t offset)
 
 /* --- placing: what Arena.place_now does where dead blocks of the sizes are there ------------------------------------------------------------ */
 
-/* Lay the blocks by that have died since the last time. False: Python is to look after it. */
+/* Lay the blocks by that have died since the last time. False: Python is to look after it. Runs no Python code. */
 static bool collect(FastPath *self)
 {
     PyObject *arena = self->arena, *leases = in_slot(arena, known.at.leases);
@@ -419,13 +476,9 @@ static bool collect(FastPath *self)
         } else {
             PyObject *nbytes = in_slot(block, known.at.nbytes), *idle = in_slot(arena, known.at.idle);
             PyObject *same = PyDict_GetItemWithError(idle, nbytes);
-            if (same != NULL) {
-                laid_by = PyList_Append(same, block) == 0;
-            } else if (!PyErr_Occurred() && (same = PyList_New(0)) != NULL) {
-                laid_by = PyList_Append(same, block) == 0 && PyDict_SetItem(idle, nbytes, same) == 0;
-                Py_DECREF(same);
-            }
-            if (laid_by) {
+            /* A list for a size that is new is made by Python, which looks again at those that are named: to make one here could run a finaliser. */
+            laid_by = PyList_Append(same != NULL ? same : in_slot(arena, known.at.named), block) == 0;
+            if (laid_by && same != NULL) {
                 PyObject *count = PyLong_FromLong(PyLong_AsLong(in_slot(arena, known.at.idle_count)) + 1);
                 laid_by = count != NULL;
                 if (laid_by)
@@ -501,17 +554,11 @@ static bool lend_outputs(FastPath *self, const Kind *kind, CallRecord *record, P
     return false;
 }
 
-static inline const uint8_t *data_of(const DLTensor *tensor)
-{
-    return (const uint8_t *)tensor->data + tensor->byte_offset;
-}
-
 /* A block with a copy of an input, which the record has leased; borrowed. NULL: none was made. */
-static PyObject *copied_in(FastPath *self, const InputForm *form, PyObject *input, const DLTensor *tensor, CallRecord *record)
+static PyObject *copied_in(FastPath *self, const InputForm *form, const DLTensor *tensor, CallRecord *record)
 {
     PyObject *leases = in_slot(self->arena, known.at.leases);
-    if (form->block_bytes == NULL || tensor->data == NULL || in_slot(self->arena, known.at.busy) != Py_False || !Py_IS_TYPE(leases, known.leases)
-        || !has_own_bytes(input))
+    if (form->block_bytes == NULL || in_slot(self->arena, known.at.busy) != Py_False || !Py_IS_TYPE(leases, known.leases))
         return NULL;
     unsigned long long begun_ns = clock_ns();
     PyObject *block = idle_block(self, form->block_bytes, begun_ns);
@@ -534,7 +581,7 @@ static PyObject *copied_in(FastPath *self, const InputForm *form, PyObject *inpu
 }
 
 /* Find the blocks that the inputs begin, or copy them into some, and note places and holds. */
-static bool find_inputs(FastPath *self, const Kind *kind, PyObject *inputs, const DLTensor *tensors, CallRecord *record, Places *places)
+static bool find_inputs(FastPath *self, const Kind *kind, const DLTensor *tensors, CallRecord *record, Places *places)
 {
     PyObject *blocks = in_slot(self->arena, known.at.blocks);
     for (int i = 0; i < kind->input_count; i++) {
@@ -544,8 +591,8 @@ static bool find_inputs(FastPath *self, const Kind *kind, PyObject *inputs, cons
         Py_XDECREF(number);
         if (block == NULL) {
             PyErr_Clear();
-            if (offset >= self->nbytes) /* one that lies inside of a block is found by Python */
-                block = copied_in(self, &kind->inputs[i], PyTuple_GET_ITEM(inputs, i), &tensors[i], record);
+            if (is_elsewhere(self, &tensors[i])) /* one that lies inside of a block is found by Python */
+                block = copied_in(self, &kind->inputs[i], &tensors[i], record);
             if (block == NULL)
                 return false;
             offset = number_in(block, known.at.offset);
@@ -611,6 +658,8 @@ static int publish(FastPath *self, const Kind *kind, CallRecord *record, PyObjec
     set_reference(&record->state, known.outstanding);
     set_reference(&record->error, Py_None);
     set_reference(&record->back, known.nothing);
+    if (record->holds == NULL)
+        set_reference(&record->holds, known.nothing); /* where there is no block to hold */
     set_reference(&record->wake, Py_None);
     set_reference(&record->future, Py_None);
     int registered = PyDict_SetItem(in_slot(self->pair, known.at.outstanding), call_id, (PyObject *)record);
@@ -630,15 +679,16 @@ static int publish(FastPath *self, const Kind *kind, CallRecord *record, PyObjec
 }
 
 /* Finish a call that was answered without a word, as Call.finish does. */
-static void finish(FastPath *self, const Kind *kind, CallRecord *record, uint64_t queued_ns, uint64_t compute_ns)
+static void finish(FastPath *self, const Kind *kind, CallRecord *record, uint64_t queued_ns, uint64_t compute_ns, unsigned long long taken_ns)
 {
     Counters *counters = (Counters *)self->statistics;
-    unsigned long long rpc_ns = clock_ns() - record->begun_ns;
+    unsigned long long now_ns = clock_ns(), rpc_ns = now_ns - record->begun_ns;
     counters->calls += 1;
     counters->rpc_ns += (long long)rpc_ns;
     counters->compute_ns += (long long)(compute_ns < rpc_ns ? compute_ns : rpc_ns);
     counters->queued_ns += (long long)(queued_ns < rpc_ns ? queued_ns : rpc_ns);
     counters->build_ns += (long long)(record->submitted_ns - record->begun_ns);
+    counters->read_ns += (long long)(now_ns - taken_ns);
     counters->sent_bytes += kind->sent_bytes;
     counters->received_bytes += kind->received_bytes;
     counters->copied_bytes += (long long)record->copied_bytes;
@@ -659,17 +709,18 @@ static void finish(FastPath *self, const Kind *kind, CallRecord *record, uint64_
     PyErr_Clear(); /* a call that was answered is not lost for want of memory for its figures */
 }
 
-/* Look for the answer, as long as nobody else reads; whether the call is done. While it looks nothing can come between. */
+/* Look for the answer, as long as nobody else reads; whether the call was finished here. While it looks nothing can come between. */
 static bool look(FastPath *self, const Kind *kind, CallRecord *record)
 {
-    if (record->state != known.outstanding || !may_read(self))
-        return record->state == known.done;
+    if (record->state != known.outstanding || !may_read(self)) /* whoever has finished it meanwhile may have failed it */
+        return false;
     Receiver *receiver = &((AnyReceiver *)self->ends->receiver)->receiver;
     unsigned long long until = record->submitted_ns + self->look_ns;
     do {
         for (int i = 0; i < LOOKS_FOR_EACH_CLOCK; i++) {
             const uint8_t *slot = shmbroker_peek(&receiver->queue);
             if (slot != NULL) {
+                unsigned long long taken_ns = clock_ns();
                 struct shmbroker_completion_frame frame;
                 PyObject *outstanding = in_slot(self->pair, known.at.outstanding);
                 if (!shmbroker_copy_completion(slot, &frame) || frame.call_id != record->call_id || frame.status || frame.text_bytes)
@@ -682,7 +733,7 @@ static bool look(FastPath *self, const Kind *kind, CallRecord *record)
                     return false;
                 }
                 shmbroker_advance(&receiver->queue);
-                finish(self, kind, record, frame.queued_ns, frame.compute_ns);
+                finish(self, kind, record, frame.queued_ns, frame.compute_ns, taken_ns);
                 return true;
             }
             relax();
@@ -755,16 +806,20 @@ static PyObject *call(FastPath *self, PyObject *inputs)
         return NOT_ORDINARY;
     if (!nudge(self))
         return NULL;
-    /* From here to the commit nothing may come between. */
+    /* From here to the commit nothing may come between; but where an input is to be copied, it is looked at first, and all are borrowed anew. */
     DLTensor tensors[SHMBROKER_MAX_TENSORS];
-    for (Py_ssize_t i = 0; i < count; i++) {
-        if (known.exchange->borrow(PyTuple_GET_ITEM(inputs, i), &tensors[i]) < 0) {
-            PyErr_Clear();
-            return NOT_ORDINARY;
+    int elsewhere = borrow_inputs(self, inputs, tensors);
+    if (elsewhere > 0) {
+        for (Py_ssize_t i = 0; i < count; i++) {
+            DLTensor *tensor = &tensors[i];
+            if (is_elsewhere(self, tensor) && !has_own_bytes(PyTuple_GET_ITEM(inputs, i), data_of(tensor), bytes_of(tensor)))
+                return NOT_ORDINARY;
         }
-        if (tensors[i].device.device_type != DL_CPU)
+        if (self->ends->sender == NULL || borrow_inputs(self, inputs, tensors) != elsewhere)
             return NOT_ORDINARY;
     }
+    if (elsewhere < 0)
+        return NOT_ORDINARY;
     Kind *kind = kind_of(self, tensors, count);
     if (kind == NULL || self->spare == NULL || !is_at_rest(self))
         return NOT_ORDINARY;
@@ -773,7 +828,7 @@ static PyObject *call(FastPath *self, PyObject *inputs)
     CallRecord *record = self->spare;
     self->spare = NULL;
     kind->uses += 1; /* it may be forgotten while this call is on its way */
-    bool lent = find_inputs(self, kind, inputs, tensors, record, &places) && lend_outputs(self, kind, record, &places, leases, begun_ns);
+    bool lent = find_inputs(self, kind, tensors, record, &places) && lend_outputs(self, kind, record, &places, leases, begun_ns);
     int published = lent ? publish(self, kind, record, inputs, &places, begun_ns) : 0;
     PyObject *result = published ? NULL : NOT_ORDINARY;
     if (published > 0)
@@ -838,6 +893,10 @@ static int capture_traverse(Capture *self, visitproc visit, void *arg)
     Py_VISIT(self->inputs);
     Py_VISIT(self->holds);
     Py_VISIT(self->outputs);
+    for (int i = 0; i < self->handed_count; i++)
+        Py_VISIT(self->handed[i].tensor);
+    for (int i = 0; i < self->written_count; i++)
+        Py_VISIT(self->written[i].tensor);
     return 0;
 }
 
@@ -1007,7 +1066,7 @@ static inline bool has_any(PyObject *keywords)
 static PyObject *op_call(PyObject *self, PyObject *inputs, PyObject *keywords)
 {
     PyObject *path = in_slot(self, known.at.fast);
-    if (path != NULL && path != Py_None && !has_any(keywords)) {
+    if (path != NULL && Py_IS_TYPE(path, known.path) && !has_any(keywords)) {
         Py_INCREF(path);
         PyObject *result = call((FastPath *)path, inputs);
         Py_DECREF(path);
@@ -1028,7 +1087,7 @@ static PyType_Spec op_spec = {
 static PyObject *captured_replay(PyObject *self, PyObject *arguments, PyObject *keywords)
 {
     PyObject *capture = in_slot(self, known.at.replay);
-    if (capture != NULL && capture != Py_None && !has_any(keywords) && PyTuple_GET_SIZE(arguments) == 0) {
+    if (capture != NULL && Py_IS_TYPE(capture, known.capture) && !has_any(keywords) && PyTuple_GET_SIZE(arguments) == 0) {
         bool moved = false;
         Py_INCREF(capture);
         PyObject *result = replay((Capture *)capture, &moved);
@@ -1181,7 +1240,10 @@ static int module_exec(PyObject *module)
     known.nothing = PyTuple_New(0);
     known.level_name = PyUnicode_InternFromString("_current_level");
     known.append_name = PyUnicode_InternFromString("append");
-    if (known.nothing == NULL || known.level_name == NULL || known.append_name == NULL)
+    known.untyped_storage = PyUnicode_InternFromString("untyped_storage");
+    known.nbytes = PyUnicode_InternFromString("nbytes");
+    known.data_ptr = PyUnicode_InternFromString("data_ptr");
+    if (known.untyped_storage == NULL || known.nbytes == NULL || known.data_ptr == NULL || known.nothing == NULL || known.level_name == NULL || known.append_name == NULL)
         return -1;
     PyType_Spec *specs[] = {&call_record_spec, &counters_spec, &ends_spec, &path_spec, &capture_spec, &op_spec, &captured_spec};
     for (size_t i = 0; i < sizeof specs / sizeof *specs; i++) {
@@ -1190,6 +1252,10 @@ static int module_exec(PyObject *module)
             Py_XDECREF(type);
             return -1;
         }
+        if (specs[i] == &path_spec)
+            known.path = (PyTypeObject *)Py_NewRef(type);
+        else if (specs[i] == &capture_spec)
+            known.capture = (PyTypeObject *)Py_NewRef(type);
         Py_DECREF(type);
     }
     return 0;

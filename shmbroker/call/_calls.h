@@ -25,6 +25,8 @@ typedef struct {
 /* Told once by set_up(): classes, objects, and offsets of slots. */
 typedef struct {
     PyTypeObject *call, *tensor, *leases, *submission_sender, *completion_receiver;
+    PyTypeObject *path, *capture; /* of this module */
+    PyObject *untyped_storage, *nbytes, *data_ptr; /* names of methods */
     PyObject *outstanding, *done;
     PyObject *wait;                   /* wait(pair, call) -> result */
     PyObject *op_call, *replay;       /* RemoteOp.__call__, CapturedCall.replay */

@@ -133,6 +133,7 @@ if COMPILED or TYPE_CHECKING:
 
 def op_class(pair: QueuePair) -> type[RemoteOp]:
     """Of the ops that are bound on a channel."""
-    if COMPILED and type(pair) is QueuePair and type(pair.lane) is ShmClientLane:
+    # With room for one call alone, one that Python is about to submit would be one too many.
+    if COMPILED and type(pair) is QueuePair and type(pair.lane) is ShmClientLane and pair.lane.depth > 1:
         return CompiledOp
     return RemoteOp

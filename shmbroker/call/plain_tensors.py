@@ -43,6 +43,12 @@ def refuse_wrapped(what: str, tensor: torch.Tensor) -> None:
         raise BadInput(f"{what}: a {kind} tensor on {tensor.device} has no bytes to hand over")
     if is_transformed(tensor):
         raise BadInput(f"{what} is being transformed (torch.func, vmap), and a call is not: call outside of the transformation")
+    storage, reach = (
+        tensor.untyped_storage(),
+        1 + sum([(size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]),
+    )
+    if tensor.numel() and storage.nbytes() < (int(tensor.storage_offset()) + reach) * tensor.itemsize:
+        raise BadInput(f"{what} reaches beyond its storage of {storage.nbytes()} bytes, which was resized: hand over what has its values")
     if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:  # quantized, masked, distributed, fake
         raise BadInput(
             f"{what} is a {type(tensor).__name__}, whose bytes alone are not its values: hand over a plain tensor (its dequantize(), "

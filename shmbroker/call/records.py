@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from shmbroker.lane.ends import COMPILED
 
-CALLS_COMPILED = COMPILED and find_spec("shmbroker.call._calls") is not None
+CALLS_COMPILED = False
+"""Whether the records are the compiled ones."""
+
+if COMPILED:
+    try:
+        from shmbroker.arena import _leases  # noqa: F401 (what compiled calls need too)
+        from shmbroker.call import _calls  # noqa: F401
+    except ImportError:
+        pass
+    else:
+        CALLS_COMPILED = True
 
 if CALLS_COMPILED and not TYPE_CHECKING:
     from shmbroker.call._calls import CallRecord, Counters

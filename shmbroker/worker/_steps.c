@@ -419,11 +419,21 @@ static bool take_device(const Step *self)
     return taken == Py_True;
 }
 
+/* False: an error is set. One that was set before stays. */
 static bool give_device_back(const Step *self)
 {
+    PyObject *type, *error, *traceback;
+    PyErr_Fetch(&type, &error, &traceback);
     PyObject *given = PyObject_CallNoArgs(PyDict_GET_SIZE(self->wanting) ? self->give_back : self->release);
     Py_XDECREF(given);
-    return given != NULL;
+    if (given == NULL) {
+        Py_XDECREF(type);
+        Py_XDECREF(error);
+        Py_XDECREF(traceback);
+        return false;
+    }
+    PyErr_Restore(type, error, traceback);
+    return true;
 }
 
 /* The error that is set, with its traceback, as an object; nothing is set then. */
@@ -479,13 +489,14 @@ static Outcome run_one(Step *self)
     PyObject *key = key_of(&self->keys, &frame);
     PyObject *prepared = key == NULL ? NULL : PyDict_GetItemWithError(in_slot(self->channel, known.at.prepared), key);
     PyObject *watched = prepared == NULL ? NULL : in_slot(prepared, known.at.watched);
+    Py_XINCREF(prepared);
     if (watched == NULL || watched == Py_None || (frame.deadline_ns && taken_ns > frame.deadline_ns) || !take_device(self)) {
         PyErr_Clear();
+        Py_XDECREF(prepared);
         Py_XDECREF(key);
         return EXTRAORDINARY;
     }
     shmbroker_advance(&receiver->queue);
-    Py_INCREF(prepared);
     Counters *counters = (Counters *)self->counters;
     unsigned long long queued_ns = taken_ns > frame.submitted_ns ? taken_ns - frame.submitted_ns : 0;
     counters->calls += 1;
@@ -513,7 +524,7 @@ static Outcome run_one(Step *self)
     return ordinary ? complete(self, frame.call_id, queued_ns, compute_ns) : complete_with(self, completion);
 }
 
-/* run(steps, look_ns, most_ns) -> int: how many calls were run */
+/* run(steps, look_ns, most_ns) -> int: how many calls were run; 0 also where an extraordinary one waits, whose turn it is next */
 static PyObject *run(PyObject *Py_UNUSED(module), PyObject *const *arguments, Py_ssize_t count)
 {
     unsigned long long look_ns, most_ns;
@@ -551,7 +562,7 @@ static PyObject *run(PyObject *Py_UNUSED(module), PyObject *const *arguments, Py
         if (last_ns == 0)
             last_ns = now_ns;
     } while (!extraordinary && now_ns - begun_ns < most_ns && now_ns - last_ns < look_ns);
-    return PyLong_FromLong(calls);
+    return PyLong_FromLong(extraordinary ? 0 : calls);
 }
 
 /* --- module ----------------------------------------------------------------------------------------------------------------------------------- */
@@ -606,7 +617,7 @@ static int module_exec(PyObject *module)
 static PyMethodDef module_methods[] = {
     {"know_tensors", METHOD(know_tensors), METH_FASTCALL, "Tell how tensors are watched, once."},
     {"set_up", METHOD(set_up), METH_FASTCALL, "Tell the classes that compiled steps work on, once."},
-    {"run", METHOD(run), METH_FASTCALL, "Run ordinary calls as they come; how many."},
+    {"run", METHOD(run), METH_FASTCALL, "Run ordinary calls as they come; how many, or 0 where another one waits."},
     {NULL},
 };
 static PyModuleDef_Slot module_slots[] = {{Py_mod_exec, module_exec}, {0, NULL}};

@@ -35,10 +35,11 @@ class Steps:
 
     def of(self, lanes: Sequence[tuple[WorkerChannel, ShmWorkerLane]]) -> None:
         """Be those of ``lanes``, and of no others: what is not told any more keeps nobody's memory."""
-        self._steps = tuple([self._step(channel, lane) for channel, lane in lanes]) if STEPS_COMPILED else ()
+        ordinary = STEPS_COMPILED and all([type(channel) is WorkerChannel for channel, _ in lanes])  # a traced one tells of each call
+        self._steps = tuple([self._step(channel, lane) for channel, lane in lanes]) if ordinary else ()
 
     def run(self) -> bool:
-        """Run ordinary calls as they come, for a moment; whether there were any."""
+        """Run ordinary calls as they come, for a moment; whether there were any, and no other call."""
         return bool(self._steps) and _steps.run(self._steps, LOOK_NS, MOST_NS) > 0
 
     def _step(self, channel: WorkerChannel, lane: ShmWorkerLane) -> Any:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import signal
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,13 +17,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 
 import shmbroker
 from shmbroker import BadInput, CallTimeout, RemoteOpError, TensorSpec, WorkerLost
 from shmbroker.call import compiled_op
 from shmbroker.client.channel import Channel
 from shmbroker.errors import ArenaBusy
-from tests.processes import worker_process
+from tests.processes import wait_until, worker_process
 
 pytestmark = pytest.mark.skipif(
     not compiled_op.COMPILED, reason="no compiled calls here: not built, or a torch without the exchange of tensors"
@@ -260,6 +264,145 @@ def test_a_finaliser_may_call_in_the_midst_of_a_call(compiled: Channel) -> None:
         gc.set_threshold(*thresholds)
     assert results, "some ran"
     assert all(results)
+
+
+class Amid(TorchFunctionMode):
+    """Does something once when torch is asked for anything while a call is outstanding: in the midst of it."""
+
+    def __init__(self, channel: Channel, action: Callable[[], object]) -> None:
+        super().__init__()
+        self.channel, self.action = channel, action
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.channel.pair.outstanding and self.action is not None:
+            action, self.action = self.action, None  # type: ignore[assignment]
+            action()
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("what", ["another reads the answer", "the channel is closed"])
+def test_a_call_that_fails_in_the_hands_of_another_is_not_taken_for_done(compiled: Channel, what: str) -> None:
+    """O2."""
+    op = compiled.bind("fail_for_negative")
+    captured = op.capture(inside(compiled, 4))
+    for _ in range(3):
+        captured.replay()
+
+    def look() -> None:
+        while compiled.pair.outstanding:
+            compiled.pair.completions.look()
+
+    captured.inputs[0].fill_(-1)
+    made = op.fast.made
+    if what == "the channel is closed":
+        with Amid(compiled, compiled.close), pytest.raises((WorkerLost, RemoteOpError)):
+            captured.replay()
+    else:
+        with Amid(compiled, look), pytest.raises(RemoteOpError, match="negative"):
+            captured.replay()
+    assert op.fast.made == made + 1
+
+
+def test_closing_over_an_ordinary_call_without_tensors_ends_it(client: shmbroker.Client, worker: int, tmp_path: Path) -> None:
+    """O2."""
+    channel, file = client.channel("test", lane="shm"), tmp_path / "wait"
+    op = channel.bind("wait_while_there_is", file=str(file))
+    for _ in range(4):
+        assert op() == ()
+    made = op.fast.made
+    file.touch()
+    outcome: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            op()
+        except shmbroker.ShmBrokerError as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    wait_until(lambda: channel.pair.outstanding == 1)
+    try:
+        channel.close()
+        thread.join()
+    finally:
+        file.unlink()
+    assert op.fast.made == made + 1
+    assert [type(error) for error in outcome] == [WorkerLost]
+
+
+def test_ordinary_calls_on_one_channel_do_not_keep_another_kind_on_another_waiting(client: shmbroker.Client, worker: int) -> None:
+    busy, other = (client.channel("test", lane="shm") for _ in range(2))
+    compute, double = busy.bind("compute", seconds=0.0005), other.bind("double", out_spec=same)
+    captured = [compute.capture(inside(busy, 4)) for _ in range(12)]
+    for one in captured:
+        one.replay()
+    count, over = itertools.count(), threading.Event()
+
+    def flood() -> None:
+        futures = deque(one.submit() for one in captured)
+        while not over.is_set():
+            futures.popleft().result()
+            futures.append(captured[next(count) % 12].submit())
+        for future in futures:
+            future.result()
+
+    thread = threading.Thread(target=flood)
+    thread.start()
+    try:
+        wait_until(lambda: next(count) > 100)
+        before = next(count)
+        for rows in range(1, 6):
+            double(inside(other, rows, 3))  # each of a kind that is new
+        assert next(count) - before < 2000, "calls of the busy channel, where one after the other they would be some fifty"
+    finally:
+        over.set()
+        thread.join()
+
+
+def test_an_input_that_reaches_beyond_its_storage_is_refused(compiled: Channel, in_python: Bind) -> None:
+    for op in (compiled.bind("contiguous", out_spec=same), in_python("contiguous", out_spec=same)):
+        for _ in range(3):
+            op(torch.ones(64))
+        for left in (0, 4):
+            resized = torch.ones(64)
+            resized.untyped_storage().resize_(left)
+            with pytest.raises(BadInput, match=f"beyond its storage of {left} bytes"):
+                op(resized)
+
+
+class ClosesWhenItDies:
+    """A finaliser that closes the channel of the call in whose midst it runs."""
+
+    def __init__(self, channel: Channel) -> None:
+        self.channel, self.itself = channel, self
+
+    def __del__(self) -> None:
+        self.channel.close()
+
+
+def test_a_finaliser_may_close_the_channel_in_the_midst_of_a_call(client: shmbroker.Client, worker: int) -> None:
+    """O2."""
+    lost = 0
+    thresholds = gc.get_threshold()
+    for _ in range(20):
+        channel = client.channel("test", lane="shm")
+        op, x = channel.bind("scale", factor=2.0), inside(channel, 4, 6)
+        for _ in range(4):
+            op(x)
+        gc.collect()
+        ClosesWhenItDies(channel)
+        gc.set_threshold(1, 1, 1)
+        try:
+            result = op(x)
+        except shmbroker.ShmBrokerError:
+            lost += 1
+        else:
+            assert torch.equal(result, x * 2), "never an output that nobody has written"
+        finally:
+            gc.set_threshold(*thresholds)
+        channel.close()
+    assert lost, "some were closed in the midst"
 
 
 def test_a_channel_that_is_closed_refuses_and_lets_go_of_its_memory(client: shmbroker.Client, worker: int) -> None:

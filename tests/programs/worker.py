@@ -79,6 +79,20 @@ def sleep_for_the_first(x: torch.Tensor, *, out: torch.Tensor) -> None:
     out.copy_(x)
 
 
+@worker.op(out_spec=lambda x: TensorSpec(x.shape, x.dtype))
+def fail_for_negative(x: torch.Tensor, *, out: torch.Tensor) -> None:
+    if x.flatten()[0] < 0:
+        raise ValueError("negative")
+    out.copy_(x)
+
+
+@worker.op(out_spec=lambda file: ())
+def wait_while_there_is(*, out: tuple[()], file: str) -> None:
+    """With no tensor, in or out."""
+    while os.path.exists(file):
+        time.sleep(0.01)
+
+
 @worker.op(out_spec=lambda x: (TensorSpec(x.shape, x.dtype), TensorSpec((2, *x.shape), x.dtype)))
 def twins(x: torch.Tensor, *, out: tuple[torch.Tensor, torch.Tensor]) -> None:
     """What came, once, and twice."""

@@ -216,6 +216,18 @@ def test_failed_calls_are_told_as_such(broker: shmbroker.LocalBroker, tmp_path: 
     assert [event["args"]["status"] for event in events(its) if event["name"] == "run scale"] == ["op_error"]
 
 
+def test_a_traced_worker_tells_of_every_call_also_where_its_client_has_no_trace(broker: shmbroker.LocalBroker, tmp_path: Path) -> None:
+    its = tmp_path / "worker.json"
+    with worker_process("traced-alone", TRACE=str(its)) as worker:
+        with shmbroker.connect(arena="16M") as client:
+            op, x = client.channel("traced-alone").bind("scale", factor=2.0), client.copy_in(torch.ones(4))
+            for _ in range(30):
+                op(x)
+        worker.send_signal(signal.SIGTERM)
+        assert worker.wait(300) == 0
+    assert [event["name"] for event in events(its)].count("run scale") == 30
+
+
 def test_without_a_trace_nothing_is_in_the_way(channel: Channel) -> None:
     assert type(channel.pair) is QueuePair
 
