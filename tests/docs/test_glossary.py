@@ -29,7 +29,7 @@ def test_each_word_is_there_once_in_order_with_its_meaning_and_its_file() -> Non
     assert words == sorted(set(words))
     for word, meaning, file in ROWS:
         assert meaning, word
-        assert re.fullmatch(r"`[\w/]+\.py`", file), word
+        assert re.fullmatch(r"`[\w/]+\.(?:py|h)`", file), word
 
 
 @pytest.mark.parametrize("pattern", GIVEN_UP)
