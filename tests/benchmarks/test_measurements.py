@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import alloc, copies, replay, rtt
-from benchmarks.call_profile import FURTHER, STAGES, WAYS, WHOLE, profiles
+from benchmarks import alloc, call_profile, copies, replay, rtt
 from benchmarks.contenders import core_floor, floors, missing, ours, shared_memory, torch_queue
 from benchmarks.device.copies import copies as device_copies
 from benchmarks.device.prefill import WHOLE, prefills
@@ -103,12 +102,12 @@ def test_ray_hands_tensors_over(way: str) -> None:
 
 
 def test_the_stages_of_a_call_are_all_of_it() -> None:
-    stages, further, compiled = profiles(50, 4096)
-    assert set(stages) == set(WAYS)
-    assert set(further) == set(FURTHER)
+    stages, further, compiled = call_profile.profiles(50, 4096)
+    assert set(stages) == set(call_profile.WAYS)
+    assert set(further) == set(call_profile.FURTHER)
     for way in stages.values():
-        assert list(way) == [*STAGES, WHOLE]
-        assert all(way[stage] < way[WHOLE] for stage in STAGES)
+        assert list(way) == [*call_profile.STAGES, call_profile.WHOLE]
+        assert all(way[stage] < way[call_profile.WHOLE] for stage in call_profile.STAGES)
     assert bool(compiled) == CALLS_COMPILED
 
 
