@@ -28,10 +28,14 @@ from shmbroker.lane.waiter import Waiter
 from shmbroker.memory import names
 from shmbroker.memory.geometry import Geometry
 from shmbroker.memory.segment import Segment, make_segment, unlink_segment
+from shmbroker.worker import compiled_steps
 from shmbroker.worker.channel import WorkerChannel
+from shmbroker.worker.compiled_steps import Steps
+from shmbroker.worker.counters import STEPS_COMPILED
 from shmbroker.worker.mapped_segment import MappedSegment
 from shmbroker.worker.ops import OpDefinition
 from shmbroker.worker.shares import Share
+from shmbroker.worker.turns import Turns
 
 SHAPE = (1, 1024, 2048)
 """8 MiB of float32."""
@@ -41,7 +45,7 @@ COMPLETION = (1, 0, 1, 1, b"")
 
 
 @dataclass(frozen=True, slots=True)
-class Steps:
+class StepsOfACall:
     """Each to be called again and again. The longer ones hold the shorter ones."""
 
     prepare: Callable[[], object]
@@ -62,6 +66,8 @@ class Steps:
     """Leave a completion there, once, so that whoever waits finds one."""
     wait: Callable[[], object]
     """Wait, once it is there."""
+    compiled_step: Callable[[], object] | None
+    """Write and publish the frame; have the worker's compiled step take it, run an op that does nothing, and complete it; read the completion."""
 
 
 class _Carrier:
@@ -109,9 +115,19 @@ def _segment() -> Iterator[Segment]:
 
 
 @contextmanager
-def steps_of_a_call() -> Iterator[Steps]:
+def _without_looking_on() -> Iterator[None]:
+    """Compiled steps end when there is no call, instead of looking for the next one for a while."""
+    looked_ns, compiled_steps.LOOK_NS = compiled_steps.LOOK_NS, 0
+    try:
+        yield
+    finally:
+        compiled_steps.LOOK_NS = looked_ns
+
+
+@contextmanager
+def steps_of_a_call() -> Iterator[StepsOfACall]:
     """The steps of a call with one input and one output of ``SHAPE``."""
-    with _segment() as segment:
+    with _segment() as segment, _without_looking_on():
         arena = Arena(segment)
         client, worker = ShmClientLane(segment, 0, PollingBell()), ShmWorkerLane(segment, 0, PollingBell())
         process = this_process()
@@ -131,6 +147,8 @@ def steps_of_a_call() -> Iterator[Steps]:
         loop = carrier.completions
         source = _AlwaysThere(client)
         loop.add(source)
+        steps = Steps(Turns(), lambda channel: None)
+        steps.of([(channel, worker)])
         last = Call(plan, (x,), [y], 1, 0, holds)
 
         def prepare() -> None:
@@ -151,6 +169,12 @@ def steps_of_a_call() -> Iterator[Steps]:
             worker.complete(and_run())
             client.take()
 
+        def compiled_step() -> None:
+            client.submit(plan.template, 1, 0, 1, offsets, generations)
+            steps.run()
+            if client.take() is None:
+                raise RuntimeError("the worker's compiled step has left a call that is ordinary")
+
         def and_finish() -> None:
             call = Call(plan, (x,), [y], 1, 0, holds)
             call.submitted_ns = 1
@@ -165,7 +189,7 @@ def steps_of_a_call() -> Iterator[Steps]:
             source.call = last
             loop.wait(last, 0)
 
-        yield Steps(
+        yield StepsOfACall(
             prepare=prepare,
             place=lambda: arena.place(plan.rooms[0]),
             submit_and_take=submit_and_take,
@@ -175,7 +199,9 @@ def steps_of_a_call() -> Iterator[Steps]:
             and_finish=and_finish,
             leave_completion=leave_completion,
             wait=wait,
+            compiled_step=compiled_step if STEPS_COMPILED else None,
         )
+        steps.of(())
         client.close()
         worker.close()
         channel.close()

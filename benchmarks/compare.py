@@ -36,6 +36,8 @@ SUBTRACTED = (
     "steps_ns/worker: run an op that does nothing, count",
     "steps_ns/worker: write and publish the completion; client: read it",
     "steps_ns/client: finish the call, count",
+    "further_ns/with a second input",
+    "further_ns/with a second output",
 )
 """Rows of ``steps`` that are the difference of two figures: a disturbance of the smaller one makes them less, so their median counts too."""
 

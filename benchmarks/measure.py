@@ -26,6 +26,17 @@ class Call:
         """Do it."""
         return self._call()
 
+    def turn(self, seconds: float) -> list[int]:
+        """Do it for so long, once at least: how long each took, in nanoseconds."""
+        call, samples = self._call, []
+        begun = time.perf_counter()
+        while True:
+            before = time.perf_counter_ns()
+            call()
+            samples.append(time.perf_counter_ns() - before)
+            if time.perf_counter() - begun >= seconds:
+                return samples
+
 
 @dataclass(slots=True)
 class Case:
@@ -57,10 +68,7 @@ def alternate(cases: Sequence[Case], seconds: float, at_least: int = 5) -> None:
         for case in cases:
             with _alone(case):
                 begun = time.perf_counter()
-                while time.perf_counter() - begun < TURN_SECONDS:
-                    before = time.perf_counter_ns()
-                    case.call()
-                    case.samples_ns.append(time.perf_counter_ns() - before)
+                case.samples_ns += case.call.turn(TURN_SECONDS)
                 spent[case.name] += time.perf_counter() - begun
 
 

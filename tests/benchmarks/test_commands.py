@@ -28,7 +28,7 @@ def numbers(figures: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[st
     if isinstance(figures, (dict, list)):
         for name, inner in figures.items() if isinstance(figures, dict) else enumerate(figures):
             yield from numbers(inner, (*path, str(name)))
-    elif isinstance(figures, (int, float)):
+    elif isinstance(figures, (int, float)) and not isinstance(figures, bool):
         yield path, figures
 
 
