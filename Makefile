@@ -39,7 +39,7 @@ $(VENV)/ready: setup.cfg setup.py pyproject.toml constraints.txt $(wildcard shmb
 	@echo "1 of 3: a virtual environment in $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
 	@echo "2 of 3: what the project needs, torch among it: some minutes, once"
-	@$(PYTHON) install.py $(BIN)/python --constraint constraints.txt --editable '.[gguf,serve,test]'
+	@$(PYTHON) install.py $(BIN)/python --constraint constraints.txt --editable '.[gguf,ray,serve,test]'
 	@touch $@
 
 bench: $(VENV)/bench
