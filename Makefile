@@ -9,10 +9,11 @@ DURATION ?= 600
 TRUST ?= plain
 SEED ?= 1
 MINUTES ?= 10
+KILLS ?= 20
 JOBS ?= 2
 BIN := $(VENV)/bin
 
-.PHONY: run test test-gpu lint types unit bench hostile kill-matrix chaos soak model-check sanitize clean
+.PHONY: run test test-gpu lint types unit bench hostile kill-matrix chaos soak fleet-kills model-check sanitize clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/ready
@@ -60,6 +61,9 @@ chaos: $(VENV)/ready
 
 soak: $(VENV)/ready
 	$(BIN)/python -m tests.faults.soak $(MINUTES)
+
+fleet-kills: $(VENV)/ready
+	$(BIN)/python -m tests.faults.fleet $(KILLS) $(SEED)
 
 model-check:
 	docs/protocol/check.sh

@@ -9,7 +9,16 @@ import click
 
 from shmbroker.settings import DOORBELL_WORDS, LANE_WORDS, OWN_DEFAULTS, TRUST_WORDS, listed
 from shmbroker.trust.bits import BITS
-from tee_worker.run_options import LONGEST_CONTEXT, MOST_AT_ONCE, GenerateOptions, PrefillOptions, RunOptions, ServeOptions, default_of
+from tee_worker.run_options import (
+    API_KEY_VARIABLE,
+    LONGEST_CONTEXT,
+    MOST_AT_ONCE,
+    GenerateOptions,
+    PrefillOptions,
+    RunOptions,
+    ServeOptions,
+    default_of,
+)
 
 Command = Callable[..., Any]
 Decorator = Callable[[Command], Command]
@@ -184,7 +193,7 @@ def serve_options(kind: type[ServeOptions]) -> Decorator:
         defaulted(
             kind,
             "--api-key",
-            envvar="SHMBROKER_API_KEY",
+            envvar=API_KEY_VARIABLE,
             metavar="KEY",
             help="That requests must carry, but for /health. In $SHMBROKER_API_KEY it is in no list of processes.",
         ),

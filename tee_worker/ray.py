@@ -6,12 +6,14 @@ Ray Serve's. Needs ``pip install 'shmbroker[ray]'``.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
 from shmbroker.errors import BadInput
+from tee_worker.run_options import API_KEY_VARIABLE
 from tee_worker.scale_out.options import Autoscale, Options, check_fleet
 
 __all__ = ["Autoscale", "Options", "application", "deployment"]
@@ -35,9 +37,9 @@ def deployment(options: Options, *, replicas: int = 2, autoscale: Autoscale | No
 def application(arguments: Mapping[str, Any]) -> Any:
     """:func:`deployment` for a configuration file of Ray Serve's, as ``import_path: tee_worker.ray:application``.
 
-    Its ``args``: fields of :class:`Options`, ``replicas``, ``autoscale`` (``1:4``). Raises :class:`BadInput`.
+    Its ``args``: fields of :class:`Options`, ``replicas``, ``autoscale`` (``1:4``). The API key is that of $SHMBROKER_API_KEY. Raises :class:`BadInput`.
     """
-    fields = dict(arguments)
+    fields = {"api_key": os.environ.get(API_KEY_VARIABLE), **arguments}
     replicas, autoscale = fields.pop("replicas", 2), fields.pop("autoscale", None)
     known = {field.name for field in msgspec.structs.fields(Options)}
     unknown = sorted(set(fields) - known)

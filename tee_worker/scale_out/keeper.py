@@ -93,14 +93,20 @@ class _Child:
 
     def again(self) -> str:
         """It has ended: start it anew. What happened, in words. Raises :class:`ShmBrokerError` where that makes no sense any more."""
-        os.close(self.pidfd)
         status = self.process.wait()
         how = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
         self._failures = self._failures + 1 if status >= 0 and time.monotonic() - self._begun < STEADY_SECONDS else 0
         if self._failures >= MOST_FAILURES:
             raise ShmBrokerError(f"the {self.what} of this replica {how}, {MOST_FAILURES} times; its own words are in the replica's log")
+        os.close(self.pidfd)
         self.start()
         return f"the {self.what} {how}; another one, process {self.process.pid}, takes its place"
+
+    def end(self) -> None:
+        """For good. It has nobody to finish anything for, and what it leaves is unlinked."""
+        os.close(self.pidfd)
+        self.process.kill()
+        stop_process(self.process)
 
 
 class Keeper:
@@ -140,8 +146,7 @@ class Keeper:
                     self._tell(Note(text))
         finally:
             for child in reversed(children):
-                stop_process(child.process)
-                os.close(child.pidfd)
+                child.end()
             unlink_all(self.instance)
             self._slot.clear()
             self._slot.release()

@@ -19,7 +19,7 @@ from shmbroker.models import Checkpoint, model_dtype
 from tee_worker.planning.splits import Splits
 from tee_worker.ray import Autoscale, Options, deployment
 from tee_worker.run_options import LOOPBACK
-from tee_worker.scale_out.local_cluster import ENVIRONMENT, local_cluster
+from tee_worker.scale_out.local_cluster import ENVIRONMENT, local_cluster, own_environment
 from tee_worker.scale_out.options import check_fleet
 from tee_worker.scale_out.secrecy import check_own_cluster, is_loopback
 
@@ -43,11 +43,13 @@ def run(options: Options, replicas: int, autoscale: Autoscale | None, address: s
     """Serve until SystemExit or KeyboardInterrupt. Raises :class:`ShmBrokerError`."""
     _check(options, address, local_nodes)
     options = msgspec.structs.replace(options, port=_free_port(options))
-    if address is None or _is_on_loopback(address):
-        os.environ.update(ENVIRONMENT)  # before Ray is imported
-    application = deployment(options, replicas=replicas, autoscale=autoscale)
     most = max(replicas, autoscale.most if autoscale else 0)
     with contextlib.ExitStack() as stack:
+        if address is None:
+            stack.enter_context(own_environment())
+        elif _is_on_loopback(address):
+            os.environ.update(ENVIRONMENT)
+        application = deployment(options, replicas=replicas, autoscale=autoscale)
         if address is None:
             nodes = local_nodes or 1
             on_note(f"starting a Ray cluster of {nodes} {'node' if nodes == 1 else 'nodes'} on this machine alone ...")

@@ -1,7 +1,8 @@
-"""The name of a replica's instance: fixed by its host and a slot, so that whoever comes next reaps what the last one left."""
+"""The name of a replica's instance: fixed by its host, its folder and a slot, so that whoever comes next reaps what the last one left."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -15,10 +16,12 @@ from shmbroker.errors import BadInput, InstanceInUse
 MOST_SLOTS = 64
 """Replicas on one host."""
 
-LONGEST_HOST = 24
+LONGEST_HOST = 19
 """Of an instance's 31 characters."""
 
-_DIGEST = 8
+_HOST_DIGEST = 8
+_FOLDER_DIGEST = 4
+"""Two who have folders of their own share the host's memory: neither may take the other's names."""
 
 
 def host_word(host: str) -> str:
@@ -26,7 +29,17 @@ def host_word(host: str) -> str:
     word = re.sub(r"[^a-z0-9-]", "-", host.lower())
     if word == host and len(word) <= LONGEST_HOST and word:
         return word
-    return f"{word[: LONGEST_HOST - _DIGEST - 1]}-{hashlib.sha256(host.encode()).hexdigest()[:_DIGEST]}"
+    return f"{word[: LONGEST_HOST - _HOST_DIGEST - 1]}-{_digest(host)[:_HOST_DIGEST]}"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def instances(folder: Path, host: str | None = None) -> list[str]:
+    """The names of all slots, in the order in which they are taken."""
+    word = host_word(socket.gethostname() if host is None else host)
+    return [f"ray-{word}-{_digest(str(folder))[:_FOLDER_DIGEST]}-{number}" for number in range(MOST_SLOTS)]
 
 
 def sockets_folder() -> Path:
@@ -38,17 +51,12 @@ class Slot:
     """One of this host's, from here to :meth:`release`, or the end of this process. Raises :class:`BadInput` where none is free."""
 
     def __init__(self, folder: Path, host: str | None = None) -> None:
-        make_private_dir(folder.parent) if not folder.parent.exists() else None
         make_private_dir(folder)
         self.folder = folder
-        word = host_word(socket.gethostname() if host is None else host)
-        for number in range(MOST_SLOTS):
-            self.instance = f"ray-{word}-{number}"
-            try:
+        for self.instance in instances(folder, host):
+            with contextlib.suppress(InstanceInUse):
                 self._lock = InstanceLock(folder / f"{self.instance}.slot", self.instance)
-            except InstanceInUse:
-                continue
-            return
+                return
         raise BadInput(f"{MOST_SLOTS} replicas are on this host already: spread them over more hosts")
 
     def clear(self) -> None:
