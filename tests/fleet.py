@@ -53,6 +53,12 @@ class Fleet:
             figures[values[f"shmbroker_ray_{name}_created"]] = float(values[f"shmbroker_ray_{name}_total"])
         return sum(figures.values())
 
+    def answering(self) -> set[str]:
+        """Ray's names of the replicas that several requests at once go to."""
+        with ThreadPoolExecutor(LOOKS) as pool:
+            body = {"prompt": "x", "max_tokens": 1}
+            return {one.headers["x-shmbroker-replica"] for one in pool.map(lambda _: self.post("completions", body), range(LOOKS))}
+
     def whole(self) -> dict[str, tuple[int, int]]:
         """By instance: the replica's process, and its GPU worker's; of those that have both."""
         found = {}

@@ -32,6 +32,9 @@ def _autoscale(context: click.Context, option: click.Parameter, told: str | None
 @click.option(
     "--i-trust-the-cluster", "trust_cluster", is_flag=True, help="Also one that is not on loopback and has neither TLS nor tokens."
 )
+@click.option("--direct", metavar="HOST:PORT", help="Where each replica listens itself, over TLS, past Ray's proxies (docs/scale-out.md).")
+@click.option("--tls-cert", metavar="FILE", help="For --direct: certificate chain, PEM, on each node.")
+@click.option("--tls-key", metavar="FILE", help="For --direct: its key.")
 @run_options(Options, peers=False)
 def ray(until_exit: int, replicas: int, autoscale: Autoscale | None, address: str | None, local_nodes: int | None, **options: Any) -> None:
     """Serve replicas of a split model, each with its own broker and GPU worker, behind one endpoint, until SIGTERM or Ctrl-C."""

@@ -90,6 +90,8 @@ def fleet(options: Options, replicas: int, autoscale: Autoscale | None) -> Any:
         request_router_config=RequestRouterConfig(request_router_class=router),
         **count,
     )
+    if options.direct is not None:
+        return computing.bind(options)  # clients reach the replicas by themselves
     relaying = deployment(Ingress).options(
         name=INGRESS,
         num_replicas=min(INGRESSES, most),

@@ -27,6 +27,9 @@ MOST_LOSSES = 3
 
 UNAVAILABLE = 503
 
+REPLICA_HEADER = b"x-shmbroker-replica"
+"""Of a response: Ray's name of the replica that began it, as in its logs."""
+
 _NAMED = "/v1/responses"
 """The path whose streams have their events' types before them."""
 
@@ -219,7 +222,8 @@ class _Request:
             raise Lost("it could not go on", replica)
         if not self._sending:
             self._relay.requests.labels(str(head.status)).inc()
-            await self._send({"type": "http.response.start", "status": head.status, "headers": head.headers})
+            headers = [*head.headers, (REPLICA_HEADER, replica.encode())]
+            await self._send({"type": "http.response.start", "status": head.status, "headers": headers})
             self._sending = True
         await self._send({"type": "http.response.body", "body": part.data, "more_body": not part.last})
         if part.steps is not None and self._so_far is not None:

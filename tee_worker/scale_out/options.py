@@ -9,6 +9,7 @@ import msgspec
 from shmbroker.errors import BadInput
 from shmbroker.settings import DEFAULTS, default_for
 from tee_worker.run_options import ServeOptions
+from tee_worker.scale_out.direct import address_of
 
 
 class Options(ServeOptions, frozen=True, kw_only=True):
@@ -27,6 +28,11 @@ class Options(ServeOptions, frozen=True, kw_only=True):
     """That Ray counts for one replica; None: one on device cuda, else none."""
     trust_cluster: bool = False
     """Whether a cluster without TLS and authentication will do (docs/scale-out.md)."""
+
+    direct: str | None = None
+    """HOST:PORT where each replica listens itself, over TLS, in the place of an endpoint before all of them."""
+    tls_cert: str | None = None
+    tls_key: str | None = None
 
     def of_ray(self) -> dict[str, float]:
         """What Ray counts for one replica."""
@@ -60,5 +66,12 @@ def check_fleet(options: Options) -> None:
             raise BadInput(f"{name}: each replica has a broker and GPU workers of its own, on whichever node it is: leave it out")
     if not options.cpus > 0:
         raise BadInput(f"--cpus {options.cpus:g}: a replica computes: give more than 0")
+    if options.direct is not None:
+        address_of(options.direct)
+        for name, value in (("--tls-cert", options.tls_cert), ("--tls-key", options.tls_key), ("an API key", options.api_key)):
+            if not value:
+                raise BadInput(f"--direct needs {name}: whoever reaches the node reaches the replica")
+    elif options.tls_cert or options.tls_key:
+        raise BadInput("--tls-cert and --tls-key are for --direct: before Ray's own proxies put one that has them")
     if not options.failover > 0:
         raise BadInput("--failover 0: a replica's GPU worker is started anew when it dies, and its requests wait for it: give seconds")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ from ray import serve
 
 from shmbroker import console
 from shmbroker.errors import ShmBrokerError
+from tee_worker.scale_out.direct import DirectServer
 from tee_worker.scale_out.health import Health
 from tee_worker.scale_out.messages import Answering, Begun, Here, Part, encode, question_of
 from tee_worker.scale_out.options import Options, check_fleet
@@ -64,6 +64,10 @@ class Replica:
         self._served: ServedModel = loading.result()
         self._endpoint: Endpoint = await self._served.endpoint(self._stack, log.info)
         self._name = serve.get_replica_context().replica_id.unique_id
+        self._direct: DirectServer | None = None
+        if options.direct is not None:
+            self._direct = DirectServer(self._endpoint, options, int(self._peers.instance.rpartition("-")[2]))
+            await self._direct.start()
 
     def _load(self, options: Options) -> ServedModel:
         from transformers.utils import logging as of_transformers
@@ -84,21 +88,14 @@ class Replica:
         """
         if self._peers.failure:
             raise ShmBrokerError(self._peers.failure)
+        if self._direct is not None:
+            self._direct.check()
         if self._served.distrust():
             return
         trouble = await asyncio.to_thread(self._served.running.channel.trouble)
         verdict = self._health.verdict(trouble)
         if verdict:
             raise ShmBrokerError(verdict)
-
-    async def where(self) -> dict[str, Any]:
-        """The instance and the processes, for people and tests."""
-        return {
-            "replica": self._name,
-            "instance": self._peers.instance,
-            "pid": os.getpid(),
-            "gpu_worker": self._served.running.channel.worker_pid,
-        }
 
     async def answer(self, question: bytes, avoid: list[str]) -> AsyncGenerator[bytes, None]:
         """One request: its answer in parts, each some :data:`Answering` together. ``avoid`` is for the router."""
@@ -155,6 +152,9 @@ class Replica:
 
     async def __del__(self) -> None:
         """Called by Ray when the replica is to end in peace; the keeper does it too, however it ends."""
+        direct: DirectServer | None = getattr(self, "_direct", None)
+        if direct is not None:
+            await direct.end()
         if hasattr(self, "_endpoint"):
             self._endpoint.stop()
             await asyncio.to_thread(self._served.running.channel.close)

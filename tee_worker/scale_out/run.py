@@ -10,7 +10,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 
@@ -19,6 +19,7 @@ from shmbroker.models import Checkpoint, model_dtype
 from tee_worker.planning.splits import Splits
 from tee_worker.ray import Autoscale, Options, deployment
 from tee_worker.run_options import LOOPBACK
+from tee_worker.scale_out.direct import address_of
 from tee_worker.scale_out.local_cluster import ENVIRONMENT, local_cluster, own_environment
 from tee_worker.scale_out.options import check_fleet
 from tee_worker.scale_out.secrecy import check_own_cluster, is_loopback
@@ -42,7 +43,8 @@ Note = Callable[[str], None]
 def run(options: Options, replicas: int, autoscale: Autoscale | None, address: str | None, local_nodes: int | None, on_note: Note) -> None:
     """Serve until SystemExit or KeyboardInterrupt. Raises :class:`ShmBrokerError`."""
     _check(options, address, local_nodes)
-    options = msgspec.structs.replace(options, port=_free_port(options))
+    if options.direct is None:
+        options = msgspec.structs.replace(options, port=_free_port(options))
     most = max(replicas, autoscale.most if autoscale else 0)
     with contextlib.ExitStack() as stack:
         if address is None:
@@ -58,6 +60,11 @@ def run(options: Options, replicas: int, autoscale: Autoscale | None, address: s
         check_own_cluster(trusted=options.trust_cluster)
         stack.enter_context(_served(application, options))
         _until_ready(on_note)
+        if options.direct is not None:
+            host, port = address_of(options.direct)
+            where = f"https://{host}:{port}/v1, and the ports after it where a host has several"
+            print(f"{READY}{where}: {replicas} replicas of {options.model}, split {options.split}, trust {options.trust}", flush=True)
+            _watch(on_note)
         url = f"http://[{options.host}]:{options.port}/v1" if ":" in options.host else f"http://{options.host}:{options.port}/v1"
         print(f"{READY}{url} serves {replicas} replicas of {options.model}, split {options.split}, trust {options.trust}", flush=True)
         _watch(on_note)
@@ -123,8 +130,12 @@ def _served(application: Any, options: Options) -> Iterator[None]:
     if APPLICATION in others:
         raise BadInput(f"this cluster serves {APPLICATION!r} already: end the 'tee-worker ray' that does, or 'serve shutdown'")
     try:
-        serve.start(http_options={"host": options.host, "port": options.port})
-        serve.run_many([serve.RunTarget(application, name=APPLICATION)], wait_for_applications_running=False)
+        if options.direct is None:
+            serve.start(http_options={"host": options.host, "port": options.port})
+        else:
+            serve.start(proxy_location="Disabled")
+        route = "/" if options.direct is None else None
+        serve.run_many([serve.RunTarget(application, name=APPLICATION, route_prefix=route)], wait_for_applications_running=False)
         yield
     finally:
         if others:
@@ -171,7 +182,7 @@ def _reason(message: str) -> str:
     return (errors or lines or ["Ray gives no reason"])[-1][-_LONGEST_REASON:]
 
 
-def _watch(on_note: Note) -> None:
+def _watch(on_note: Note) -> NoReturn:
     """Tell what changes, until somebody ends it."""
     last = ""
     while True:

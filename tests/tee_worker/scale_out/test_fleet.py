@@ -27,12 +27,13 @@ pytestmark = pytest.mark.ray
 LONG = 400
 """Tokens of a stream that is to be disturbed."""
 
-KILLS = 6
+KILLS = 4
 SEED = 7
 
 
 def both_whole(fleet: Fleet) -> dict[str, tuple[int, int]]:
-    wait_until(lambda: len(fleet.whole()) == 2)
+    """The replicas, once both are there and requests go to both."""
+    wait_until(lambda: len(fleet.whole()) == 2 and len(fleet.answering()) == 2)
     return fleet.whole()
 
 

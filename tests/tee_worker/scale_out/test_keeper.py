@@ -94,11 +94,10 @@ def nothing_is_left(folder: Path, instance: str) -> bool:
     return not list(objects(instance)) and not list(folder.iterdir())
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
-def test_all_of_a_replica_ends_with_it_and_nothing_is_left(tiny: Path, folder: Path, number: int) -> None:
+def test_all_of_a_replica_that_is_killed_ends_with_it_and_nothing_is_left(tiny: Path, folder: Path) -> None:
     with kept(tiny, folder) as one:
         assert list(objects(one.instance))
-        one.process.send_signal(number)
+        one.process.kill()
         wait_until(lambda: not any(alive(pid) for pid in one))
         wait_until(lambda: nothing_is_left(folder, one.instance))
 
