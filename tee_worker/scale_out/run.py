@@ -16,6 +16,7 @@ import msgspec
 
 from shmbroker.errors import BadInput, ShmBrokerError
 from shmbroker.models import Checkpoint, model_dtype
+from tee_worker.held_signals import HeldSignals
 from tee_worker.planning.splits import Splits
 from tee_worker.ray import Autoscale, Options, deployment
 from tee_worker.run_options import LOOPBACK
@@ -45,29 +46,39 @@ def run(options: Options, replicas: int, autoscale: Autoscale | None, address: s
     _check(options, address, local_nodes)
     if options.direct is None:
         options = msgspec.structs.replace(options, port=_free_port(options))
+    if Path(options.model).exists():  # Ray's processes have another working folder
+        options = msgspec.structs.replace(options, model=str(Path(options.model).resolve()))
     most = max(replicas, autoscale.most if autoscale else 0)
-    with contextlib.ExitStack() as stack:
-        if address is None:
-            stack.enter_context(own_environment())
-        elif _is_on_loopback(address):
-            os.environ.update(ENVIRONMENT)
-        application = deployment(options, replicas=replicas, autoscale=autoscale)
-        if address is None:
-            nodes = local_nodes or 1
-            on_note(f"starting a Ray cluster of {nodes} {'node' if nodes == 1 else 'nodes'} on this machine alone ...")
-            address = stack.enter_context(local_cluster(nodes, math.ceil(most / nodes) * math.ceil(options.cpus)))
-        stack.enter_context(_connected(address))
-        check_own_cluster(trusted=options.trust_cluster)
-        stack.enter_context(_served(application, options))
-        _until_ready(on_note)
-        if options.direct is not None:
-            host, port = address_of(options.direct)
-            where = f"https://{host}:{port}/v1, and the ports after it where a host has several"
-            print(f"{READY}{where}: {replicas} replicas of {options.model}, split {options.split}, trust {options.trust}", flush=True)
+    with HeldSignals() as signals, contextlib.ExitStack() as stack:
+        try:
+            if address is None:
+                stack.enter_context(own_environment())
+            elif _is_on_loopback(address):
+                os.environ.update(ENVIRONMENT)
+            application = deployment(options, replicas=replicas, autoscale=autoscale)
+            if address is None:
+                nodes = local_nodes or 1
+                on_note(f"starting a Ray cluster of {nodes} {'node' if nodes == 1 else 'nodes'} on this machine alone ...")
+                address = stack.enter_context(local_cluster(nodes, math.ceil(most / nodes) * math.ceil(options.cpus)))
+            stack.enter_context(_connected(address))
+            check_own_cluster(trusted=options.trust_cluster)
+            stack.enter_context(_served(application, options))
+            _until_ready(on_note)
+            print(
+                f"{READY}{_where(options)} serves {replicas} replicas of {options.model}, split {options.split}, trust {options.trust}",
+                flush=True,
+            )
             _watch(on_note)
-        url = f"http://[{options.host}]:{options.port}/v1" if ":" in options.host else f"http://{options.host}:{options.port}/v1"
-        print(f"{READY}{url} serves {replicas} replicas of {options.model}, split {options.split}, trust {options.trust}", flush=True)
-        _watch(on_note)
+        finally:
+            signals.hold()  # a second Ctrl-C would leave half of it behind
+
+
+def _where(options: Options) -> str:
+    """What the endpoint's address is."""
+    if options.direct is not None:
+        host, port = address_of(options.direct)
+        return f"https://{host}:{port}/v1 (and the ports after it where a host has several replicas)"
+    return f"http://[{options.host}]:{options.port}/v1" if ":" in options.host else f"http://{options.host}:{options.port}/v1"
 
 
 def _check(options: Options, address: str | None, local_nodes: int | None) -> None:
