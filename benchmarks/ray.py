@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from benchmarks.split_model.processes import on_all_cores
 from benchmarks.split_model.tiny import make_tiny
 from benchmarks.table import Table
 from benchmarks.tiny_tokenizer import save_tokenizer
+from shmbroker.client.local_broker import stop_process
 from shmbroker.models import embedded
 
 DIRECT = "tee-worker serve"
@@ -34,6 +34,8 @@ THROUGH_RAY = "tee-worker ray"
 
 TICKS = os.sysconf("SC_CLK_TCK")
 IDLE_SECONDS = 10.0
+END_SECONDS = 120.0
+"""For a cluster to end."""
 RUNTIME = "SHMBROKER_RUNTIME_DIR"
 MARK = "MEASURED_AS"
 """A variable that all processes of a contender inherit."""
@@ -163,6 +165,4 @@ def _server(command: str, *options: str) -> Iterator[Contender]:
                 raise RuntimeError(f"tee-worker {command} did not start")
             yield Contender(line.split()[1], runtime)
         finally:
-            os.killpg(process.pid, signal.SIGINT)
-            process.wait(120)
-            process.stdout.close()
+            stop_process(process, END_SECONDS)
