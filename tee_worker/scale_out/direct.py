@@ -9,21 +9,13 @@ import ssl
 from typing import TYPE_CHECKING
 
 from shmbroker.errors import BadInput, ShmBrokerError
+from tee_worker.scale_out.options import Options, address_of
 
 if TYPE_CHECKING:
-    from tee_worker.scale_out.options import Options
     from tee_worker.serving.endpoint import Endpoint
 
 DRAIN_SECONDS = 10
 """How long requests may take to finish when the replica is to end; then they are told that it ends."""
-
-
-def address_of(text: str) -> tuple[str, int]:
-    """``HOST:PORT``, an IPv6 address in brackets. Raises :class:`BadInput`."""
-    host, colon, port = text.rpartition(":")
-    if not (colon and host and port.isdecimal() and 0 < int(port) < 1 << 16):
-        raise BadInput(f"--direct {text!r}: give HOST:PORT of the interface to listen on, e.g. 0.0.0.0:8443")
-    return host.strip("[]"), int(port)
 
 
 class DirectServer:

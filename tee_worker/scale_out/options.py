@@ -9,7 +9,6 @@ import msgspec
 from shmbroker.errors import BadInput
 from shmbroker.settings import DEFAULTS, default_for
 from tee_worker.run_options import ServeOptions
-from tee_worker.scale_out.direct import address_of
 
 
 class Options(ServeOptions, frozen=True, kw_only=True):
@@ -57,6 +56,14 @@ class Autoscale(msgspec.Struct, frozen=True):
         if not (least.isdecimal() and most.isdecimal() and 1 <= int(least) <= int(most)):
             raise BadInput(f"--autoscale {text!r}: give the least and the most replicas, e.g. 1:4")
         return cls(int(least), int(most))
+
+
+def address_of(text: str) -> tuple[str, int]:
+    """``HOST:PORT``, an IPv6 address in brackets. Raises :class:`BadInput`."""
+    host, colon, port = text.rpartition(":")
+    if not (colon and host and port.isdecimal() and 0 < int(port) < 1 << 16):
+        raise BadInput(f"--direct {text!r}: give HOST:PORT of the interface to listen on, e.g. 0.0.0.0:8443")
+    return host.strip("[]"), int(port)
 
 
 def check_fleet(options: Options) -> None:

@@ -20,9 +20,8 @@ from tee_worker.held_signals import HeldSignals
 from tee_worker.planning.splits import Splits
 from tee_worker.ray import Autoscale, Options, deployment
 from tee_worker.run_options import LOOPBACK
-from tee_worker.scale_out.direct import address_of
 from tee_worker.scale_out.local_cluster import ENVIRONMENT, local_cluster, own_environment
-from tee_worker.scale_out.options import check_fleet
+from tee_worker.scale_out.options import address_of, check_fleet
 from tee_worker.scale_out.secrecy import check_own_cluster, is_loopback
 
 APPLICATION = "shmbroker"
