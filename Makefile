@@ -1,7 +1,7 @@
 # make run: everything from nothing, ending in the demo.  make test: everything that must hold.  make bench: how fast it is here.
 # JOBS: how many test files run side by side (a test waits more than it computes).
 # make test-gpu: on a machine with an NVIDIA GPU.
-# make model-check: the queues' protocol, by SPIN, and the core's memory orders.  make sanitize: the tests of the compiled parts, built built with GCC's sanitizers, some
+# make model-check: the queues' protocol, by SPIN, and the core's memory orders.  make sanitize: the tests of the compiled parts, built with GCC's sanitizers, some
 # minutes; too long for make test.
 PYTHON ?= python3
 VENV := .venv
@@ -9,10 +9,11 @@ DURATION ?= 600
 TRUST ?= plain
 SEED ?= 1
 MINUTES ?= 10
+KILLS ?= 20
 JOBS ?= 2
 BIN := $(VENV)/bin
 
-.PHONY: run test test-gpu lint types unit bench hostile kill-matrix chaos soak model-check sanitize clean
+.PHONY: run test test-gpu lint types unit bench hostile kill-matrix chaos soak fleet-kills model-check sanitize clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/ready
@@ -25,10 +26,10 @@ lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(VENV)/ready
+types: $(VENV)/ray
 	$(BIN)/mypy
 
-unit: $(VENV)/ready
+unit: $(VENV)/ray
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test-gpu: $(VENV)/ready
@@ -40,6 +41,11 @@ $(VENV)/ready: setup.cfg setup.py pyproject.toml constraints.txt $(wildcard shmb
 	@$(PYTHON) -m venv $(VENV)
 	@echo "2 of 3: what the project needs, torch among it: some minutes, once"
 	@$(PYTHON) install.py $(BIN)/python --constraint constraints.txt --editable '.[gguf,serve,test]'
+	@touch $@
+
+$(VENV)/ray: $(VENV)/ready
+	@echo "Ray, which the tests of fleets start clusters of: some minutes, once"
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[ray]'
 	@touch $@
 
 bench: $(VENV)/bench
@@ -60,6 +66,9 @@ chaos: $(VENV)/ready
 
 soak: $(VENV)/ready
 	$(BIN)/python -m tests.faults.soak $(MINUTES)
+
+fleet-kills: $(VENV)/ray
+	$(BIN)/python -m tests.faults.fleet $(KILLS) $(SEED)
 
 model-check:
 	docs/protocol/check.sh

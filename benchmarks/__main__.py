@@ -11,7 +11,22 @@ import click
 
 from benchmarks.machine import PEER_CPU, machine, pin
 
-NAMES = ("rtt", "replay", "steps", "copies", "waiting", "sharing", "batching", "throughput", "alloc", "model", "trust", "serve", "cuda")
+NAMES = (
+    "rtt",
+    "replay",
+    "steps",
+    "copies",
+    "waiting",
+    "sharing",
+    "batching",
+    "throughput",
+    "alloc",
+    "model",
+    "trust",
+    "serve",
+    "ray",
+    "cuda",
+)
 """A module of this package each, with the two functions of :class:`Benchmark`."""
 
 

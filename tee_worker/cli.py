@@ -11,13 +11,21 @@ from typing import Any
 import click
 
 from shmbroker import console
-from shmbroker.settings import DOORBELL_WORDS, LANE_WORDS, OWN_DEFAULTS, TRUST_WORDS, default_for, listed
-from shmbroker.trust.bits import BITS
+from shmbroker.settings import default_for
 from shmbroker.version import __version__
-from tee_worker.run_options import LONGEST_CONTEXT, MOST_AT_ONCE, GenerateOptions, PrefillOptions, RunOptions, ServeOptions, default_of
-
-Command = Callable[..., Any]
-Decorator = Callable[[Command], Command]
+from tee_worker.cli_options import (
+    compute_options,
+    defaulted,
+    json_option,
+    model_option,
+    prompt_options,
+    run_options,
+    serve_options,
+    source_options,
+    text_options,
+)
+from tee_worker.run_options import GenerateOptions, PrefillOptions, RunOptions, ServeOptions
+from tee_worker.scale_out.command import ray
 
 
 @click.group(cls=console.Program, context_settings={"help_option_names": ["-h", "--help"]})
@@ -28,148 +36,13 @@ def cli(log_level: str) -> None:
     console.set_up_logging(log_level)
 
 
-# --- options ----------------------------------------------------------------------------------------------------------------------------
-
-
-def _defaulted(kind: type[RunOptions], flag: str, **attributes: Any) -> Decorator:
-    """An option with the default of the field of ``kind`` that is named as the flag is; told in the help, unless it is None."""
-    default = default_of(kind, flag.partition("/")[0].removeprefix("--").replace("-", "_"))
-    return click.option(flag, default=default, show_default=default is not None, **attributes)
-
-
-def _all(*options: Decorator) -> Decorator:
-    """One decorator of several; the help lists them in this order."""
-
-    def decorate(command: Command) -> Command:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return decorate
-
-
-def _compute_options(kind: type[RunOptions]) -> Decorator:
-    """How this process computes, and how long it lives."""
-    return _all(
-        _defaulted(kind, "--dtype", help="As the GPU worker's: float32, bfloat16 or float16."),
-        _defaulted(kind, "--threads", type=click.IntRange(1), help="CPU threads to compute with. Default: torch's own choice."),
-        click.option("--until-exit", type=int, default=0, metavar="PID", help="End when this process does."),
-    )
-
-
-def trust_options(kind: type[RunOptions]) -> Decorator:
-    """What the GPU worker is trusted with (docs/trust.md)."""
-    return _all(
-        _defaulted(
-            kind,
-            "--trust",
-            type=click.Choice(TRUST_WORDS),
-            help="What the GPU worker is trusted with: everything, to see but not to compute right, or nothing (docs/trust.md).",
-        ),
-        _defaulted(
-            kind,
-            "--arithmetic",
-            type=click.Choice(["exact", "float"]),
-            help="At trust verify: on integers, or approximately, on plain's own numbers.",
-        ),
-        _defaulted(
-            kind,
-            "--bits",
-            type=click.Choice([str(bits) for bits in BITS]),
-            callback=lambda context, option, value: int(value),
-            help="Of a weight, as an integer.",
-        ),
-        _defaulted(kind, "--pads", type=click.IntRange(0), metavar="N", help="At trust blind: tokens to have pads ready for."),
-        click.option("--pads-from", metavar="SERVICE", help="At trust blind: a second worker that makes them. Default: this process."),
-        click.option("--second", metavar="SERVICE", help="At trust shares: the second worker."),
-        click.option(
-            "--same-host-shares",
-            is_flag=True,
-            help="Take two workers on this host for two. It hides nothing from whoever controls the host.",
-        ),
-        click.option("--model-digest", metavar="DIGEST", help="Of the model, as 'tee-worker digest' printed it; needed above trust plain."),
-        _defaulted(
-            kind,
-            "--hide-lengths",
-            type=click.IntRange(1),
-            metavar="N",
-            help="At trust blind and shares: round the rows of each call up to N.",
-        ),
-    )
-
-
-def run_options(kind: type[RunOptions]) -> Decorator:
-    """What every command takes that runs a split model; defaults are those of ``kind``."""
-    return _all(
-        _defaulted(
-            kind,
-            "--split",
-            help="What is one call: linear, fused, op, block or layer; or by layer, e.g. fused:0-3,layer:4-29 (docs/threat-model.md).",
-        ),
-        _defaulted(
-            kind,
-            "--pipeline",
-            type=click.IntRange(1),
-            metavar="N",
-            help="Parts of a pass on their way at once: chunks of a long prompt, micro-batches of several sequences.",
-        ),
-        click.option("--local", is_flag=True, help="Start a broker and a GPU worker for this run alone."),
-        _defaulted(kind, "--instance", metavar="NAME", help="Which broker. Default: $SHMBROKER_INSTANCE, else 'default'."),
-        _defaulted(kind, "--service", help="As the GPU worker's."),
-        _defaulted(kind, "--lane", help=f"What carries the frames: {listed(LANE_WORDS)}."),
-        _defaulted(kind, "--doorbell", help=f"What wakes a waiting process, on lane shm: {listed(DOORBELL_WORDS)}."),
-        _defaulted(
-            kind,
-            "--arena",
-            metavar="SIZE",
-            help=f"Shared memory for tensors, e.g. 512M. Default: {OWN_DEFAULTS[kind.command]['arena']}.",
-        ),
-        _defaulted(
-            kind,
-            "--failover",
-            type=float,
-            help="Seconds to wait for a GPU worker that takes over from one that died; 0: fail.",
-        ),
-        _defaulted(kind, "--timeout", type=float, help="Seconds that one call may take."),
-        _defaulted(kind, "--spin", type=float, help="Microseconds to look for an answer before sleeping."),
-        _defaulted(
-            kind, "--check/--no-check", help="Compare what the GPU worker gives with known answers, where 'tee-worker check' left some."
-        ),
-        click.option("--answers", metavar="FILE", help="Known answers. Default: beside the model, if they are there."),
-        trust_options(kind),
-        _defaulted(kind, "--trace", metavar="FILE", help="Write a trace of every call, for ui.perfetto.dev (docs/traces.md)."),
-        _compute_options(kind),
-    )
-
-
-_model_option = click.option("--model", required=True, metavar="DIR", help="Folder of a Hugging Face checkpoint, or a GGUF file.")
-_json_option = click.option("--json", "as_json", is_flag=True, help="For programs.")
-_text_options = _all(
-    click.option("--quiet", is_flag=True, help="Nothing on standard error but warnings and errors."),
-    click.option("--json", "as_json", is_flag=True, help="For programs: the outcome on standard output, the text on standard error."),
-)
-
-_prompt_options = _all(
-    _model_option,
-    click.option("--prompt", required=True, help="What to go on from."),
-    click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template."),
-    _defaulted(GenerateOptions, "--max-new-tokens", type=click.IntRange(1)),
-)
-
-_source_options = _all(
-    click.option("--model", metavar="DIR", help="Folder of a Hugging Face checkpoint, or a GGUF file."),
-    click.option("--shape", metavar="NAME", help="A known shape instead, e.g. llama-3.2-1b, with random weights."),
-    _defaulted(PrefillOptions, "--tokens", type=click.IntRange(1), help="Tokens of the prompt."),
-)
-
-
 # --- commands ---------------------------------------------------------------------------------------------------------------------------
 
 
 @cli.command()
-@_prompt_options
+@prompt_options
 @run_options(GenerateOptions)
-@_text_options
+@text_options
 def generate(as_json: bool, quiet: bool, until_exit: int, **options: Any) -> None:
     """Generate text, on standard output as it comes; what goes on, and the report, on standard error."""
     _begin(until_exit)
@@ -180,9 +53,9 @@ def generate(as_json: bool, quiet: bool, until_exit: int, **options: Any) -> Non
 
 
 @cli.command()
-@_prompt_options
-@_compute_options(GenerateOptions)
-@_text_options
+@prompt_options
+@compute_options(GenerateOptions)
+@text_options
 def reference(as_json: bool, quiet: bool, until_exit: int, **options: Any) -> None:
     """Generate with the same model in this process alone, to compare with; printed as 'generate' does."""
     _begin(until_exit)
@@ -220,12 +93,12 @@ def _finish(outcome: Any, as_json: bool, quiet: bool, *told: Any) -> None:
 
 
 @cli.command()
-@_source_options
-@_defaulted(RunOptions, "--dtype", help="float32, bfloat16 or float16.")
+@source_options
+@defaulted(RunOptions, "--dtype", help="float32, bfloat16 or float16.")
 @click.option("--new-tokens", type=click.IntRange(1), default=1, show_default=True, help="Tokens to generate; 1 is the prefill alone.")
-@_defaulted(RunOptions, "--pipeline", type=click.IntRange(1), metavar="N", help="Parts of a pass on their way at once.")
+@defaulted(RunOptions, "--pipeline", type=click.IntRange(1), metavar="N", help="Parts of a pass on their way at once.")
 @click.option("--split", "detailed", metavar="SPLIT", help="Tell module by module where it runs at this split.")
-@_json_option
+@json_option
 def plan(
     model: str | None, shape: str | None, tokens: int, dtype: str, as_json: bool, new_tokens: int, pipeline: int, detailed: str | None
 ) -> None:
@@ -248,11 +121,11 @@ def plan(
 
 
 @cli.command()
-@_source_options
-@_defaulted(PrefillOptions, "--seed", type=int, help="Of the random weights, and of the prompt.")
+@source_options
+@defaulted(PrefillOptions, "--seed", type=int, help="Of the random weights, and of the prompt.")
 @click.option("--compare", is_flag=True, help="Also in this process alone, with the largest difference of the logits.")
 @run_options(PrefillOptions)
-@_json_option
+@json_option
 def prefill(as_json: bool, until_exit: int, **options: Any) -> None:
     """Measure one prefill, and tell it beside the prototype's figures.
 
@@ -272,8 +145,8 @@ def prefill(as_json: bool, until_exit: int, **options: Any) -> None:
 
 
 @cli.command()
-@_model_option
-@_defaulted(RunOptions, "--dtype", help="As the run's.")
+@model_option
+@defaulted(RunOptions, "--dtype", help="As the run's.")
 def digest(model: str, dtype: str) -> None:
     """Print the digest of a model: of its configuration and of every number in it, SHA-256.
 
@@ -289,7 +162,7 @@ def digest(model: str, dtype: str) -> None:
 @click.option("--model", metavar="DIR", help="Folder of a Hugging Face checkpoint, or a GGUF file. Default: the embedded model.")
 @click.option("--prompt", help="The secret.  [default: a name and an address]")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=8, show_default=True)
-@_json_option
+@json_option
 def demo_trust(model: str | None, prompt: str | None, max_new_tokens: int, as_json: bool) -> None:
     """Show what --trust is for: what a worker reads at each mode, and whether its lie is noticed. About two minutes."""
     _begin(0)
@@ -304,7 +177,7 @@ def demo_trust(model: str | None, prompt: str | None, max_new_tokens: int, as_js
 
 
 @cli.command("check")
-@_model_option
+@model_option
 @click.option("--answers", metavar="FILE", help="Where to write them. Default: beside the model, where the other commands look.")
 def check_command(model: str, answers: str | None) -> None:
     """Record what the modules of a checkpoint give for fixed inputs, layer by layer.
@@ -332,31 +205,8 @@ def check_command(model: str, answers: str | None) -> None:
 
 
 @cli.command()
-@_model_option
-@_defaulted(ServeOptions, "--host", help="Where to listen: this machine's loopback alone.")
-@_defaulted(ServeOptions, "--port", type=click.IntRange(0, 65535), help="0: any free one.")
-@_defaulted(ServeOptions, "--served-model-name", metavar="NAME", help="What requests call the model. Default: its folder's name.")
-@_defaulted(
-    ServeOptions,
-    "--max-context",
-    type=int,
-    metavar="TOKENS",
-    help=f"Longest prompt and answer together. Default: the model's, {LONGEST_CONTEXT} at most.",
-)
-@_defaulted(
-    ServeOptions,
-    "--max-concurrency",
-    type=click.IntRange(1),
-    metavar="N",
-    help=f"Sequences computed at once. Default: {MOST_AT_ONCE}, or 1 where the split or the model does not allow it.",
-)
-@_defaulted(
-    ServeOptions,
-    "--api-key",
-    envvar="SHMBROKER_API_KEY",
-    metavar="KEY",
-    help="That requests must carry, but for /health. In $SHMBROKER_API_KEY it is in no list of processes.",
-)
+@model_option
+@serve_options(ServeOptions)
 @run_options(ServeOptions)
 def serve(until_exit: int, **options: Any) -> None:
     """Answer OpenAI-compatible HTTP requests until SIGTERM."""
@@ -365,6 +215,9 @@ def serve(until_exit: int, **options: Any) -> None:
     from tee_worker.serving import serve as serving
 
     serving.serve(ServeOptions(**options), notify.ready, notify.watchdog, _note_printer(quiet=False))
+
+
+cli.add_command(ray)
 
 
 def _begin(until_exit: int) -> None:

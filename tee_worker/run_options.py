@@ -12,6 +12,8 @@ LONGEST_CONTEXT = 4096
 """Tokens that ``serve`` makes room for unless more are asked for: at split ``op`` the arena grows with their square."""
 
 
+API_KEY_VARIABLE = "SHMBROKER_API_KEY"
+
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 MOST_AT_ONCE = 8

@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+TEMPLATE = "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }};{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97,
@@ -38,3 +41,14 @@ def save_random(config: LlamaConfig, folder: Path, seed: int = 0) -> Path:
             torch.nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(folder)
     return folder
+
+
+def save_characters(folder: Path) -> None:
+    """A tokenizer of one token a character for a model of these sizes, with a chat template."""
+    vocabulary = {"<pad>": 0, "<s>": 1, **{chr(code): code - 30 for code in range(32, 127)}}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    whole = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", clean_up_tokenization_spaces=False)
+    whole.chat_template = TEMPLATE
+    whole.save_pretrained(folder)

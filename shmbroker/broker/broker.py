@@ -18,13 +18,13 @@ from types import FrameType
 import posix_ipc
 import zmq
 
-from shmbroker.broker.instance_lock import InstanceLock
 from shmbroker.broker.limits import Limits
 from shmbroker.broker.outdated_peers import OutdatedPeers
 from shmbroker.broker.peers import Peer, Peers
 from shmbroker.control import endpoint as endpoints
 from shmbroker.control import messages as m
 from shmbroker.control.access import Access
+from shmbroker.control.instance_lock import InstanceLock
 from shmbroker.control.liveness import age_of
 from shmbroker.control.unix_responder import require_room, responder_at
 from shmbroker.errors import BadInput, ProtocolMismatch, SharedMemoryFull, ShmBrokerError

@@ -26,6 +26,9 @@ from shmbroker.settings.sizes import parse_bytes
 PREFIX = "SHMBROKER_"
 FILE_VARIABLE = "SHMBROKER_CONFIG"
 SYSTEM_FILE = Path("/etc/shmbroker/shmbroker.toml")
+_OF_A_COMMAND = ("SHMBROKER_API_KEY",)
+"""Variables that a command reads itself: a secret is no setting, which 'shmbroker config' would print."""
+
 DEFAULT = "default"
 """The origin of what nobody set."""
 
@@ -121,7 +124,7 @@ def _there(path: Path) -> bool:
 
 def _variables() -> Iterator[tuple[str, str]]:
     for variable, text in sorted(os.environ.items()):
-        if variable.startswith(PREFIX) and variable != FILE_VARIABLE:
+        if variable.startswith(PREFIX) and variable not in (FILE_VARIABLE, *_OF_A_COMMAND):
             yield variable, text
 
 

@@ -95,6 +95,7 @@ OWN_DEFAULTS: Mapping[str, Mapping[str, object]] = {
     "tee-worker": {"log_level": "warning"},
     "tee-worker generate": {"arena": "what the run needs", "timeout": 60.0},
     "tee-worker prefill": {"arena": "what the run needs", "timeout": 120.0, "failover": 0.0, "split": "op"},
+    "tee-worker ray": {"arena": "what the longest context needs", "timeout": 60.0, "failover": 120.0},
     "tee-worker serve": {"arena": "what the longest context needs", "timeout": 60.0},
 }
 """Commands whose own default is another, where the setting is not set: they print text, their calls are longer, or what they measure is one worker."""

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers.decoders import DecodeStream
 
+from tee_worker.serving.chosen import Chosen
 from tee_worker.serving.engine import End, Generation
-from tee_worker.serving.sampling import Chosen
+from tee_worker.serving.resumption import AnswerSoFar, Stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,6 +36,9 @@ class Piece:
     calls: tuple[Call, ...] = ()
     logprobs: tuple[tuple[Chosen, int], ...] = ()
     """Of the tokens that it came of, each with where its text begins in the answer's."""
+    arrivals: int = 0
+    """How many had come of the answer's."""
+    stage: Stage = Stage.GENERATING
 
 
 @dataclass(slots=True)
@@ -53,6 +57,41 @@ class Answer:
     logprobs: list[tuple[Chosen, int]] = field(default_factory=list)
     _unsaid: str = ""
     """What the parser was given and has made nothing of yet."""
+    resumed: AnswerSoFar | None = None
+    """What was told of it already, by another server."""
+    told_again: list[Piece] = field(default_factory=list)
+    """What had been told then."""
+    told_arrivals: int = 0
+    """Of those that came, how many are in what was handed on; and how far that is. Set by whoever hands it on."""
+    told_stage: Stage = Stage.GENERATING
+    _arrivals: list[list[int]] = field(default_factory=list)
+    _held: list[tuple[Chosen, int]] = field(default_factory=list)
+    """Of tokens whose text may yet be cut."""
+
+    def __post_init__(self) -> None:
+        if self.resumed is not None:
+            self._read_again(self.resumed)
+
+    def _read_again(self, resumed: AnswerSoFar) -> None:
+        """Be as it was when so much had been told."""
+        for tokens in resumed.arrivals:
+            self.generation.tokens.extend(tokens)
+            self.told_again += filter(None, [self._arrived(tokens)])
+        if resumed.stage is not Stage.GENERATING:
+            self.told_again += filter(None, [self._rest()])
+        self.told_arrivals, self.told_stage = len(resumed.arrivals), resumed.stage
+
+    def told(self, piece: Piece | None) -> None:
+        """``piece`` is handed on; None: that it is at its end."""
+        if piece is None:
+            self.told_arrivals, self.told_stage = len(self._arrivals), Stage.END
+        else:
+            self.told_arrivals, self.told_stage = piece.arrivals, piece.stage
+
+    def arrived(self, first: int, last: int) -> tuple[list[list[int]], list[Chosen]]:
+        """The tokens of so many arrivals, and their log probabilities where they are asked for."""
+        before, count = (sum(len(one) for one in part) for part in (self._arrivals[:first], self._arrivals[first:last]))
+        return self._arrivals[first:last], self.generation.sequence.chooser.chosen[before : before + count]
 
     @property
     def tokens(self) -> int:
@@ -61,36 +100,46 @@ class Answer:
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """The parts in their order. Raises what the generation does. Who stops reading ends the generation."""
-        generation, told = self.generation, 0
-        held: list[tuple[Chosen, int]] = []
-        """Of tokens whose text may yet be cut."""
+        generation = self.generation
         ended = False
         try:
-            async with contextlib.aclosing(generation.arrivals()) as arrivals:
-                async for tokens in arrivals:
-                    text = "".join([self.text.feed(token, token in generation.sequence.ends) for token in tokens])
-                    held += zip(generation.sequence.chooser.chosen[told : self.tokens], self.text.offsets[told:], strict=False)
-                    told = self.tokens
-                    piece = self._piece(text, self._certain(held, self.text.certain))
-                    if piece is not None:
-                        yield piece
-                    if self.text.stopped:
-                        break
+            if self.finish_reason:  # all was told before
+                return
+            if not self.text.stopped:
+                async with contextlib.aclosing(generation.arrivals()) as arrivals:
+                    async for tokens in arrivals:
+                        piece = self._arrived(tokens)
+                        if piece is not None:
+                            yield piece
+                        if self.text.stopped:
+                            break
             ended = not self.text.stopped
-            rest = self.text.rest()
-            piece = self._piece(rest, self._certain(held, self.text.limit), final=True)
-            self.finish_reason = "tool_calls" if self.calls else End.STOP if self.text.stopped else generation.end
+            piece = self._rest()
             if piece is not None:
                 yield piece
         finally:
             if not ended:
                 generation.cancel()
 
-    @staticmethod
-    def _certain(held: list[tuple[Chosen, int]], end: float) -> list[tuple[Chosen, int]]:
-        """Those whose text begins before ``end``, taken out of ``held``."""
-        found = [one for one in held if one[1] < end]
-        held[:] = held[len(found) :]
+    def _arrived(self, tokens: list[int]) -> Piece | None:
+        """What comes of tokens more, which the generation has counted."""
+        generation, first = self.generation, len(self.text.offsets)
+        self._arrivals.append(tokens)
+        text = "".join([self.text.feed(token, token in generation.sequence.ends) for token in tokens])
+        self._held += zip(generation.sequence.chooser.chosen[first : self.tokens], self.text.offsets[first:], strict=False)
+        return self._piece(text, self._certain(self.text.certain))
+
+    def _rest(self) -> Piece | None:
+        """What comes of it when no token comes any more."""
+        rest = self.text.rest()
+        piece = self._piece(rest, self._certain(self.text.limit), final=True)
+        self.finish_reason = "tool_calls" if self.calls else End.STOP if self.text.stopped else self.generation.end
+        return piece
+
+    def _certain(self, end: float) -> list[tuple[Chosen, int]]:
+        """Of those that are held, the ones whose text begins before ``end``; they are so no more."""
+        found = [one for one in self._held if one[1] < end]
+        self._held = self._held[len(found) :]
         return found
 
     async def all(self) -> Answer:
@@ -106,7 +155,9 @@ class Answer:
         self.reasoning += reasoning
         self.calls += calls
         self.logprobs += logprobs
-        return Piece(said, reasoning, tuple(calls), tuple(logprobs)) if said or reasoning or calls or logprobs else None
+        if not (said or reasoning or calls or logprobs):
+            return None
+        return Piece(said, reasoning, tuple(calls), tuple(logprobs), len(self._arrivals), Stage.TEXT if final else Stage.GENERATING)
 
     def _parts(self, text: str, *, final: bool) -> tuple[str, str, list[Call]]:
         if self.parser is None:

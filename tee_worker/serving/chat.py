@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, TemplateError, meta
 
 from tee_worker.serving.answers import Answer, Call, Piece
+from tee_worker.serving.chosen import Chosen
 from tee_worker.serving.fields import ChatRequest, Refused
 from tee_worker.serving.merged import merged
 from tee_worker.serving.messages import messages_of
-from tee_worker.serving.sampling import Chosen
+from tee_worker.serving.resumption import Resumption
 
 if TYPE_CHECKING:
     from tee_worker.serving.service import Service
@@ -25,11 +26,12 @@ if TYPE_CHECKING:
 class Chat:
     """One request."""
 
-    def __init__(self, service: Service, asked: ChatRequest, name: str) -> None:
-        """Begin to generate. Raises :class:`Refused`."""
+    def __init__(self, service: Service, asked: ChatRequest, name: str, resumption: Resumption | None = None) -> None:
+        """Begin to generate, or go on. Raises :class:`Refused`."""
         self._service = service
         self._id = f"chatcmpl-{name}"
-        self._created = int(time.time())
+        self._chunks_before = 0 if resumption is None else resumption.chunks
+        self.created = int(time.time()) if resumption is None else resumption.created
         self._usage_in_stream = bool(asked.stream_options and asked.stream_options.include_usage)
         if asked.stream_options is not None and not asked.stream:
             raise Refused("stream_options: only with stream", "stream_options")
@@ -47,7 +49,7 @@ class Chat:
         sampling, stops = service.sampling(asked, logprobs), service.stops(asked.stop)
         service.room(self.prompt)
         self.answers = [
-            service.answer(index, self.prompt, sampling.of(index), limit, stops, parser_of(service, self.prompt, asked.tools))
+            service.answer(index, self.prompt, sampling.of(index), limit, stops, parser_of(service, self.prompt, asked.tools), resumption)
             for index in range(asked.n or 1)
         ]
 
@@ -103,16 +105,17 @@ class Chat:
 
     async def chunks(self) -> AsyncGenerator[dict[str, Any], None]:
         """The response as a stream."""
-        for answer in self.answers:
+        for answer in self.answers[self._chunks_before :]:
             yield self._chunk(answer, {"role": "assistant", "content": ""})
-        told = [0 for _ in self.answers]
+        told = [len(answer.calls) for answer in self.answers]
+        again = sum(len(answer.told_again) for answer in self.answers)
         async with contextlib.aclosing(merged(self.answers)) as pieces:
             async for answer, piece in pieces:
                 if piece is None:
                     yield self._chunk(answer, {}, finish_reason=answer.finish_reason)
                 else:
                     yield self._chunk(answer, self._delta(answer, piece, told), piece)
-        if self._usage_in_stream:
+        if self._usage_in_stream and self._chunks_before <= 2 * len(self.answers) + again:
             yield {**self._head("chat.completion.chunk"), "choices": [], "usage": self.usage}
 
     def _delta(self, answer: Answer, piece: Piece, told: list[int]) -> dict[str, Any]:
@@ -135,7 +138,7 @@ class Chat:
         return {**self._head("chat.completion.chunk"), "choices": [choice]}
 
     def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": self._id, "object": kind, "created": self._created, "model": self._service.name}
+        return {"id": self._id, "object": kind, "created": self.created, "model": self._service.name}
 
 
 def chat_prompt(

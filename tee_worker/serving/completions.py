@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tee_worker.serving.answers import TextStream
+from tee_worker.serving.chosen import Chosen
 from tee_worker.serving.engines import turns_with_length
 from tee_worker.serving.fields import MOST_CHOICES, CompletionRequest, Refused
 from tee_worker.serving.merged import merged
-from tee_worker.serving.sampling import Chosen
+from tee_worker.serving.resumption import Resumption
 from tee_worker.serving.scoring import prompt_logprobs
 
 if TYPE_CHECKING:
@@ -34,11 +35,12 @@ class _Prompt:
 class Completion:
     """One request."""
 
-    def __init__(self, service: Service, asked: CompletionRequest, name: str) -> None:
-        """Begin to generate. Raises :class:`Refused`."""
+    def __init__(self, service: Service, asked: CompletionRequest, name: str, resumption: Resumption | None = None) -> None:
+        """Begin to generate, or go on. Raises :class:`Refused`."""
         self._service = service
         self._id = f"cmpl-{name}"
-        self._created = int(time.time())
+        self._chunks_before = 0 if resumption is None else resumption.chunks
+        self.created = int(time.time()) if resumption is None else resumption.created
         self._echo = bool(asked.echo)
         self._logprobs = asked.logprobs
         self._usage_in_stream = bool(asked.stream_options and asked.stream_options.include_usage)
@@ -60,7 +62,7 @@ class Completion:
                 "echo: with logprobs it is not possible for this model, whose rotary embedding depends on the length of a pass", "echo"
             )
         self.answers = [
-            service.answer(place * self._choices + index, prompt.ids, sampling.of(index), limit, stops)
+            service.answer(place * self._choices + index, prompt.ids, sampling.of(index), limit, stops, resumption=resumption)
             for place, prompt in enumerate(self._prompts)
             for index in range(self._choices)
             if limit
@@ -104,11 +106,13 @@ class Completion:
 
     async def chunks(self) -> AsyncGenerator[dict[str, Any], None]:
         """The response as a stream."""
-        await self._score()
-        if self._echo:
-            for index in range(len(self._prompts) * self._choices):
-                prompt = self._prompts[index // self._choices]
-                yield self._chunk(index, prompt.text, self._told(prompt, []), "length" if not self.answers else None)
+        heads = range(len(self._prompts) * self._choices) if self._echo else range(0)
+        if self._chunks_before < len(heads):
+            await self._score()
+        for index in heads[self._chunks_before :]:
+            prompt = self._prompts[index // self._choices]
+            yield self._chunk(index, prompt.text, self._told(prompt, []), "length" if not self.answers else None)
+        again = sum(len(answer.told_again) for answer in self.answers)
         async with contextlib.aclosing(merged(self.answers)) as pieces:
             async for answer, piece in pieces:
                 if piece is None:
@@ -117,7 +121,7 @@ class Completion:
                     yield self._chunk(
                         answer.index, piece.text, self._told(None, piece.logprobs, self._prompts[answer.index // self._choices]), None
                     )
-        if self._usage_in_stream:
+        if self._usage_in_stream and self._chunks_before <= len(heads) + again + len(self.answers):
             yield {**self._head(), "choices": [], "usage": self.usage}
 
     async def _score(self) -> None:
@@ -129,7 +133,7 @@ class Completion:
             prompt.scored = await service.engine.alone(work)
 
     def _head(self) -> dict[str, Any]:
-        return {"id": self._id, "object": "text_completion", "created": self._created, "model": self._service.name}
+        return {"id": self._id, "object": "text_completion", "created": self.created, "model": self._service.name}
 
     def _chunk(self, index: int, text: str, logprobs: dict[str, Any] | None, finish_reason: str | None) -> dict[str, Any]:
         return {**self._head(), "choices": [{"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}]}

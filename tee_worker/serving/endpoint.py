@@ -31,16 +31,13 @@ from tee_worker.serving.completions import Completion
 from tee_worker.serving.endpoint_metrics import EndpointMetrics
 from tee_worker.serving.fields import ChatRequest, CompletionRequest, Refused, ResponseRequest, parsed
 from tee_worker.serving.responses import Response as ModelResponse
+from tee_worker.serving.resumption import EXTENSION, Journal, Step
 from tee_worker.serving.service import Service
+from tee_worker.serving.wire import INTERNAL_ERROR, MOST_BYTES, REQUEST_ID, error_event, error_object, event
 
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-
-REQUEST_ID = "x-request-id"
-
-MOST_BYTES = 8 << 20
-"""Of a request."""
 
 _NOT_LOGGED = ("/health", "/metrics")
 """Paths that others ask for all the time."""
@@ -53,6 +50,7 @@ class Work(Protocol):
     """A request that is generated."""
 
     answers: list[Answer]
+    created: int
 
     @property
     def prompt_tokens(self) -> int:
@@ -166,10 +164,13 @@ class Endpoint:
             try:
                 asked = parsed(fields, await _body(request))
                 self._service.check_model(asked.model)
-                work = kind(self._service, asked, request.scope["request_id"])
+                journal = _journal(request)
+                work = kind(self._service, asked, request.scope["request_id"], journal.resumption)
                 request.scope["work"] = work
                 if asked.stream:
-                    return await _streaming(request, work, named=named)
+                    greedy = all(answer.generation.sequence.chooser.greedy for answer in work.answers)
+                    journal.begin(work.created, work.answers, resumable=greedy)
+                    return await _streaming(request, work, journal, named=named)
                 return JSONResponse(await _unless_gone(request, work.whole()))
             except Gone:
                 return Response(status_code=_GONE)
@@ -252,37 +253,44 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-async def _streaming(request: Request, work: Work, *, named: bool) -> Response:
+def _journal(request: Request) -> Journal:
+    """Of whoever calls the application and keeps one, else one that nobody reads."""
+    kept = (request.scope.get("extensions") or {}).get(EXTENSION)
+    return kept if isinstance(kept, Journal) else Journal()
+
+
+async def _streaming(request: Request, work: Work, journal: Journal, *, named: bool) -> Response:
     """Its status is sent with the first token: what fails before that has a status of its own."""
     chunks = work.chunks()
-    first: list[dict[str, Any]] = []
+    first: list[tuple[dict[str, Any], list[Step]]] = []
 
     async def begin() -> None:
         while not any([answer.generation.first_at for answer in work.answers]):
             try:
-                first.append(await anext(chunks))
+                first.append((await anext(chunks), journal.steps_to(work.answers)))
             except StopAsyncIteration:
                 return
 
     await _unless_gone(request, begin())
 
     async def events() -> AsyncGenerator[str, None]:
-        told = 0
+        told = 0 if journal.resumption is None else journal.resumption.chunks
         try:
-            for chunk in first:
+            for chunk, steps in first:
                 told += 1
-                yield _event(chunk, named=named)
+                journal.note(steps)
+                yield event(chunk, named=named)
             async with contextlib.aclosing(chunks):
                 async for chunk in chunks:
                     told += 1
-                    yield _event(chunk, named=named)
+                    journal.note(journal.steps_to(work.answers))
+                    yield event(chunk, named=named)
         except (asyncio.CancelledError, GeneratorExit):
             request.scope["gone"] = True
             raise
         except Exception as error:
-            what = _error(error)[1]
-            event = {"type": "error", "sequence_number": told, "error": what, **{name: what[name] for name in ("code", "message", "param")}}
-            yield _event(event if named else {"error": what}, named=named)
+            journal.failed = isinstance(error, ShmBrokerError)
+            yield error_event(_error(error)[1], named=named, number=told)
             return
         if not named:
             yield "data: [DONE]\n\n"
@@ -290,29 +298,19 @@ async def _streaming(request: Request, work: Work, *, named: bool) -> Response:
     return StreamingResponse(events(), media_type="text/event-stream", headers={"cache-control": "no-cache"})
 
 
-def _event(chunk: dict[str, Any], *, named: bool) -> str:
-    data = json.dumps(chunk, ensure_ascii=False, separators=(",", ":"))
-    return f"event: {chunk['type']}\ndata: {data}\n\n" if named else f"data: {data}\n\n"
-
-
 def _error(error: Exception) -> tuple[int, dict[str, Any]]:
     """What is told of an error, and its status."""
     if isinstance(error, Refused):
-        return error.status, _object(str(error), "invalid_request_error", error.param, error.code)
+        return error.status, error_object(str(error), "invalid_request_error", error.param, error.code)
     if isinstance(error, ShmBrokerError):
-        return 503, _object(str(error), type(error).__name__, None, None)
+        return 503, error_object(str(error), type(error).__name__)
     # Not its words: they may be of what was asked or answered.
     log.error("a request failed: %s\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
-    return 500, _object(f"this is a fault of the server, which has logged it: {type(error).__name__}", "internal_error", None, None)
-
-
-def _object(message: str, kind: str, param: str | None, code: str | None) -> dict[str, Any]:
-    """In OpenAI's form."""
-    return {"message": message, "type": kind, "param": param, "code": code}
+    return 500, error_object(f"this is a fault of the server, which has logged it: {type(error).__name__}", INTERNAL_ERROR)
 
 
 def _told(status: int, message: str, kind: str, param: str | None = None, code: str | None = None) -> JSONResponse:
-    return JSONResponse({"error": _object(message, kind, param, code)}, status)
+    return JSONResponse({"error": error_object(message, kind, param, code)}, status)
 
 
 def _host_of(host: str) -> str:

@@ -7,10 +7,15 @@ import contextlib
 from collections.abc import AsyncGenerator, Sequence
 
 from tee_worker.serving.answers import Answer, Piece
+from tee_worker.serving.resumption import Stage
 
 
 async def merged(answers: Sequence[Answer]) -> AsyncGenerator[tuple[Answer, Piece | None], None]:
-    """Each piece with its answer; None: that answer is at its end. Raises what the first does that fails, and ends the others."""
+    """Each piece with its answer; None: that answer is at its end. Raises what the first does that fails, and ends the others.
+
+    Answers whose end was told before have nothing to tell.
+    """
+    answers = [answer for answer in answers if answer.told_stage is not Stage.END]
     arrived: asyncio.Queue[tuple[Answer, Piece | None] | BaseException] = asyncio.Queue()
 
     async def read(answer: Answer) -> None:
@@ -30,6 +35,7 @@ async def merged(answers: Sequence[Answer]) -> AsyncGenerator[tuple[Answer, Piec
             if isinstance(one, BaseException):
                 raise one
             left -= one[1] is None
+            one[0].told(one[1])
             yield one
     finally:
         for reader in readers:

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from tee_worker.serving.chat import chat_prompt, parser_of
 from tee_worker.serving.fields import Refused, ResponseRequest
+from tee_worker.serving.merged import merged
 from tee_worker.serving.messages import text_of
+from tee_worker.serving.resumption import Resumption
 from tee_worker.serving.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -19,18 +21,19 @@ if TYPE_CHECKING:
 class Response:
     """One request."""
 
-    def __init__(self, service: Service, asked: ResponseRequest, name: str) -> None:
-        """Begin to generate. Raises :class:`Refused`."""
+    def __init__(self, service: Service, asked: ResponseRequest, name: str, resumption: Resumption | None = None) -> None:
+        """Begin to generate, or go on. Raises :class:`Refused`."""
         self._service = service
         self._name = name
         self._asked = asked
-        self._created = int(time.time())
+        self._chunks_before = 0 if resumption is None else resumption.chunks
+        self.created = int(time.time()) if resumption is None else resumption.created
         tools = _tools_of(asked)
         messages = _messages_of(asked)
         self.prompt = chat_prompt(service, [one for one, _ in messages], tools, {}, [place for _, place in messages])
         sampling = Sampling(temperature=asked.temperature, top_p=asked.top_p, seed=asked.seed)
         self.answers = [
-            service.answer(0, self.prompt, sampling, asked.max_output_tokens, [], parser_of(service, self.prompt, tools)),
+            service.answer(0, self.prompt, sampling, asked.max_output_tokens, [], parser_of(service, self.prompt, tools), resumption),
         ]
         self._answer = self.answers[0]
 
@@ -61,7 +64,7 @@ class Response:
         return {
             "id": f"resp_{self._name}",
             "object": "response",
-            "created_at": self._created,
+            "created_at": self.created,
             "model": self._service.name,
             "status": status,
             "error": None,
@@ -101,8 +104,8 @@ class Response:
         return {"type": "output_text", "text": text, "annotations": []}
 
     async def chunks(self) -> AsyncGenerator[dict[str, Any], None]:
-        """The response as numbered events."""
-        number = 0
+        """The response as numbered events, but for those that were told before."""
+        number = self._chunks_before
         async with contextlib.aclosing(self._events()) as events:
             async for event in events:
                 yield {**event, "sequence_number": number}
@@ -111,26 +114,39 @@ class Response:
     async def _events(self) -> AsyncGenerator[dict[str, Any], None]:
         """The answer's text as it comes; what it thinks and calls is told at the end."""
         at = {"item_id": f"msg_{self._name}", "output_index": 0, "content_index": 0}
-        yield {"type": "response.created", "response": self._response()}
-        yield {"type": "response.in_progress", "response": self._response()}
-        yield {"type": "response.output_item.added", "output_index": 0, "item": self._message("in_progress", [])}
-        yield {"type": "response.content_part.added", **at, "part": self._part("")}
-        async with contextlib.aclosing(self._answer.pieces()) as pieces:
-            async for piece in pieces:
-                if piece.text:
+        heads = self._heads(at)
+        for event in heads[self._chunks_before :]:
+            yield event
+        async with contextlib.aclosing(merged(self.answers)) as pieces:
+            async for _, piece in pieces:
+                if piece is not None and piece.text:
                     yield {"type": "response.output_text.delta", **at, "delta": piece.text, "logprobs": []}
+        again = sum(bool(piece.text) for piece in self._answer.told_again)
+        for event in self._tails(at)[max(0, self._chunks_before - len(heads) - again) :]:
+            yield event
+
+    def _heads(self, at: dict[str, Any]) -> list[dict[str, Any]]:
+        """The events before the text."""
+        return [
+            {"type": "response.created", "response": self._response()},
+            {"type": "response.in_progress", "response": self._response()},
+            {"type": "response.output_item.added", "output_index": 0, "item": self._message("in_progress", [])},
+            {"type": "response.content_part.added", **at, "part": self._part("")},
+        ]
+
+    def _tails(self, at: dict[str, Any]) -> list[dict[str, Any]]:
+        """Those after it."""
         whole = self._response()
-        yield {"type": "response.output_text.done", **at, "text": self._answer.whole, "logprobs": []}
-        yield {"type": "response.content_part.done", **at, "part": self._part(self._answer.whole)}
-        yield {
-            "type": "response.output_item.done",
-            "output_index": 0,
-            "item": self._message(whole["status"], [self._part(self._answer.whole)]),
-        }
+        text = self._answer.whole
+        events = [
+            {"type": "response.output_text.done", **at, "text": text, "logprobs": []},
+            {"type": "response.content_part.done", **at, "part": self._part(text)},
+            {"type": "response.output_item.done", "output_index": 0, "item": self._message(whole["status"], [self._part(text)])},
+        ]
         for place, item in enumerate(self._others(), start=1):
-            yield {"type": "response.output_item.added", "output_index": place, "item": item}
-            yield {"type": "response.output_item.done", "output_index": place, "item": item}
-        yield {"type": f"response.{whole['status']}", "response": whole}
+            events.append({"type": "response.output_item.added", "output_index": place, "item": item})
+            events.append({"type": "response.output_item.done", "output_index": place, "item": item})
+        return [*events, {"type": f"response.{whole['status']}", "response": whole}]
 
 
 _OF_AN_ITEM = {

@@ -11,6 +11,8 @@ import msgspec
 import torch
 from transformers import GenerationConfig, LogitsProcessorList
 
+from tee_worker.serving.chosen import Chosen
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -43,14 +45,6 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     def of(self, index: int) -> Sampling:
         """For one of several answers to the same prompt: with a seed, each has another, and always the same."""
         return self if self.seed is None or index == 0 else msgspec.structs.replace(self, seed=(self.seed + index) % (1 << 63))
-
-
-class Chosen(msgspec.Struct, frozen=True):
-    """A token with its log probability, by the model, before sampling changes anything; ``top``: the likeliest, with theirs."""
-
-    token: int
-    logprob: float
-    top: tuple[tuple[int, float], ...] = ()
 
 
 class Choices:
@@ -128,6 +122,18 @@ class Chooser:
     def __deepcopy__(self, memo: dict[int, Any]) -> Chooser:
         """The sequence's one and only, also where a scheduler begins it anew."""
         return self
+
+    @property
+    def greedy(self) -> bool:
+        """Whether every token is the likeliest: the same prompt gives the same tokens, wherever it is."""
+        return not self._sampled
+
+    def resume(self, tokens: Sequence[int], chosen: Sequence[Chosen]) -> None:
+        """Take ``tokens`` for chosen already, and ``chosen`` for what is told of them."""
+        for token in tokens:
+            self._generated[token] += 1
+            self._append(token)
+        self.chosen.extend(chosen)
 
     def choose(self, logits: torch.Tensor) -> int:
         """The next token, from the model's logits, float32 ``[vocabulary]``."""

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tee_worker.serving.sampling import Chosen, told
+from tee_worker.serving.chosen import Chosen
+from tee_worker.serving.sampling import told
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -7,9 +7,8 @@ import contextlib
 import math
 import signal
 import socket
-import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +17,8 @@ from shmbroker.errors import BadInput
 from shmbroker.models import Checkpoint
 from tee_worker.own_peers import own_peers
 from tee_worker.planning.splits import Splits
-from tee_worker.run_options import LONGEST_CONTEXT, LOOPBACK, ServeOptions
-from tee_worker.split_run import check, failover_channel, split_run
+from tee_worker.run_options import LOOPBACK, ServeOptions
+from tee_worker.split_run import check
 
 if TYPE_CHECKING:
     import uvicorn
@@ -34,9 +33,6 @@ _TOLD_SECONDS = 5
 
 _LOOK_SECONDS = 0.2
 """Between two looks whether a signal has come, where something else is waited for."""
-
-_PROGRESS_SECONDS = 10.0
-"""Between two words of what takes long."""
 
 READY = "ready: "
 """Begins the line that tells the endpoint's address."""
@@ -58,67 +54,33 @@ def serve(
     _check_host(options.host)
     _check_key(options.api_key)
     check(options)
-    splits = Splits.named(options.split)
     try:
-        from tee_worker.serving.endpoint import Endpoint
-        from tee_worker.serving.engines import engine_for, places
-        from tee_worker.serving.sampling import Choices
-        from tee_worker.serving.service import Service
+        from tee_worker.serving.engines import places
+        from tee_worker.serving.served_model import context_of, served_model
     except ImportError as error:
         raise BadInput(f"serving needs packages that are not installed ({error}): pip install 'shmbroker[serve]'") from None
-    at_once = places(splits, options)
+    places(Splits.named(options.split), options)
     checkpoint = Checkpoint.at(options.model)
     if not options.local:
         ask(options.instance)  # before anything is loaded: a missing broker is told at once
-    max_context = _max_context(checkpoint, options.max_context)
+    context_of(checkpoint, options.max_context)
     with contextlib.ExitStack() as stack:
         listening = stack.enter_context(_listen(options.host, options.port))
         for number in (signal.SIGTERM, signal.SIGINT):
             stack.callback(signal.signal, number, signal.signal(number, _end))
-        tokenizer = checkpoint.tokenizer()
-        loading = stack.enter_context(told_while(f"loading {checkpoint.name}", on_note))
-        running = stack.enter_context(
-            split_run(
-                options,
-                checkpoint,
-                failover_channel,
-                prompt_tokens=max_context,
-                new_tokens=1,
-                spare=_spare(checkpoint, at_once, max_context),
-                name="tee-worker serve",
-                peers=own_peers(options, on_note, "--model", options.model) if options.local else None,
-                on_note=on_note,
-            )
-        )
-        loading()
-        name = options.served_model_name or _name_of(checkpoint)
+        peers = own_peers(options, on_note, "--model", options.model) if options.local else None
+        served = stack.enter_context(served_model(options, on_note, peers=peers))
+        running = served.running
         host, port = listening.getsockname()[:2]
         url = f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
-        choices = Choices(running.model)
-
-        def trouble() -> str:
-            return (running.sealed.session.trouble if running.sealed is not None else "") or running.channel.trouble()
 
         async def endpoint() -> Endpoint:
-            engine = await engine_for(running.model, at_once, max_context, asked=options.max_concurrency is not None, on_note=on_note)
-            stack.callback(engine.close)
-            service = Service(
-                name,
-                running.model,
-                tokenizer,
-                engine,
-                choices,
-                max_context,
-                trouble,
-                lambda: running.channel.worker_name,
-                running.trust_report,
-            )
-            return Endpoint(service, api_key=options.api_key, access=on_note)
+            return await served.endpoint(stack, on_note)
 
         def ready(most: int) -> None:
             trust = running.trust
             print(
-                f"{READY}{url} serves {name!r}, split {running.splits}, at most {max_context} tokens, {most} at once, trust {trust}: {trust.told()}",
+                f"{READY}{url} serves {served.name!r}, split {running.splits}, at most {served.max_context} tokens, {most} at once, trust {trust}: {trust.told()}",
                 flush=True,
             )
             on_ready()
@@ -196,24 +158,6 @@ async def _nothing_yet(scope: Any, receive: Any, send: Any) -> None:
     raise AssertionError("the application is set before the server starts")
 
 
-@contextlib.contextmanager
-def told_while(what: str, on_note: Callable[[str], None]) -> Iterator[Callable[[], None]]:
-    """Tell ``what`` goes on, with the seconds so far, every few seconds until the block ends or what is yielded is called."""
-    begun, over = time.monotonic(), threading.Event()
-
-    def tell() -> None:
-        while not over.wait(_PROGRESS_SECONDS):
-            on_note(f"{what} ({time.monotonic() - begun:.0f} s so far)")
-
-    thread = threading.Thread(target=tell, name="shmbroker-progress", daemon=True)
-    thread.start()
-    try:
-        yield over.set
-    finally:
-        over.set()
-        thread.join()
-
-
 def _end(number: int, frame: FrameType | None) -> None:
     """While the model is loaded: what is open is closed on the way out."""
     raise SystemExit(0)
@@ -232,27 +176,8 @@ def _check_key(key: str | None) -> None:
         raise BadInput("--api-key must be printable ASCII characters, without blanks before or after: no client could send another")
 
 
-def _spare(checkpoint: Checkpoint, at_once: int, max_context: int) -> int:
-    """So many largest tensors more than one request's: a pass has the logits of ``at_once``."""
-    config = checkpoint.config().get_text_config()
-    return int(-(-2 * (at_once - 1) * config.vocab_size // (max_context * config.hidden_size)))
-
-
 def _listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         raise BadInput(f"cannot listen on {host} port {port}: {error.strerror or error}; choose another --port (0: any free one)") from None
-
-
-def _max_context(checkpoint: Checkpoint, told: int | None) -> int:
-    of_model = getattr(checkpoint.config().get_text_config(), "max_position_embeddings", None) or LONGEST_CONTEXT
-    if told is None:
-        return int(min(of_model, LONGEST_CONTEXT))
-    if not 2 <= told <= of_model:
-        raise BadInput(f"--max-context {told}: this model sees up to {of_model} tokens; give 2 to {of_model}")
-    return told
-
-
-def _name_of(checkpoint: Checkpoint) -> str:
-    return (checkpoint.gguf_file or checkpoint.folder.resolve().name).removesuffix(".gguf")

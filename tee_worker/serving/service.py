@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tee_worker.serving.answers import Answer, TextStream
 from tee_worker.serving.engine import Engine, Generation, SequenceToGenerate
 from tee_worker.serving.fields import MOST_STOPS, Refused
+from tee_worker.serving.resumption import AnswerSoFar, Resumption
 from tee_worker.serving.sampling import Choices, Sampling
 from tee_worker.trust.session import TrustReport
 
@@ -63,18 +64,41 @@ class Service:
         new_tokens: int | None,
         stops: Sequence[str],
         parser: ResponseParser | None = None,
+        resumption: Resumption | None = None,
     ) -> Answer:
-        """Begin to generate one answer to a prompt of token ids. ``new_tokens``: at most; None: as many as there is room for."""
+        """Begin to generate one answer to a prompt of token ids, or go on with it.
+
+        ``new_tokens``: at most, those of before included; None: as many as there is room for.
+        """
         left = self.room(prompt)
         ends = self.choices.ends
         try:
             chooser = self.choices.chooser(prompt, sampling)
         except ValueError as error:
             raise Refused(f"the request's sampling cannot be done: {error}") from None
-        sequence = SequenceToGenerate(prompt, min(new_tokens or left, left), ends, chooser)
+        resumed = self._resumed(resumption, index)
+        tokens = [token for arrival in resumed.arrivals for token in arrival] if resumed else []
+        if resumed is not None:
+            chooser.resume(tokens, resumed.chosen)
+        sequence = SequenceToGenerate([*prompt, *tokens], min(new_tokens or left, left) - len(tokens), ends, chooser)
         generation = Generation(sequence)
-        self.engine.start(generation)
-        return Answer(index, generation, TextStream(self.tokenizer, stops, special=parser is not None), parser)
+        answer = Answer(index, generation, TextStream(self.tokenizer, stops, special=parser is not None), parser, resumed=resumed)
+        if answer.finish_reason or answer.text.stopped or sequence.new_tokens < 1 or (tokens and tokens[-1] in ends):
+            generation.put([])
+        else:
+            self.engine.start(generation)
+        return answer
+
+    def _resumed(self, resumption: Resumption | None, index: int) -> AnswerSoFar | None:
+        """What was told of an answer. Raises :class:`Refused` for what cannot be of this model's."""
+        if resumption is None:
+            return None
+        vocabulary = self.model.config.get_text_config().vocab_size
+        if index >= len(resumption.answers) or any(
+            not 0 <= token < vocabulary for arrival in resumption.answers[index].arrivals for token in arrival
+        ):
+            raise Refused("the stream to go on with is none of this model's: all servers behind one endpoint must serve the same")
+        return resumption.answers[index]
 
     def room(self, prompt: Sequence[int]) -> int:
         """For how many tokens there is room after a prompt. Raises :class:`Refused` where there is none."""

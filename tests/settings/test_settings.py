@@ -220,3 +220,8 @@ def test_the_document_lists_every_setting_with_its_default() -> None:
         told = str(default).lower() if isinstance(default, bool) else str(default) if default != "" else ""
         row = f"| `{name}` | {f'`{told}`' if told else 'none'} |"
         assert row in text, row
+
+
+def test_a_secret_that_a_command_reads_from_a_variable_is_no_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHMBROKER_API_KEY", "secret")
+    assert "secret" not in str(load())

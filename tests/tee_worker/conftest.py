@@ -9,18 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import shmbroker
 from benchmarks.families.tiny import tiny_family
 from shmbroker.models import embedded as embedded_model
 from tests.processes import running, wait_until
-from tests.tiny_models import save_random, tiny_llama
+from tests.tiny_models import save_characters, save_random, tiny_llama
 
 IDS = torch.tensor([[5, 17, 3, 88, 41, 2, 60, 9, 33, 71, 12]])
-
-TEMPLATE = "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }};{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
 
 
 @pytest.fixture(scope="package")
@@ -38,13 +35,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def talking(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model with a tokenizer of one token a character, and a chat template."""
     folder = save_random(tiny_llama(attention_bias=True, max_position_embeddings=192), tmp_path_factory.mktemp("model") / "talking")
-    vocabulary = {"<pad>": 0, "<s>": 1, **{chr(code): code - 30 for code in range(32, 127)}}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    whole = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", clean_up_tokenization_spaces=False)
-    whole.chat_template = TEMPLATE
-    whole.save_pretrained(folder)
+    save_characters(folder)
     return folder
 
 

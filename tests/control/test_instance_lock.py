@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from shmbroker.broker.broker import Broker
-from shmbroker.broker.instance_lock import InstanceLock
+from shmbroker.control.instance_lock import InstanceLock
 from shmbroker.errors import InstanceInUse
 from tests.conftest import StartChild
 from tests.processes import wait_until
