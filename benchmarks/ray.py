@@ -144,7 +144,7 @@ def measure(model: Path, tokens: int, rounds: int, idle_seconds: float) -> dict[
     ratio = figures[THROUGH_RAY]["cpu_ms"] / max(figures[DIRECT]["cpu_ms"], 1e-9)
     click.echo(f"through Ray: {added:+.1f} ms to the first token, {ratio:.3f} of the processor time a token")
     click.echo(f"idle, the whole fleet of one node takes {cores:.2f} of a core; Ray's daemons have {daemons:.0f} MiB resident")
-    return {**figures, "added_first_token_ms": added, "cpu_ratio": ratio, "idle_cores": cores, "daemons_mib": daemons}
+    return {**figures, "added_first_token_ms": added, "cpu_ratio": ratio, "idle_percent": 100 * cores, "daemons_mib": daemons}
 
 
 @contextlib.contextmanager
