@@ -38,7 +38,7 @@ WHOLE = "the whole call"
 WAYS = {"called": "called", "replayed": "replayed", "called by Python": "in Python", "replayed by Python": "and replayed"}
 """With the heads of their columns. The last two: as the first two are where they are not ordinary, or where there are no compiled calls."""
 
-FURTHER = ("  with a second input", "  with a second output")
+FURTHER = ("with a second input", "with a second output")
 """What one more costs: the difference of two whole calls, so a disturbance of the one makes it less."""
 
 WARM_UP_CALLS = 100
