@@ -77,7 +77,7 @@ class Worker:
         worker.serve()
 
     ``service`` and ``instance``: as the settings say where not given (docs/configuration.md).
-    ``spin``: seconds to look for the next frame before sleeping; 0 to sleep at once. ``device``: a word for ``shmbroker status``.
+    ``spin``: seconds to look for the next frame before sleeping; 0 for 5 us. ``device``: a word for ``shmbroker status``.
     ``until_exit``: stop when the process with this pid ends. ``identity``: a word for what the answers depend on beside the inputs (weights,
     say); only a worker of the same identity takes over from another. ``trace``: a file that tells of every call (docs/traces.md). ``memory``: of the
     device that ops compute on, where that is not the CPU. ``kept_bytes``: what each channel may have kept here.
