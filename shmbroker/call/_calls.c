@@ -1,8 +1,8 @@
 /* Calls, compiled: what RemoteOp.__call__ and CapturedCall.replay do, for the ordinary one of them; anything else is left to those.
  *
  * Ordinary is a call by position, with plain tensors that begin a block each, or are small and contiguous, and are copied; of a kind that was met
- * before; for whose outputs and copies there are dead blocks of their sizes; on a channel of the shm lane that has nothing outstanding, while nobody reads completions. What makes it so is looked at first, and where
- * anything is otherwise nothing was done.
+ * before; for whose outputs and copies there are dead blocks of their sizes; on a channel of the shm lane that has nothing outstanding, while nobody
+ * reads completions. What makes it so is looked at first, and where anything is otherwise nothing was done.
  *
  * Nothing here takes a lock. Between the look at the channel and the frame's publication, and between the look at who reads completions and the taking
  * of one, the interpreter lock is held, no Python code runs and nothing is allocated that the collector counts: no other thread can come between. In
@@ -14,8 +14,6 @@
  *   Failure  What cannot be ordinary is called by Python, which raises as is documented there. After the publication: MemoryError where an output's
  *            tensor cannot be made; the call stays outstanding until it is answered, and so holds its blocks.
  */
-
-#include <time.h>
 
 #include "_calls.h"
 
@@ -34,11 +32,6 @@ Known known;
  *
  * The client's ends of one channel's queues, until they are closed: what keeps the segment mapped.
  */
-
-typedef struct {
-    PyObject_HEAD
-    Sender sender;
-} AnySender;
 
 typedef struct {
     PyObject_HEAD
@@ -215,16 +208,15 @@ static int path_traverse(FastPath *self, visitproc visit, void *arg)
     return 0;
 }
 
-static PyObject *path_forget(FastPath *self, PyObject *Py_UNUSED(ignored))
+static void forget_kinds(FastPath *self)
 {
     while (self->kind_count > 0)
         let_go_of_kind(self->kinds[--self->kind_count]);
-    Py_RETURN_NONE;
 }
 
 static int path_clear(FastPath *self)
 {
-    Py_DECREF(path_forget(self, NULL));
+    forget_kinds(self);
     Py_CLEAR(self->pair);
     Py_CLEAR(self->loop);
     Py_CLEAR(self->arena);
@@ -316,7 +308,7 @@ static PyObject *path_learn(FastPath *self, PyObject *const *arguments, Py_ssize
     }
     kind->output_count = (int)output_count;
     if (self->kind_count == KINDS)
-        Py_DECREF(path_forget(self, NULL));
+        forget_kinds(self);
     self->kinds[self->kind_count++] = kind;
     Py_RETURN_NONE;
 never:
@@ -381,7 +373,7 @@ static int borrow_inputs(const FastPath *self, PyObject *inputs, DLTensor *tenso
     return elsewhere;
 }
 
-/* --- looks: none of these runs Python code, or allocates what the collector counts ------------------------------------------------------- */
+/* --- looks: none of these runs Python code, or allocates what the collector counts, unless it says so --------------------------------------- */
 
 static inline bool is_false(PyObject *asked)
 {
@@ -844,7 +836,6 @@ static PyObject *call(FastPath *self, PyObject *inputs)
 
 static PyMethodDef path_methods[] = {
     {"learn", METHOD(path_learn), METH_FASTCALL, "Know from now on by which plan tensors of such forms are called."},
-    {"forget", METHOD(path_forget), METH_NOARGS, "Know none any more."},
     {NULL},
 };
 static PyMemberDef path_members[] = {

@@ -6,7 +6,7 @@
 #include "../lane/_ends.h"
 #include "../memory/_slots.h"
 
-/* PythonCallRecord of records.py. Its inputs are held in `inputs`, the holds of its blocks in `holds`, or in `held` where the call was made here. */
+/* CallRecord of python_records.py. Its inputs are held in `inputs`, the holds of its blocks in `holds`, or in `held` where the call was made here. */
 typedef struct {
     PyObject_HEAD
     PyObject *plan, *inputs, *outputs, *holds, *state, *error, *wake, *future, *back;
@@ -16,7 +16,7 @@ typedef struct {
     int held_count, copy_count;
 } CallRecord;
 
-/* PythonCounters of records.py. */
+/* Counters of python_records.py. */
 typedef struct {
     PyObject_HEAD
     long long calls, errors, rpc_ns, compute_ns, queued_ns, copy_ns, build_ns, read_ns, sent_bytes, received_bytes, copied_bytes;
@@ -26,16 +26,14 @@ typedef struct {
 typedef struct {
     PyTypeObject *call, *tensor, *leases, *submission_sender, *completion_receiver;
     PyTypeObject *path, *capture; /* of this module */
-    PyObject *untyped_storage, *nbytes, *data_ptr; /* names of methods */
     PyObject *outstanding, *done;
-    PyObject *wait;                   /* wait(pair, call) -> result */
-    PyObject *op_call, *replay;       /* RemoteOp.__call__, CapturedCall.replay */
-    PyObject *check_written;          /* check_written(captured): raises where an output lies elsewhere */
-    PyObject *is_transformed; /* whether a tensor is one of torch.func's */
-    PyObject *nothing;        /* () */
-    PyObject *levels;     /* the names of torch.autograd.forward_ad */
-    PyObject *level_name; /* "_current_level" */
-    PyObject *append_name;
+    PyObject *wait;            /* wait(pair, call) -> result */
+    PyObject *op_call, *replay; /* RemoteOp.__call__, CapturedCall.replay */
+    PyObject *check_written;   /* check_written(captured): raises where an output lies elsewhere */
+    PyObject *is_transformed;  /* whether a tensor is one of torch.func's */
+    PyObject *levels;          /* the names of torch.autograd.forward_ad */
+    PyObject *nothing;         /* () */
+    PyObject *level_name, *append_name, *untyped_storage, *nbytes, *data_ptr; /* names of attributes and methods */
     const LeaseFunctions *lease;
     const DLPackExchange *exchange;
     PyGetSetDef *requires_grad;
@@ -59,12 +57,5 @@ extern PyType_Spec call_record_spec, counters_spec;
 
 /* Of a record that is done and that nobody else has: nothing of the call is kept. */
 void clear_record(CallRecord *record);
-
-static inline unsigned long long clock_ns(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (unsigned long long)now.tv_sec * 1000000000u + (unsigned long long)now.tv_nsec;
-}
 
 #endif

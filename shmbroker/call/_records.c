@@ -1,6 +1,4 @@
-/* The records that calls are kept and counted in: as shmbroker/call/records.py has them in Python, with plain words for numbers. */
-
-#include <time.h>
+/* The records that calls are kept and counted in: as shmbroker/call/python_records.py has them, with plain words for numbers. */
 
 #include "_calls.h"
 

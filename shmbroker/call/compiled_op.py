@@ -32,8 +32,7 @@ from shmbroker.lane.shm_lane import ShmClientLane
 
 def _wait(pair: QueuePair, call: Call) -> Result:
     """The result of a call that is not answered at once."""
-    if not pair.completions.wait(call, call.deadline_ns):
-        pair.expire(call)
+    pair.wait(call)
     return call.result()
 
 

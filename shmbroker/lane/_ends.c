@@ -35,13 +35,6 @@ typedef struct {
  *   Failure  TypeError and RuntimeError, before the lock is let go.
  */
 
-static uint64_t clock_ns(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
-}
-
 static bool is_receiver(const State *state, PyObject *object)
 {
     return Py_IS_TYPE(object, state->submission_receiver) || Py_IS_TYPE(object, state->completion_receiver);

@@ -18,7 +18,23 @@
 
 #include "_queue.h"
 
+#include <time.h>
+
 #include <shmbroker/frames.h>
+
+/* CLOCK_MONOTONIC, by which all times in frames are told. */
+static inline unsigned long long clock_ns(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (unsigned long long)now.tv_sec * 1000000000u + (unsigned long long)now.tv_nsec;
+}
+
+/* What both kinds of senders begin with. */
+typedef struct {
+    PyObject_HEAD
+    Sender sender;
+} AnySender;
 
 /* What both kinds of receivers begin with: ready() and spin() are the same for either. */
 typedef struct {

@@ -9,9 +9,6 @@
  *   Failure  Nothing is raised for what a client or an op does. What the channel's functions raise, and what a ring raises, is passed on.
  */
 
-#include <sched.h>
-#include <time.h>
-
 #include "../lane/_ends.h"
 #include "../lane/_keys.h"
 #include "../memory/_slots.h"
@@ -30,13 +27,6 @@ static struct {
         Py_ssize_t run, watched; /* PreparedCall */
     } at;
 } known;
-
-static unsigned long long clock_ns(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (unsigned long long)now.tv_sec * 1000000000u + (unsigned long long)now.tv_nsec;
-}
 
 /* --- Counters: ChannelCounters of channel.py, as plain words ---------------------------------------------------------------------------------- */
 
@@ -326,11 +316,6 @@ typedef struct {
     PyTypeObject *watched;
     Keys keys;
 } Step;
-
-typedef struct {
-    PyObject_HEAD
-    Sender sender;
-} AnySender;
 
 /* Step(channel, counters, receiver, sender, waiting, acquire, release, give_back, ended, failed, complete, overfull) */
 static int step_init(Step *self, PyObject *arguments, PyObject *keywords)
