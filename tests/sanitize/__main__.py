@@ -18,7 +18,14 @@ TREE = Path(__file__).parents[2]
 COPY = TREE / "build" / "sanitized"
 REPORTS = COPY / "reports"
 COPIED = ("shmbroker", "gpu_worker", "tee_worker", "benchmarks", "docs", "tests", "setup.py", "setup.cfg", "pyproject.toml", "README.md")
-TESTS = ("tests/lane", "tests/arena", "tests/call/test_compiled_calls.py", "tests/trust/test_arithmetic.py", "tests/trust/test_limbs.py")
+TESTS = (
+    "tests/lane",
+    "tests/arena",
+    "tests/call/test_compiled_calls.py",
+    "tests/call/test_compiled_beside_python.py",
+    "tests/trust/test_arithmetic.py",
+    "tests/trust/test_limbs.py",
+)
 CHECKS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined"
 
 
