@@ -61,8 +61,8 @@ def connect(
     """Join the broker of ``instance`` and have a segment made. What is not given is taken from the settings (docs/configuration.md).
 
     ``arena``: bytes for tensors, or a text like ``"512M"``; all of it is reserved now. ``timeout``: seconds that a call may take, None for no
-    limit. ``place_timeout``: seconds to wait for room in a full arena. ``spin``: seconds to look for a completion before sleeping; 0 to sleep
-    at once. ``channels``: how many may be open. ``depth``: calls in flight on each, a power of two. ``trace``: a file that tells of every call
+    limit. ``place_timeout``: seconds to wait for room in a full arena. ``spin``: seconds to look for a completion before sleeping; 0 to do so
+    after 5 us. ``channels``: how many may be open. ``depth``: calls in flight on each, a power of two. ``trace``: a file that tells of every call
     (docs/traces.md).
 
     The broker is found by unix socket, or by $SHMBROKER_CONTROL and $SHMBROKER_KEYS (``shmbroker serve --control``).
