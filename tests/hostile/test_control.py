@@ -20,7 +20,7 @@ from shmbroker.control.liveness import process_of, this_process
 from shmbroker.memory import names
 from tests.hostile.conftest import HonestClient
 from tests.hostile.peer import Footprint, repeating
-from tests.hostile.wire import Wire
+from tests.hostile.wire import Wire, opening
 from tests.processes import wait_until, worker_process
 
 GROWTH_BYTES = 8 << 20
@@ -304,13 +304,6 @@ def test_what_a_peer_tells_of_itself_is_short_and_printable(to_broker: Wire, fie
 def test_a_peer_names_no_other_file_as_its_segment(to_broker: Wire, segment: str) -> None:
     assert isinstance(to_broker.ask(m.Hello("client", names.new_id(), this_process(), "n", "1", segment=segment)), m.Refused)
     assert isinstance(to_broker.ask(m.GetStatus()), m.StatusReport)
-
-
-def opening(owner: shmbroker.Client, /, **changes: Any) -> m.OpenChannel:
-    proper = m.OpenChannel(
-        owner.id, "x", this_process(), owner.segment.name, 0, "test", "shm", "sem", names.bell_name(owner.instance, owner.id)
-    )
-    return m.OpenChannel(**{**{name: getattr(proper, name) for name in proper.__struct_fields__}, **changes})
 
 
 @pytest.fixture

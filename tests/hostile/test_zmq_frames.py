@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import shmbroker
+from shmbroker.control import messages as m
 from shmbroker.lane.completion_frames import read_completion
 from shmbroker.lane.zmq_lane import COMPLETE, READY, SUBMIT
 from shmbroker.memory import layout
@@ -19,26 +20,21 @@ from shmbroker.memory.layout import Status, SubmissionFrame
 from tests.hostile.conftest import HonestClient
 from tests.hostile.mutation import Mutator
 from tests.hostile.peer import Footprint, valid_frame
+from tests.hostile.wire import Wire, opening
 
 SEED = 20240607
 FRAMES = 2000
 ANSWER_MS = 20_000
-RETRY_MS = 500
 
 
 class ByHand:
     """Both sockets of a client on lane zmq."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, token: bytes) -> None:
-        # The identities are those of sockets that were just closed: until the worker's end has noticed that, it turns others of that name away.
-        for _ in range(ANSWER_MS // RETRY_MS):
-            self._sockets = [self._connect(context, endpoint, identity + token) for identity in (SUBMIT, COMPLETE)]
-            self.submissions, self.completions = self._sockets
-            self.completions.send(READY)
-            if self.completions.poll(RETRY_MS):
-                break
-            self.close()
-        assert self.completions.recv(zmq.NOBLOCK) == READY
+        self._sockets = [self._connect(context, endpoint, identity + token) for identity in (SUBMIT, COMPLETE)]
+        self.submissions, self.completions = self._sockets
+        self.completions.send(READY)
+        assert self.answer() == READY
 
     @staticmethod
     def _connect(context: zmq.Context[zmq.Socket[bytes]], endpoint: str, identity: bytes) -> zmq.Socket[bytes]:
@@ -67,10 +63,14 @@ def context() -> Iterator[zmq.Context[zmq.Socket[bytes]]]:
 def test_frames_of_any_length_and_content_are_answered_once_each(
     client: shmbroker.Client, honest: HonestClient, worker: Footprint, context: zmq.Context[zmq.Socket[bytes]]
 ) -> None:
-    channel = client.channel("test", lane="zmq")
-    op_id = channel.bind("double").op_id
-    channel.pair.lane.close()  # its sockets' identities are wanted
-    by_hand = ByHand(context, channel.opened.endpoint, channel.opened.token)
+    # Opened by hand, so that these are the first sockets of their names: others would be turned away until the first are seen to be closed.
+    wire = Wire(context, client.channel("test").endpoint)
+    opened = wire.ask(opening(client, index=1, lane="zmq", doorbell="socket"))
+    assert isinstance(opened, m.ChannelOpened)
+    bound = wire.ask(m.Bind(opened.channel, "double", {}))
+    assert isinstance(bound, m.Bound)
+    op_id = bound.op_id
+    by_hand = ByHand(context, opened.endpoint, opened.token)
     start = client.segment.geometry.arena_offset
     arena = range(start, client.segment.geometry.total_bytes)
     valid = valid_frame(op_id, [(start, 1, (4, 4), (4, 1)), (start + 4096, 1, (4, 4), (4, 1))], 1)
@@ -88,12 +88,13 @@ def test_frames_of_any_length_and_content_are_answered_once_each(
     assert {Status.OK, Status.BAD_FRAME} <= statuses
     for parts in ([b""], [bytes(SubmissionFrame())] * 3, [b"", b""]):
         by_hand.submissions.send_multipart(parts)
-    stranger = ByHand(context, channel.opened.endpoint, secrets.token_bytes(16))
+    stranger = ByHand(context, opened.endpoint, secrets.token_bytes(16))
     stranger.submissions.send(bytes(valid))  # a token that no channel has
     by_hand.submissions.send(bytes(layout.SUBMISSION_SLOT_BYTES + 1))  # ends this connection
     stranger.close()
     by_hand.close()
     honest.check()
+    assert isinstance(wire.ask(m.CloseChannel(opened.channel)), m.ChannelClosed)
 
 
 @settings(deadline=None, max_examples=500, derandomize=True)

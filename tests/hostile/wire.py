@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import zmq
 
+import shmbroker
 from shmbroker.control import messages as m
+from shmbroker.control.liveness import this_process
+from shmbroker.memory import names
 
 ANSWER_MS = 20_000
 """How long an answer may take: many times what it does."""
@@ -55,3 +60,11 @@ class Wire:
 
     def close(self) -> None:
         self._socket.close()
+
+
+def opening(owner: shmbroker.Client, /, **changes: Any) -> m.OpenChannel:
+    """The request by which a client opens its channel area 0, with ``changes``."""
+    proper = m.OpenChannel(
+        owner.id, "x", this_process(), owner.segment.name, 0, "test", "shm", "sem", names.bell_name(owner.instance, owner.id)
+    )
+    return m.OpenChannel(**{**{name: getattr(proper, name) for name in proper.__struct_fields__}, **changes})
