@@ -3,7 +3,7 @@
 F1  A reader copies a frame out of shared memory before it looks at it: the other side can change it meanwhile.
 F2  Nothing in a frame is believed before it was checked: counts, dtype, dimensions, strides' reach, bounds, alignment.
 F3  A tensor's form (dtype, shape, strides) is checked once and remembered by its bytes; so may be a whole frame, by all its bytes from
-    ``op_id`` on. Whatever differs in one byte is checked anew.
+    ``op_id`` on, and all but its tensors' places, by all of these but the offsets. Whatever else differs in one byte is checked anew.
 
 The structures are those of :mod:`shmbroker.memory.layout`; a test compares every offset used here with them.
 """

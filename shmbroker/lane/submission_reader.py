@@ -101,8 +101,13 @@ class SubmissionReader:
             form = self._check_form(frame, at, index)
         if nbytes != form.nbytes:
             raise BadFrame(f"tensor {index} ({form.spec}) says {nbytes} bytes; its shape makes {form.nbytes}")
+        self.check_place(index, offset, form)
+        return Descriptor(offset, form)
+
+    def check_place(self, index: int, offset: int, form: Form) -> None:
+        """Raise :class:`BadFrame` unless tensor ``index`` of a frame, of a form that was checked, may lie at ``offset``."""
         if form.space == layout.Space.KEPT:
-            return Descriptor(offset, form)
+            return
         if form.space == layout.Space.DEVICE:
             if offset + form.extent_bytes > self.device_bytes:
                 raise BadFrame(
@@ -116,7 +121,6 @@ class SubmissionReader:
             )
         if offset % form.spec.dtype.itemsize:
             raise BadFrame(f"tensor {index} ({form.spec}) at {offset} is not aligned to its elements")
-        return Descriptor(offset, form)
 
     def _check_form(self, frame: bytes, at: int, index: int) -> Form:
         (_, _, code, ndim, space, flags, reserved, *dims) = DESCRIPTOR.unpack_from(frame, at)

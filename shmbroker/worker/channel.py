@@ -6,31 +6,27 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-import msgspec
-
-from shmbroker.arena.spec import TensorSpec
 from shmbroker.control.liveness import Watch
 from shmbroker.control.messages import OpenChannel
-from shmbroker.errors import BadFrame, describe
+from shmbroker.errors import describe
 from shmbroker.lane.completion_frames import Completion, CompletionFields, pack_text
 from shmbroker.lane.ends import fence
-from shmbroker.lane.frame_layout import KEPT_OP, SUBMISSION_HEADER
+from shmbroker.lane.frame_layout import SUBMISSION_HEADER
 from shmbroker.lane.frames import Taken, taken_of
 from shmbroker.lane.op_error import pack_op_error
-from shmbroker.lane.submission_reader import Submission
-from shmbroker.memory.layout import TEXT_BYTES, ChannelStatistics, Space, Status, offset_of
+from shmbroker.memory.layout import TEXT_BYTES, ChannelStatistics, Status, offset_of
 from shmbroker.memory.statistics_block import StatisticsBlock
 from shmbroker.worker.counters import ChannelCounters
 from shmbroker.worker.device_completions import InFlight
 from shmbroker.worker.device_memory import Launched
-from shmbroker.worker.kept_calls import about_kept, with_kept
+from shmbroker.worker.frame_opener import FrameOpener, Rejected
 from shmbroker.worker.kept_tensors import DEFAULT_KEPT_BYTES, KeptTensors
 from shmbroker.worker.mapped_segment import MappedSegment
-from shmbroker.worker.ops import BoundOp, Static
+from shmbroker.worker.ops import BoundOp
 from shmbroker.worker.pieces import PieceSize, RunUnits
 from shmbroker.worker.prepared_call import PreparedCall
 from shmbroker.worker.shares import Share
@@ -40,10 +36,6 @@ log = logging.getLogger(__name__)
 _KNOWN_CALLS = 1024
 """Frames remembered with their tensors; beyond that the record starts over."""
 
-TRIED_BYTES = 64 << 20
-"""An op's first call of a kind runs on copies of its inputs, unless they are larger: an op that writes into one, or keeps one, then does no harm."""
-
-_arguments_decoder = msgspec.msgpack.Decoder(dict[str, object])
 _WORKER_STATISTICS = offset_of(ChannelStatistics, "worker_revision")
 _WORD = (1 << 64) - 1
 _call_id_bytes = slice(8, 16)
@@ -55,10 +47,6 @@ _clock_ns = time.monotonic_ns
 
 def _nobody() -> int:
     return 0
-
-
-class Rejected(Exception):
-    """A frame that is not run. No error that an op can raise: whatever an op raises is the op's error."""
 
 
 @dataclass(slots=True)
@@ -115,6 +103,10 @@ class WorkerChannel:
     kept: KeptTensors = field(default_factory=lambda: KeptTensors(DEFAULT_KEPT_BYTES))
     _op_ids: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
     _prepared: dict[bytes, PreparedCall] = field(default_factory=dict)
+    _opener: FrameOpener = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._opener = FrameOpener(self.mapped, self.ops, self.kept)
 
     def bind(self, op: BoundOp) -> int:
         """Give ``op`` a number on this channel."""
@@ -163,7 +155,7 @@ class WorkerChannel:
         begun_ns = taken_ns
         try:
             if prepared is None:
-                prepared = self._open(frame)
+                prepared = self._opener.open(frame, key)
                 prepared.watch()
                 begun_ns = _clock_ns()
             if divide and prepared.pieces is not None:
@@ -250,7 +242,7 @@ class WorkerChannel:
     def opened_ahead(self, taken: Taken) -> PreparedCall | None:
         """The call of a frame whose kind is known. None for any other, also a bad one: that is told when it is run."""
         try:
-            opened = self._open(taken[4], ahead=True)
+            opened = self._opener.open(taken[4], taken[3], ahead=True)
         except BaseException:  # of an out_spec too
             return None
         if not opened.repeatable:
@@ -311,38 +303,6 @@ class WorkerChannel:
 
         return InFlight(launched, finish)
 
-    def _open(self, frame: bytes, ahead: bool = False) -> PreparedCall:
-        """Check a frame that was not met before. Raises :class:`Rejected`, and what the op's out_spec raises. ``ahead``: not if it is to be tried out."""
-        try:
-            call = self.mapped.reader.read(frame)
-            if call.op_id == KEPT_OP:
-                return about_kept(self.kept, self.mapped, call)
-            op = self.ops.get(call.op_id)
-            if op is None:
-                raise Rejected(f"op id {call.op_id} is not bound on this channel")
-            arguments = _arguments_decoder.decode(call.metadata) if call.metadata else {}
-        except (BadFrame, msgspec.DecodeError, ValueError) as error:
-            raise Rejected(str(error) if isinstance(error, BadFrame) else describe(error)) from None
-        single = _check(op, call, arguments)
-        try:
-            if any(place.form.space == Space.KEPT for place in (*call.inputs, *call.outputs)):
-                return with_kept(self.kept, self.mapped, call, op, arguments, single=single)
-            view = self.mapped.view
-            inputs, outputs = [view(place) for place in call.inputs], [view(place) for place in call.outputs]
-        except BadFrame as error:
-            raise Rejected(str(error)) from None
-        kind = tuple([(place.form.dtype, len(place.form.spec.shape)) for place in call.inputs])
-        divisible = not self.mapped.memory.asynchronous
-        if ahead and not op.is_proven(kind):
-            raise Rejected("its kind is to be tried out first")
-        if not op.is_proven(kind) and sum([tensor.nbytes for tensor in inputs]) <= TRIED_BYTES and divisible:
-            copies = [tensor.clone() for tensor in inputs]
-            unwritten = [tensor.clone() for tensor in copies]  # what the caller does with its tensors meanwhile is not the op's doing
-            return PreparedCall(
-                op, copies, outputs, arguments, single=single, repeatable=False, unwritten=unwritten, tried_as=kind, divisible=divisible
-            )
-        return PreparedCall(op, inputs, outputs, arguments, single=single, repeatable=not call.metadata, divisible=divisible)
-
     def publish(self) -> None:
         """Tell in the client's segment what has been counted since the last time, for whoever looks."""
         counters = self.counters
@@ -361,6 +321,7 @@ class WorkerChannel:
         self.unfinished = None
         self.waiting.clear()
         self._prepared.clear()
+        self._opener.forget()
         self.kept.clear()
         self.watch.close()
 
@@ -373,21 +334,3 @@ class WorkerChannel:
         if len(self._prepared) >= _KNOWN_CALLS:
             self._prepared.clear()
         self._prepared[key] = prepared
-
-
-def _check(op: BoundOp, call: Submission, arguments: Static) -> bool:
-    """Compare the outputs' room with what the op writes; returns whether that is one tensor rather than a sequence.
-
-    An op that returns its results is compared with the room when it has, and not tried out for that: its client may know the shapes.
-    """
-    given = tuple(descriptor.form.spec for descriptor in call.outputs)
-    expected = op.known_outputs([descriptor.form.spec for descriptor in call.inputs], arguments)
-    if expected is None:
-        return len(given) == 1
-    if given != expected.specs:
-        raise Rejected(f"op {op.name!r} writes {_listed(expected.specs)}, the frame has room for {_listed(given)}")
-    return expected.single
-
-
-def _listed(specs: Sequence[TensorSpec]) -> str:
-    return ", ".join(str(spec) for spec in specs) or "nothing"

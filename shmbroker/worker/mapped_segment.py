@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from shmbroker.errors import BadInput
-from shmbroker.lane.submission_reader import Descriptor, SubmissionReader
+from shmbroker.lane.submission_reader import Descriptor, Form, SubmissionReader
 from shmbroker.memory.layout import Space
 from shmbroker.memory.segment import Segment
 from shmbroker.worker.device_memory import DeviceMemory, HostMemory, nothing
@@ -43,21 +45,28 @@ class MappedSegment:
             raise BadInput("this client has another device arena open here: a client has one")
 
     def view(self, descriptor: Descriptor) -> torch.Tensor:
-        """The tensor that a checked descriptor names, in place.
+        """The tensor that a checked descriptor names, in place."""
+        (tensor,) = self.views((descriptor,))
+        return tensor
 
-        It has a storage and a version counter of its own: what is done with one such tensor is not taken for having been done with others.
+    def views(self, descriptors: Sequence[Descriptor]) -> list[torch.Tensor]:
+        """The tensors that checked descriptors name, in place.
+
+        Each has a storage and a version counter of its own: what is done with one such tensor is not taken for having been done with others.
         """
-        form = descriptor.form
-        dtype = form.spec.dtype
+        with torch.inference_mode(False):  # made in inference mode, one would not tell that it was written
+            return [self._view(offset, form) for offset, form in descriptors]
+
+    def _view(self, offset: int, form: Form) -> torch.Tensor:
+        shape, dtype = form.spec.shape, form.spec.dtype
         if form.space == Space.DEVICE:
             assert self._device is not None
-            begin = self._device[descriptor.offset : descriptor.offset + max(form.extent_bytes, dtype.itemsize)].view(dtype)
-            return begin.as_strided(form.spec.shape, form.strides).data
-        with torch.inference_mode(False):  # made in inference mode, it would not tell that it was written
-            if not form.extent_bytes:
-                return torch.empty(form.spec.shape, dtype=dtype).as_strided(form.spec.shape, form.strides).data
-            flat = torch.frombuffer(self.segment.map, dtype=dtype, count=form.extent_bytes // dtype.itemsize, offset=descriptor.offset)
-            return flat.as_strided(form.spec.shape, form.strides).data
+            begin = self._device[offset : offset + max(form.extent_bytes, dtype.itemsize)].view(dtype)
+            return begin.as_strided(shape, form.strides).data
+        if not form.extent_bytes:
+            return torch.empty(shape, dtype=dtype).as_strided(shape, form.strides).data
+        flat = torch.frombuffer(self.segment.map, dtype=dtype, count=form.extent_bytes // dtype.itemsize, offset=offset)
+        return flat.as_strided(shape, form.strides).data
 
     def close(self) -> None:
         """Unmap, once no tensor of it lives. Not while a device still copies."""

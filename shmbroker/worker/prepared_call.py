@@ -143,5 +143,7 @@ def _is_held(tensor: torch.Tensor) -> bool:
 def _own_storage(tensor: torch.Tensor) -> int:
     """The storage that only views of ``tensor`` use. For one that lies in memory of many (a client's arena on a device): one that nobody uses."""
     storage = tensor.untyped_storage()
+    if storage.nbytes() <= tensor.nbytes:
+        return int(storage._cdata)
     reach = tensor.nbytes and 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return int((storage if storage.nbytes() <= reach * tensor.element_size() else _NOBODYS)._cdata)
