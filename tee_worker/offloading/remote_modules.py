@@ -117,8 +117,8 @@ class FusedCall(threading.local):
 class SplitAttention:
     """Attention with its two matrix products on the GPU worker; scaling, mask and softmax stay here.
 
-    Keys and values are repeated to the number of heads where they are placed, so repeating is the only copy. Softmax runs in place on the
-    block that the scores came in, which then is the next call's input.
+    Heads that share keys and values are rows of one product, so that keys and values are handed over once, not once for each head. Softmax runs in
+    place on the block that the scores came in, which then is the next call's input.
     """
 
     def __init__(self, memory: ClientMemory, matmul: Op, *, eager: bool) -> None:
@@ -145,10 +145,12 @@ class SplitAttention:
         ``mask``: what is added to the scores, or booleans, False where a token is not seen. ``sinks`` ``[heads]``: scores of a
         token that every one sees and that has no value. ``weights``: whether to return a copy of those of attention too.
         """
-        heads = query.shape[1]
-        keys = self._repeated(key, heads)
-        scores: torch.Tensor = self._matmul(query, keys.transpose(2, 3))
+        batch, heads, tokens, _ = query.shape
+        sharing, length, width = key.shape[1], key.shape[2], value.shape[3]
+        keys = self._placed(key)
+        products: torch.Tensor = self._matmul(self._grouped(query, sharing), keys.transpose(2, 3))
         del keys  # its block is free for what comes next
+        scores = products.view(batch, heads, tokens, length)
         scores.mul_(scaling)
         if softcap is not None:
             scores.div_(softcap).tanh_().mul_(softcap)
@@ -159,21 +161,49 @@ class SplitAttention:
         if sinks is not None:
             _softmax_with_sinks(scores, sinks)
         elif scores.dtype is torch.float32:
-            torch.softmax(scores, dim=-1, out=scores)
+            _softmax(scores)
         else:
             scores.copy_(torch.softmax(scores, dim=-1, dtype=torch.float32))
-        mixed: torch.Tensor = self._matmul(scores, self._repeated(value, heads))
-        batch, _, tokens, width = mixed.shape
+        mixed: torch.Tensor = self._matmul(products, self._placed(value))
         # The next projection takes [batch, tokens, heads * width]: laid out so here, it need not be copied in.
         result = self._memory.empty((batch, tokens, heads, width), mixed.dtype)
-        result.copy_(mixed.transpose(1, 2))
+        result.copy_(mixed.view(batch, heads, tokens, width).transpose(1, 2))
         return result, scores.clone() if weights else None
 
-    def _repeated(self, tensor: torch.Tensor, heads: int) -> torch.Tensor:
-        batch, kv_heads, length, width = tensor.shape
-        room = self._memory.empty((batch, heads, length, width), tensor.dtype)
-        room.view(batch, kv_heads, heads // kv_heads, length, width).copy_(tensor[:, :, None])
+    def _grouped(self, query: torch.Tensor, sharing: int) -> torch.Tensor:
+        """``[batch, heads, tokens, head_dim]`` as ``[batch, sharing, heads / sharing * tokens, head_dim]``; what has to be laid out anew lies in the arena."""
+        batch, heads, tokens, width = query.shape
+        if heads == sharing:
+            return query
+        if tokens > 1 and not query.is_contiguous():
+            query = self._placed(query)
+        return query.reshape(batch, sharing, heads // sharing * tokens, width)
+
+    def _placed(self, tensor: torch.Tensor) -> torch.Tensor:
+        room = self._memory.empty(tensor.shape, tensor.dtype)
+        room.copy_(tensor)
         return room
+
+
+_WORTH_SHARING = 1 << 15
+"""Numbers, of a softmax: some 30 us on one core, a part of what waking another thread costs."""
+
+_alone = threading.Lock()
+"""Held while torch computes with one thread: the number of threads is the process's."""
+
+
+def _softmax(scores: torch.Tensor) -> None:
+    """In place, float32, over the last dimension. Few numbers by this thread alone: the library below shares work of any size."""
+    if scores.numel() >= _WORTH_SHARING:
+        torch.softmax(scores, dim=-1, out=scores)
+        return
+    with _alone:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            torch.softmax(scores, dim=-1, out=scores)
+        finally:
+            torch.set_num_threads(threads)
 
 
 def _softmax_with_sinks(scores: torch.Tensor, sinks: torch.Tensor) -> None:

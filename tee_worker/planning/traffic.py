@@ -90,10 +90,11 @@ def forward_calls(
     for attention in structure.attentions:
         if structure.split_of(attention.name, splits) is not Split.OP:
             continue
-        queries = TensorSpec((batch, attention.heads, tokens, attention.head_dim), dtype)
+        sharing = attention.key_value_heads
+        queries = TensorSpec((batch, sharing, attention.heads // sharing * tokens, attention.head_dim), dtype)
         length = tokens + (cached if attention.window is None else min(cached, attention.window - 1))
-        keys = TensorSpec((batch, attention.heads, attention.head_dim, length), dtype)
-        values = TensorSpec((batch, attention.heads, length, attention.value_dim), dtype)
+        keys = TensorSpec((batch, sharing, attention.head_dim, length), dtype)
+        values = TensorSpec((batch, sharing, length, attention.value_dim), dtype)
         scores = ops.matmul(queries, keys)
         yield PlannedCall(ops.MATMUL, (queries, keys), (scores,))
         yield PlannedCall(ops.MATMUL, (scores, values), (ops.matmul(scores, values),))
