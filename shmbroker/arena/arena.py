@@ -57,6 +57,10 @@ _REENTERED = (
 _CLOSED = "the client is closed: its arena places no more tensors"
 
 
+def _from_the_end(block: Extent) -> int:
+    return -block.offset
+
+
 _nobodys = Extent(0, 0)
 _UNHELD = getrefcount(_nobodys.hold)
 """What is counted for a block's ``hold`` that no call has."""
@@ -119,7 +123,8 @@ class Arena:
         self.blocks: dict[int, Extent] = {}
         """By offset. A tensor that begins where a block does lies in it: the block cannot be another one's meanwhile."""
         self._idle: dict[int, list[Extent]] = {}
-        """Blocks that have died and were not given back to the ring yet, by their size: the next of that size is placed in one step."""
+        """Blocks that have died and were not given back to the ring yet, by their size, the first in the arena last: the next of that size is placed
+        there, in one step. Calls that are made again and again so find the same blocks each time, whatever order their tensors died in."""
         self._idle_count = 0
         self._named: list[Extent] = []
         """Blocks whose last tensor has died while a call names them."""
@@ -290,7 +295,7 @@ class Arena:
         if same is None:
             self._idle[block.nbytes] = [block]
         else:
-            same.append(block)
+            bisect.insort(same, block, key=_from_the_end)
         self._idle_count += 1
 
     def _lay_by_named(self) -> None:

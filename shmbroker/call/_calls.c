@@ -453,6 +453,21 @@ static inline uint64_t number_in(PyObject *object, Py_ssize_t offset)
 
 /* --- placing: what Arena.place_now does where dead blocks of the sizes are there ------------------------------------------------------------ */
 
+/* Where a block belongs among the idle ones of its size: those that lie further on come first. */
+static Py_ssize_t place_of(PyObject *same, PyObject *block)
+{
+    uint64_t offset = number_in(block, known.at.offset);
+    Py_ssize_t low = 0, high = PyList_GET_SIZE(same);
+    while (low < high) {
+        Py_ssize_t middle = (low + high) / 2;
+        if (number_in(PyList_GET_ITEM(same, middle), known.at.offset) > offset)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low;
+}
+
 /* Lay the blocks by that have died since the last time. False: Python is to look after it. Runs no Python code. */
 static bool collect(FastPath *self)
 {
@@ -469,7 +484,7 @@ static bool collect(FastPath *self)
             PyObject *nbytes = in_slot(block, known.at.nbytes), *idle = in_slot(arena, known.at.idle);
             PyObject *same = PyDict_GetItemWithError(idle, nbytes);
             /* A list for a size that is new is made by Python, which looks again at those that are named: to make one here could run a finaliser. */
-            laid_by = PyList_Append(same != NULL ? same : in_slot(arena, known.at.named), block) == 0;
+            laid_by = (same != NULL ? PyList_Insert(same, place_of(same, block), block) : PyList_Append(in_slot(arena, known.at.named), block)) == 0;
             if (laid_by && same != NULL) {
                 PyObject *count = PyLong_FromLong(PyLong_AsLong(in_slot(arena, known.at.idle_count)) + 1);
                 laid_by = count != NULL;
@@ -487,7 +502,7 @@ static bool collect(FastPath *self)
     return block == NULL && PyList_GET_SIZE(in_slot(arena, known.at.named)) == 0;
 }
 
-/* The idle block of this size that died last, taken off its list; NULL where there is none. As Arena._idle_block and RingAllocator.place_again. */
+/* The first idle block of this size in the arena, taken off its list; NULL where there is none. As Arena._idle_block and RingAllocator.place_again. */
 static PyObject *idle_block(FastPath *self, PyObject *nbytes, unsigned long long now_ns)
 {
     PyObject *arena = self->arena, *ring = in_slot(arena, known.at.ring);

@@ -33,7 +33,7 @@ from shmbroker.worker.shares import Share
 
 log = logging.getLogger(__name__)
 
-_KNOWN_CALLS = 1024
+_KNOWN_CALLS = 4096
 """Frames remembered with their tensors; beyond that the record starts over."""
 
 _WORKER_STATISTICS = offset_of(ChannelStatistics, "worker_revision")

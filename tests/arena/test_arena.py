@@ -11,13 +11,15 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from shmbroker.arena.arena import Arena, Room
+from shmbroker.arena.arena import Arena, Location, Room
 from shmbroker.arena.ring import largest_request
 from shmbroker.arena.spec import CODE_OF
 from shmbroker.errors import ArenaFull, ArenaTooSmall, BadInput
 from shmbroker.memory.segment import Segment
-from tests.arena.blocks import GEOMETRY, UNIT, Cycle, blocks_in, fill, placed
+from tests.arena.blocks import GEOMETRY, UNIT, Cycle, blocks_in, fill, placed, property_settings
 from tests.threads import STUCK_SECONDS, InThread
 
 pytestmark = pytest.mark.usefixtures("flavour")
@@ -230,3 +232,17 @@ def test_what_the_caller_has_waited_before_counts_in_what_a_full_arena_tells(are
     with pytest.raises(ArenaFull, match=r"not enough released within 12\.50 s"):
         arena.place(Room((1,), torch.uint8), 0.0, waited=12.5)
     assert (arena.waits, arena.full, len(held)) == (0, 1, arena.nbytes // (16 * UNIT))
+
+
+@property_settings
+@given(st.permutations(range(8)), st.integers(0, 8))
+def test_blocks_that_have_died_are_placed_again_from_the_first_on_whatever_order_they_died_in(
+    segment: Segment, order: list[int], alive: int
+) -> None:
+    arena = Arena(segment)
+    pairs: list[tuple[torch.Tensor, Location] | None] = [placed(arena, (16,), torch.float32) for _ in range(8)]
+    offsets = [pair[1].offset for pair in pairs if pair is not None]
+    for index in order[alive:]:
+        pairs[index] = None
+    again = [placed(arena, (16,), torch.float32) for _ in order[alive:]]
+    assert [place.offset for _, place in again] == sorted(offsets[index] for index in order[alive:])
