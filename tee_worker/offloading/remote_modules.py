@@ -13,6 +13,7 @@ from shmbroker.client import ClientMemory, Op
 from shmbroker.models import features, missing_parameters
 from tee_worker.offloading.uncompiled import uncompiled
 from tee_worker.offloading.weight_elsewhere import WeightElsewhere
+from tee_worker.planning.attention_products import product_count
 
 
 class _Elsewhere(nn.Module):
@@ -117,8 +118,9 @@ class FusedCall(threading.local):
 class SplitAttention:
     """Attention with its two matrix products on the GPU worker; scaling, mask and softmax stay here.
 
-    Heads that share keys and values are rows of one product, so that keys and values are handed over once, not once for each head. Softmax runs in
-    place on the block that the scores came in, which then is the next call's input.
+    Of few tokens, heads that share keys and values are rows of one product (:mod:`tee_worker.planning.attention_products`); of more, keys and values are
+    repeated where they are placed, so repeating is the only copy. Softmax runs in place on the block that the scores came in, which then is the next
+    call's input.
     """
 
     def __init__(self, memory: ClientMemory, matmul: Op, *, eager: bool) -> None:
@@ -146,9 +148,9 @@ class SplitAttention:
         token that every one sees and that has no value. ``weights``: whether to return a copy of those of attention too.
         """
         batch, heads, tokens, _ = query.shape
-        sharing, length, width = key.shape[1], key.shape[2], value.shape[3]
-        keys = self._placed(key)
-        products: torch.Tensor = self._matmul(self._grouped(query, sharing), keys.transpose(2, 3))
+        length, width, count = key.shape[2], value.shape[3], product_count(heads, key.shape[1], tokens)
+        keys = self._repeated(key, count)
+        products: torch.Tensor = self._matmul(self._grouped(query, count), keys.transpose(2, 3))
         del keys  # its block is free for what comes next
         scores = products.view(batch, heads, tokens, length)
         scores.mul_(scaling)
@@ -164,24 +166,25 @@ class SplitAttention:
             _softmax(scores)
         else:
             scores.copy_(torch.softmax(scores, dim=-1, dtype=torch.float32))
-        mixed: torch.Tensor = self._matmul(products, self._placed(value))
+        mixed: torch.Tensor = self._matmul(products, self._repeated(value, count))
         # The next projection takes [batch, tokens, heads * width]: laid out so here, it need not be copied in.
         result = self._memory.empty((batch, tokens, heads, width), mixed.dtype)
         result.copy_(mixed.view(batch, heads, tokens, width).transpose(1, 2))
         return result, scores.clone() if weights else None
 
-    def _grouped(self, query: torch.Tensor, sharing: int) -> torch.Tensor:
-        """``[batch, heads, tokens, head_dim]`` as ``[batch, sharing, heads / sharing * tokens, head_dim]``; what has to be laid out anew lies in the arena."""
+    def _grouped(self, query: torch.Tensor, count: int) -> torch.Tensor:
+        """``[batch, heads, tokens, head_dim]`` as ``[batch, count, heads / count * tokens, head_dim]``; what has to be laid out anew lies in the arena."""
         batch, heads, tokens, width = query.shape
-        if heads == sharing:
+        if heads == count:
             return query
         if tokens > 1 and not query.is_contiguous():
-            query = self._placed(query)
-        return query.reshape(batch, sharing, heads // sharing * tokens, width)
+            query = self._repeated(query, heads)
+        return query.reshape(batch, count, heads // count * tokens, width)
 
-    def _placed(self, tensor: torch.Tensor) -> torch.Tensor:
-        room = self._memory.empty(tensor.shape, tensor.dtype)
-        room.copy_(tensor)
+    def _repeated(self, tensor: torch.Tensor, heads: int) -> torch.Tensor:
+        batch, kv_heads, length, width = tensor.shape
+        room = self._memory.empty((batch, heads, length, width), tensor.dtype)
+        room.view(batch, kv_heads, heads // kv_heads, length, width).copy_(tensor[:, :, None])
         return room
 
 

@@ -9,6 +9,7 @@ import torch
 
 from shmbroker.arena import TensorSpec
 from shmbroker.models import ops
+from tee_worker.planning.attention_products import product_count
 from tee_worker.planning.pass_parts import parts_of
 from tee_worker.planning.splits import Split, Splits
 from tee_worker.planning.structure import Structure
@@ -90,11 +91,11 @@ def forward_calls(
     for attention in structure.attentions:
         if structure.split_of(attention.name, splits) is not Split.OP:
             continue
-        sharing = attention.key_value_heads
-        queries = TensorSpec((batch, sharing, attention.heads // sharing * tokens, attention.head_dim), dtype)
+        count = product_count(attention.heads, attention.key_value_heads, tokens)
+        queries = TensorSpec((batch, count, attention.heads // count * tokens, attention.head_dim), dtype)
         length = tokens + (cached if attention.window is None else min(cached, attention.window - 1))
-        keys = TensorSpec((batch, sharing, attention.head_dim, length), dtype)
-        values = TensorSpec((batch, sharing, length, attention.value_dim), dtype)
+        keys = TensorSpec((batch, count, attention.head_dim, length), dtype)
+        values = TensorSpec((batch, count, length, attention.value_dim), dtype)
         scores = ops.matmul(queries, keys)
         yield PlannedCall(ops.MATMUL, (queries, keys), (scores,))
         yield PlannedCall(ops.MATMUL, (scores, values), (ops.matmul(scores, values),))
