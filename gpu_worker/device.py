@@ -90,9 +90,6 @@ class CpuDevice:
     name = "cpu"
     memory: DeviceMemory | None = None
 
-    def __init__(self) -> None:
-        self._threads = torch.get_num_threads()
-
     def take(self, model: PreTrainedModel) -> None:
         """It is there."""
 
@@ -135,14 +132,15 @@ class CpuDevice:
 
     def matmul(self, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
         """A batch of matrix products. Small ones, as those of a decode's attention, by this thread alone, which takes a tenth of the time."""
-        if a.numel() * b.shape[-1] >= _WORTH_SHARING:
+        if a.device.type != "cpu" or a.numel() * b.shape[-1] >= _WORTH_SHARING:
             torch.bmm(a, b, out=out)
             return
+        threads = self._threads
         torch.set_num_threads(1)  # the library below shares work of any size
         try:
             torch.bmm(a, b, out=out)
         finally:
-            torch.set_num_threads(self._threads)
+            torch.set_num_threads(threads)
 
     def ring_product(self, weight: IntegerWeight) -> RingProduct:
         """By as many threads as torch computes with."""
@@ -162,6 +160,11 @@ class CpuDevice:
                 one.result()
 
         return run
+
+    @functools.cached_property
+    def _threads(self) -> int:
+        """What torch computes with, as it was before anything here lowered it."""
+        return torch.get_num_threads()
 
     @functools.cached_property
     def _few_rows(self) -> FewRows:
