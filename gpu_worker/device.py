@@ -11,6 +11,7 @@ import torch
 
 from gpu_worker.few_rows import FewRows
 from shmbroker.memory.layout import round_up
+from shmbroker.models.threads import SingleThreaded, compute_threads
 from shmbroker.trust.loops import product
 from shmbroker.trust.quantization import IntegerWeight
 from shmbroker.worker import DeviceMemory
@@ -135,16 +136,12 @@ class CpuDevice:
         if a.device.type != "cpu" or a.numel() * b.shape[-1] >= _WORTH_SHARING:
             torch.bmm(a, b, out=out)
             return
-        threads = self._threads
-        torch.set_num_threads(1)  # the library below shares work of any size
-        try:
+        with SingleThreaded():  # the library below shares work of any size
             torch.bmm(a, b, out=out)
-        finally:
-            torch.set_num_threads(threads)
 
     def ring_product(self, weight: IntegerWeight) -> RingProduct:
         """By as many threads as torch computes with."""
-        threads = self._threads
+        threads = compute_threads()
         if threads == 1:
             return lambda x, out: product(x, weight.integers, out)
         share = round_up(-(-weight.integers.shape[0] // threads), _OUTPUTS_AT_ONCE)
@@ -162,17 +159,12 @@ class CpuDevice:
         return run
 
     @functools.cached_property
-    def _threads(self) -> int:
-        """What torch computes with, as it was before anything here lowered it."""
-        return torch.get_num_threads()
-
-    @functools.cached_property
     def _few_rows(self) -> FewRows:
         return FewRows()
 
     @functools.cached_property
     def _pool(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(self._threads - 1, thread_name_prefix="ring-product")
+        return ThreadPoolExecutor(compute_threads() - 1, thread_name_prefix="ring-product")
 
 
 def _share_of_product(given: list[torch.Tensor]) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from shmbroker.client import ClientMemory, Op
 from shmbroker.models import features, missing_parameters
+from shmbroker.models.threads import SingleThreaded
 from tee_worker.offloading.uncompiled import uncompiled
 from tee_worker.offloading.weight_elsewhere import WeightElsewhere
 from tee_worker.planning.attention_products import product_count
@@ -191,22 +192,14 @@ class SplitAttention:
 _WORTH_SHARING = 1 << 15
 """Numbers, of a softmax: some 30 us on one core, a part of what waking another thread costs."""
 
-_alone = threading.Lock()
-"""Held while torch computes with one thread: the number of threads is the process's."""
-
 
 def _softmax(scores: torch.Tensor) -> None:
     """In place, float32, over the last dimension. Few numbers by this thread alone: the library below shares work of any size."""
     if scores.numel() >= _WORTH_SHARING:
         torch.softmax(scores, dim=-1, out=scores)
         return
-    with _alone:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            torch.softmax(scores, dim=-1, out=scores)
-        finally:
-            torch.set_num_threads(threads)
+    with SingleThreaded():
+        torch.softmax(scores, dim=-1, out=scores)
 
 
 def _softmax_with_sinks(scores: torch.Tensor, sinks: torch.Tensor) -> None:
