@@ -17,8 +17,15 @@ class HeldSignals:
     """
 
     def __init__(self) -> None:
+        self._own: dict[signal.Signals, Any] = {number: signal.getsignal(number) for number in _HELD}
         self._handlers: dict[signal.Signals, Any] = {}
         self._came: list[int] = []
+
+    def take_back(self) -> None:
+        """Have the handlers that were there when this was made again: for after a library has put its own in their place."""
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in self._own.items():
+                signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
     def hold(self) -> None:
         """From here on they wait."""

@@ -97,6 +97,21 @@ class Fleet:
             os.killpg(self.process.pid, signal.SIGINT)
         return self.process.wait(300)
 
+    def terminate(self) -> int:
+        """SIGTERM, as a service manager gives it to the command alone."""
+        self.process.terminate()
+        return self.process.wait(300)
+
+    def folders_of_ray(self) -> set[Path]:
+        """Where Ray's processes keep logs and sockets."""
+        found = set()
+        for pid in self.processes():
+            with contextlib.suppress(OSError):
+                for entry in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                    if entry.startswith(b"RAY_TMPDIR="):
+                        found.add(Path(entry.partition(b"=")[2].decode()))
+        return found
+
     def left(self) -> list[str]:
         """What there is of it in shared memory and in its folder."""
         ours = tuple(f"{kind}shmbroker.{instance}." for instance in instances(self.folder) for kind in ("", "sem."))

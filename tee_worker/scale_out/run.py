@@ -30,6 +30,9 @@ APPLICATION = "shmbroker"
 READY = "ready: "
 """Begins the line that tells the endpoint's address."""
 
+_ANSWER_SECONDS = 10.0
+"""How long a cluster may take to take a connection."""
+
 _LOOK_SECONDS = 0.5
 _PROGRESS_SECONDS = 10.0
 """Between two words of what takes long."""
@@ -59,7 +62,9 @@ def run(options: Options, replicas: int, autoscale: Autoscale | None, address: s
                 nodes = local_nodes or 1
                 on_note(f"starting a Ray cluster of {nodes} {'node' if nodes == 1 else 'nodes'} on this machine alone ...")
                 address = stack.enter_context(local_cluster(nodes, math.ceil(most / nodes) * math.ceil(options.cpus)))
+                signals.take_back()
             stack.enter_context(_connected(address))
+            signals.take_back()  # Ray ends the process at SIGTERM, and leaves what is here to be given back
             check_own_cluster(trusted=options.trust_cluster)
             stack.enter_context(_served(application, options))
             _until_ready(on_note)
@@ -113,17 +118,31 @@ def _is_on_loopback(address: str) -> bool:
     return is_loopback(address.rpartition(":")[0].strip("[]"))
 
 
+def _no_cluster(address: str, why: str) -> BadInput:
+    return BadInput(f"no Ray cluster answers at {address}: {why}; --local-nodes N starts one on this machine")
+
+
+def _check_answers(address: str) -> None:
+    """Raise :class:`BadInput` where nobody listens at HOST:PORT: Ray itself tries again for minutes. Other forms of addresses are left to it."""
+    host, separator, port = address.rpartition(":")
+    if not separator or not port.isdecimal() or "/" in host:
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _ANSWER_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise _no_cluster(address, getattr(error, "strerror", None) or str(error)) from None
+
+
 @contextlib.contextmanager
 def _connected(address: str) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
+    _check_answers(address)
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise BadInput(
-            f"no Ray cluster answers at {address}: {str(error).splitlines()[0]}; --local-nodes N starts one on this machine"
-        ) from None
+        raise _no_cluster(address, str(error).splitlines()[0]) from None
     try:
         yield
     finally:

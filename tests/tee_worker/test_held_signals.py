@@ -72,3 +72,19 @@ def test_in_another_thread_nothing_is_held(number: signal.Signals) -> None:
     thread.join()
     with pytest.raises(Ended):
         signal.raise_signal(number)
+
+
+def replaced_and_taken_back(number: signal.Signals) -> None:
+    with HeldSignals() as signals:
+        signal.signal(number, signal.SIG_IGN)
+        signal.raise_signal(number)
+        signals.take_back()
+        reached.append(number)
+        signal.raise_signal(number)
+
+
+def test_handlers_that_a_library_has_replaced_are_taken_back(number: signal.Signals) -> None:
+    reached.clear()
+    with pytest.raises(Ended):
+        replaced_and_taken_back(number)
+    assert reached == [number]

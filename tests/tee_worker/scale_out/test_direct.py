@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
+import signal
 import socket
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from shmbroker.errors import BadInput
 from tee_worker.scale_out.options import Options, check_fleet
 from tests.cycling_model import expected
 from tests.fleet import running_fleet
+from tests.processes import wait_until
 
 KEY = "secret"
 
@@ -67,8 +69,12 @@ def test_clients_reach_a_replica_over_tls_with_a_key_and_nothing_else_answers(
         with pytest.raises(requests.exceptions.ConnectionError):
             requests.post(url.replace("https", "http"), json=body, headers=allowed, timeout=300)
         assert not [command for command in fleet.processes().values() if "ray::Proxy" in command or "Ingress" in command]
-        fleet.end()
+        (folder,) = fleet.folders_of_ray()
+        assert folder.is_dir()
+        assert fleet.terminate() == 128 + signal.SIGTERM
+        wait_until(lambda: not fleet.processes())
         assert not fleet.left()
+        assert not folder.exists()
 
 
 @pytest.mark.parametrize(

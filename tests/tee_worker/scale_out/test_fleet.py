@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -211,4 +212,15 @@ def test_a_model_that_is_not_there_is_told_at_once(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 1
     assert "none" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_address_where_no_cluster_listens_is_told_at_once(cycling: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))  # and nobody listens
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+        command = [sys.executable, "-m", "tee_worker", "ray", "--model", str(cycling), "--port", "0", "--address", address]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 1
+    assert f"no Ray cluster answers at {address}: Connection refused" in done.stderr
     assert "Traceback" not in done.stderr
