@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import torch
 
+if TYPE_CHECKING:
+    from benchmarks.split_model.work import Work
+
 DEVICE = "cuda:0"
-PREFILL_TOKENS = 512
 
 
 def run(seconds: float = 2.0) -> dict[str, Any]:
     """Measure, about ``seconds`` a case, medians. Without a GPU: the reason, and nothing else."""
     if reason := left_out():
         return reason
+    from benchmarks.split_model.work import Work
     from shmbroker.models import embedded
 
-    return _measure(embedded.ensure(), PREFILL_TOKENS, seconds)
+    return _measure(Work(embedded.ensure(), prefill_tokens=512, prompt_tokens=32, decode_tokens=32), seconds)
 
 
 def quick() -> dict[str, Any]:
@@ -27,9 +30,10 @@ def quick() -> dict[str, Any]:
     if reason := left_out():
         return reason
     from benchmarks.split_model.tiny import make_tiny
+    from benchmarks.split_model.work import Work
 
     with tempfile.TemporaryDirectory() as folder:
-        return _measure(make_tiny(Path(folder)), 16, 0.1)
+        return _measure(Work(make_tiny(Path(folder)), prefill_tokens=16, prompt_tokens=4, decode_tokens=4), 0.1)
 
 
 def left_out() -> dict[str, Any]:
@@ -41,14 +45,14 @@ def left_out() -> dict[str, Any]:
     return {"left_out": reason}
 
 
-def _measure(model: Path, tokens: int, seconds: float) -> dict[str, Any]:
+def _measure(work: Work, seconds: float) -> dict[str, Any]:
     from benchmarks.device.copies import copies
-    from benchmarks.device.prefill import prefills
+    from benchmarks.device.model import model_times
     from benchmarks.device.round_trips import round_trips
 
     return {
         "device": torch.cuda.get_device_name(0),
         "copies": copies(DEVICE, seconds / 4),
         "round_trips_us": round_trips(DEVICE, seconds),
-        "prefill_ms": prefills(DEVICE, model, tokens, seconds / 2),
+        "model_ms": model_times(DEVICE, work, seconds / 2),
     }

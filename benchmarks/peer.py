@@ -50,7 +50,8 @@ def peer(
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A process that runs ``module`` of this package, ready, with ``environment`` beside this one's. Else as :func:`started`."""
     command = [sys.executable, "-m", f"benchmarks.{module}", *arguments]
-    with started(command, {**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})}, pass_fds, leaves=leaves) as process:
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with started(command, {**os.environ, "PYTHONPATH": path, **(environment or {})}, pass_fds, leaves=leaves) as process:
         yield process
 
 

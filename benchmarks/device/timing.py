@@ -12,13 +12,13 @@ WARM_UP_CALLS = 3
 AT_LEAST = 5
 
 
-def median_seconds(call: Callable[[], object], seconds: float) -> float:
+def median_seconds(call: Callable[[], object], seconds: float, warm_up: int = WARM_UP_CALLS, at_least: int = AT_LEAST) -> float:
     """Of calls for about ``seconds``. Each must itself wait for the device."""
-    for _ in range(WARM_UP_CALLS):
+    for _ in range(warm_up):
         call()
     samples: list[float] = []
     until = time.perf_counter() + seconds
-    while time.perf_counter() < until or len(samples) < AT_LEAST:
+    while time.perf_counter() < until or len(samples) < at_least:
         begun = time.perf_counter()
         call()
         samples.append(time.perf_counter() - begun)

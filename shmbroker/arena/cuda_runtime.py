@@ -144,7 +144,10 @@ class CudaRuntime:
     def tensor(self, pointer: int, nbytes: int, owner: object) -> tuple[torch.Tensor, object]:
         """See :class:`Cuda`."""
         memory = _Memory(pointer, nbytes, owner)
-        return torch.as_tensor(memory, device="cuda"), memory
+        flat = torch.as_tensor(memory, device=torch.device("cuda", self._index))
+        if nbytes and flat.data_ptr() != pointer:  # torch copies, without a word, what it takes to be elsewhere
+            raise CudaRefused(f"device memory at {pointer:#x} was taken over as a copy, not as it is on cuda:{self._index}")
+        return flat, memory
 
     def synchronize(self) -> None:
         """See :class:`Cuda`."""

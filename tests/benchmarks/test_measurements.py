@@ -12,13 +12,14 @@ import torch
 from benchmarks import alloc, call_profile, copies, replay, rtt
 from benchmarks.contenders import core_floor, floors, missing, ours, shared_memory, torch_queue
 from benchmarks.device.copies import copies as device_copies
-from benchmarks.device.prefill import WHOLE, prefills
-from benchmarks.device.round_trips import round_trips
+from benchmarks.device.model import WHOLE, model_times
+from benchmarks.device.round_trips import ALONE, SHARED, round_trips
 from benchmarks.driven import Driven
 from benchmarks.measure import Case, alternate
 from benchmarks.peer import started
 from benchmarks.prefill.calls import calls, nbytes
 from benchmarks.split_model.tiny import make_tiny
+from benchmarks.split_model.work import Work
 from shmbroker.call.compiled_op import COMPILED as CALLS_COMPILED
 from shmbroker.settings.sizes import MIB
 from tee_worker import Split
@@ -119,6 +120,8 @@ def test_allocation_and_copies_run() -> None:
 def test_what_is_measured_of_a_gpu_runs_on_the_cpu_too(tmp_path: Path) -> None:
     rates = device_copies("cpu", 0.0)
     assert all(rate > 0 for sides in rates.values() for ways in sides.values() for rate in ways.values())
-    assert set(round_trips("cpu", 0.0)) == {"shared memory"}, "no device arena"
-    found = prefills("cpu", make_tiny(tmp_path), 4, 0.0, {"float32": torch.float32}, (Split.LAYER,))
+    for rows in round_trips("cpu", 0.0).values():
+        assert rows.keys() == {ALONE, SHARED}, "no device arena"
+    work = Work(make_tiny(tmp_path), prefill_tokens=4, prompt_tokens=2, decode_tokens=3)
+    found = model_times("cpu", work, 0.0, {"float32": torch.float32}, (Split.LAYER,))
     assert found["float32"].keys() == {WHOLE, "layer"}

@@ -8,6 +8,7 @@ import sys
 import types
 
 import pytest
+import torch
 
 from shmbroker.arena.cuda_runtime import CudaRuntime
 from shmbroker.errors import CudaRefused
@@ -84,3 +85,20 @@ def test_without_cuda_bindings_it_is_refused_with_the_remedy(monkeypatch: pytest
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
     with pytest.raises(CudaRefused, match=r"pip install 'shmbroker\[cuda\]'"):
         CudaRuntime(0)
+
+
+def test_memory_is_taken_over_where_it_lies_or_not_at_all(bindings: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = torch.arange(10, dtype=torch.uint8)
+    asked = []
+
+    def as_tensor(memory: object, device: torch.device) -> torch.Tensor:
+        asked.append(device)
+        return there
+
+    monkeypatch.setattr(torch, "as_tensor", as_tensor)
+    cuda = CudaRuntime(3)
+    flat, _ = cuda.tensor(there.data_ptr(), 10, None)
+    assert flat is there
+    assert asked == [torch.device("cuda", 3)]
+    with pytest.raises(CudaRefused, match="taken over as a copy, not as it is on cuda:3"):
+        cuda.tensor(there.data_ptr() + 4096, 10, None)

@@ -15,6 +15,7 @@ SMI_SECONDS = 20.0
 """The first nvidia-smi after boot initialises the driver."""
 
 _PINNED_BYTES = 1 << 20
+_EXPORTED_BYTES = 1 << 20
 
 
 def checks(settings: Settings) -> Iterator[Check]:
@@ -75,15 +76,22 @@ def _pinning() -> Check:
 
 def _ipc() -> Check:
     """Export a handle for real."""
-    import torch
+    from shmbroker.arena import CudaRuntime
+    from shmbroker.errors import CudaRefused
 
     try:
-        tensor = torch.empty(1 << 20, dtype=torch.uint8, device="cuda")
-        tensor.untyped_storage()._share_cuda_()  # type: ignore[no-untyped-call]
-    except RuntimeError as error:
-        text = str(error).partition("\n")[0]
+        cuda = CudaRuntime(0)
+        pointer = cuda.allocate(_EXPORTED_BYTES)
+        try:
+            cuda.export(pointer)
+        finally:
+            cuda.free(pointer)
+    except CudaRefused as refused:
         return warn(
-            "CUDA IPC", f"memory of the device cannot be shared: {text}", "tensors go through shared memory of the host instead", ipc=False
+            "CUDA IPC",
+            f"memory of the device cannot be shared: {refused}",
+            "tensors go through shared memory of the host instead, and lose nothing but time",
+            ipc=False,
         )
     return ok("CUDA IPC", "memory of the device can be shared between processes", ipc=True)
 
