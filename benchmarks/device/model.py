@@ -22,7 +22,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WHOLE = "in one process"
 
 Rows = dict[str, dict[str, float]]
-"""By split: milliseconds of a prefill, and of a token that is decoded."""
+"""By split: milliseconds of a prefill, and of a token that is decoded; where it is split, of the mean call, and of the worker's part of it, copies included."""
 
 
 def model_times(
@@ -42,6 +42,12 @@ def model_times(
     for row in (WHOLE, *[split.value for split in splits]):
         table.row(row, *[text for rows in result.values() for text in (f"{rows[row]['prefill_ms']:.1f}", f"{rows[row]['token_ms']:.2f}")])
     table.show()
+    calls = Table(
+        "the mean call there, mostly of decode", ["split", *[f"{name} {what}" for name in result for what in ("ms", "of it computing")]]
+    )
+    for row in [split.value for split in splits]:
+        calls.row(row, *[f"{rows[row][what]:.2f}" for rows in result.values() for what in ("call_ms", "computing_ms")])
+    calls.show()
     return result
 
 
@@ -55,9 +61,11 @@ def _one_dtype(device: str, work: Work, seconds: float, name: str, dtype: torch.
     with gpu_worker(work.model, threads, "--device", device, "--dtype", name):
         for split in splits:
             with shmbroker.connect(arena="1G", timeout=CALL_SECONDS) as client:
-                own = own_part(source, dtype, split)
-                offload(own, client.channel(wait=START_SECONDS), split)
+                own, channel = own_part(source, dtype, split), client.channel(wait=START_SECONDS)
+                offload(own, channel, split)
                 result[split.value] = _times(own, work, seconds, "cpu")
+                total = channel.report().total
+                result[split.value] |= {"call_ms": total.rpc_ms / total.calls, "computing_ms": total.compute_ms / total.calls}
                 del own
     return result
 
