@@ -24,6 +24,7 @@ def _round_trips(sizes: dict[str, Any], path: Path) -> Path:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 5))
+    axes.set_prop_cycle(color=plt.get_cmap("tab20").colors)  # as many as there are lines
     xs = sorted(map(int, sizes))
     for name in sizes[str(xs[0])]:
         points = [(x, sizes[str(x)][name]["median_us"]) for x in xs if name in sizes[str(x)]]

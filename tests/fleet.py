@@ -17,6 +17,7 @@ from typing import Any
 
 import requests
 
+from shmbroker.control.messages import ChannelInfo, PeerStatus
 from shmbroker.control.status import ask
 from shmbroker.errors import BrokerUnreachable
 from shmbroker.memory import names
@@ -59,8 +60,8 @@ class Fleet:
             body = {"prompt": "x", "max_tokens": 1}
             return {one.headers["x-shmbroker-replica"] for one in pool.map(lambda _: self.post("completions", body), range(LOOKS))}
 
-    def whole(self) -> dict[str, tuple[int, int]]:
-        """By instance: the replica's process, and its GPU worker's; of those that have both."""
+    def peers(self) -> dict[str, tuple[PeerStatus, ...]]:
+        """Of each broker that answers, by instance."""
         found = {}
         before = os.environ.get("SHMBROKER_RUNTIME_DIR")
         os.environ["SHMBROKER_RUNTIME_DIR"] = str(self.folder)
@@ -69,17 +70,27 @@ class Fleet:
                 if not (self.folder / f"{instance}.sock").exists():
                     continue
                 with contextlib.suppress(BrokerUnreachable, OSError):
-                    peers = ask(instance).peers
-                    replicas = [peer.pid for peer in peers if peer.name.startswith("tee-worker ray") and alive(peer.pid)]
-                    workers = [peer.pid for peer in peers if peer.services and alive(peer.pid)]
-                    if replicas and workers:
-                        found[instance] = replicas[0], workers[0]
+                    found[instance] = tuple(ask(instance).peers)
         finally:
             if before is None:
                 del os.environ["SHMBROKER_RUNTIME_DIR"]
             else:
                 os.environ["SHMBROKER_RUNTIME_DIR"] = before
         return found
+
+    def whole(self) -> dict[str, tuple[int, int]]:
+        """By instance: the replica's process, and its GPU worker's; of those that have both."""
+        found = {}
+        for instance, peers in self.peers().items():
+            replicas = [peer.pid for peer in peers if peer.name.startswith("tee-worker ray") and alive(peer.pid)]
+            workers = [peer.pid for peer in peers if peer.services and alive(peer.pid)]
+            if replicas and workers:
+                found[instance] = replicas[0], workers[0]
+        return found
+
+    def channels(self) -> list[ChannelInfo]:
+        """Of all replicas, to their GPU workers."""
+        return [channel for peers in self.peers().values() for peer in peers for channel in peer.stats.channels]
 
     def processes(self) -> dict[int, str]:
         """All of its own and of Ray's, by what they inherited."""

@@ -17,6 +17,7 @@ from benchmarks.machine import PEER_CPU
 from benchmarks.measure import Call
 from benchmarks.peer import started
 from shmbroker.memory.geometry import Geometry
+from shmbroker.memory.layout import PAGE, round_up
 from shmbroker.memory.names import new_id, segment_name
 from shmbroker.memory.segment import make_segment, unlink_segment
 
@@ -44,7 +45,7 @@ def calls(nbytes: int) -> Iterator[Call]:
     name = segment_name("floor", new_id())
     with contextlib.ExitStack() as stack:
         program = built(stack.enter_context(tempfile.TemporaryDirectory()))
-        hold = make_segment(name, Geometry(2 * nbytes + ROOM_BYTES), instance="floor", owner="00", owner_pid=os.getpid())
+        hold = make_segment(name, Geometry(round_up(2 * nbytes, PAGE) + ROOM_BYTES), instance="floor", owner="00", owner_pid=os.getpid())
         stack.callback(unlink_segment, name)
         stack.callback(hold.release)
         worker = stack.enter_context(started([program, "worker", f"/dev/shm{name}"]))

@@ -15,14 +15,14 @@ from typing import Any, NoReturn
 import msgspec
 
 from shmbroker.errors import BadInput, ShmBrokerError
-from shmbroker.models import Checkpoint, model_dtype
+from shmbroker.models import Checkpoint
 from tee_worker.held_signals import HeldSignals
-from tee_worker.planning.splits import Splits
 from tee_worker.ray import Autoscale, Options, deployment
 from tee_worker.run_options import LOOPBACK
 from tee_worker.scale_out.local_cluster import ENVIRONMENT, local_cluster, own_environment
 from tee_worker.scale_out.options import address_of, check_fleet
 from tee_worker.scale_out.secrecy import check_own_cluster, is_loopback
+from tee_worker.split_run import check
 
 APPLICATION = "shmbroker"
 """The name of ours among Ray Serve's applications."""
@@ -94,8 +94,7 @@ def _check(options: Options, address: str | None, local_nodes: int | None) -> No
             f"--host {options.host!r} is not loopback: prompts and answers would cross the network as they are; put a proxy with TLS and authentication "
             "before the endpoint, or go the way of docs/scale-out.md"
         )
-    Splits.named(options.split)
-    model_dtype(options.dtype)
+    check(options)
     if address is None:
         Checkpoint.at(options.model)
 

@@ -51,10 +51,11 @@ def test_a_contender_that_is_not_installed_is_left_out_with_the_reason() -> None
     assert "not installed" in str(missing("no_such_package"))
 
 
+@pytest.mark.parametrize("nbytes", [64, 4096])
 @pytest.mark.skipif(core_floor.no_compiler() is not None, reason="there is no gcc on this machine (Debian: apt-get install gcc)")
-def test_the_core_in_c_hands_blocks_over_between_two_processes() -> None:
+def test_the_core_in_c_hands_blocks_over_between_two_processes(nbytes: int) -> None:
     segments = set(Path("/dev/shm").glob("shmbroker.floor*"))
-    with core_floor.calls(4096) as call:
+    with core_floor.calls(nbytes) as call:
         case = Case("core", call)
         alternate([case], 0.01)
     assert len(case.samples_ns) >= 5

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
+import re
 import signal
 import socket
 from pathlib import Path
 
 import pytest
 import requests
+import torch
 
 from shmbroker.errors import BadInput
+from shmbroker.models import Checkpoint
+from shmbroker.models.digests import model_digest
 from tee_worker.scale_out.options import Options, check_fleet
 from tests.cycling_model import expected
 from tests.fleet import running_fleet
@@ -55,7 +59,9 @@ def test_clients_reach_a_replica_over_tls_with_a_key_and_nothing_else_answers(
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     monkeypatch.setenv("SHMBROKER_API_KEY", KEY)
-    options = ["--replicas", "1", "--direct", f"127.0.0.1:{port}", "--tls-cert", str(certificate), "--tls-key", str(private)]
+    digest = model_digest(Checkpoint.at(cycling).model(torch.float32))
+    trusted = ["--split", "fused", "--trust", "verify", "--model-digest", digest]
+    options = [*trusted, "--replicas", "1", "--direct", f"127.0.0.1:{port}", "--tls-cert", str(certificate), "--tls-key", str(private)]
     with running_fleet(cycling, *options) as fleet:
         url = f"https://127.0.0.1:{port}/v1/completions"
         assert fleet.url.startswith(f"https://127.0.0.1:{port}/v1")
@@ -63,6 +69,9 @@ def test_clients_reach_a_replica_over_tls_with_a_key_and_nothing_else_answers(
         allowed = {"Authorization": f"Bearer {KEY}"}
         answer = requests.post(url, json=body, headers=allowed, verify=str(certificate), timeout=300)
         assert answer.json()["choices"][0]["text"] == expected("Once", 20)
+        wait_until(
+            lambda: [bool(re.fullmatch(r"verify: [1-9]\d* rows checked, 0 rejected", one.trust)) for one in fleet.channels()] == [True]
+        )
         assert requests.post(url, json=body, verify=str(certificate), timeout=300).status_code == 401
         with pytest.raises(requests.exceptions.SSLError):
             requests.post(url, json=body, headers=allowed, timeout=300)

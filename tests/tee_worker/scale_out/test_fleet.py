@@ -192,6 +192,33 @@ def test_whole_answers_are_asked_anew_when_their_replica_is_killed(fleet: Fleet)
         assert [first + "".join(rest) for first, rest in zip(begun, streams, strict=True)] == [expected(letter, LONG) for letter in "hi"]
 
 
+def test_a_client_that_hangs_up_ends_its_generation(fleet: Fleet) -> None:
+    both_whole(fleet)
+
+    def calls() -> int:
+        return sum(channel.calls for channel in fleet.channels())
+
+    def calls_in_the_end() -> int:
+        """Once no more come: what a client tells of its calls is some seconds old."""
+        seen = [calls()]
+
+        def at_rest() -> bool:
+            time.sleep(2)
+            seen.append(calls())
+            return len(seen) > 3 and len(set(seen[-4:])) == 1
+
+        wait_until(at_rest)
+        return seen[-1]
+
+    before = calls_in_the_end()
+    assert text_of(fleet, "j", LONG) == expected("j", LONG)
+    whole = calls_in_the_end()
+    pieces = stream(fleet, "j", LONG)
+    next(pieces)
+    pieces.close()  # type: ignore[attr-defined]
+    assert calls_in_the_end() - whole < whole - before
+
+
 def test_kills_at_random_leave_no_request_without_an_answer_or_a_clear_error(fleet: Fleet) -> None:
     """``make fleet-kills`` does more of them."""
     both_whole(fleet)
@@ -213,6 +240,23 @@ def test_a_model_that_is_not_there_is_told_at_once(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "none" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--trust", "verify", "--split", "fused"], "needs --model-digest"),
+        (["--trust", "verify", "--split", "layer", "--model-digest", "d"], "split 'layer' is not possible"),
+        (["--split", "none"], "split"),
+        (["--dtype", "none"], "dtype"),
+    ],
+)
+def test_what_no_replica_could_be_started_with_is_told_before_a_cluster_is(cycling: Path, options: list[str], told: str) -> None:
+    command = [sys.executable, "-m", "tee_worker", "ray", "--model", str(cycling), "--port", "0", *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert told in done.stderr
 
 
 def test_an_address_where_no_cluster_listens_is_told_at_once(cycling: Path) -> None:
