@@ -21,7 +21,7 @@ from tee_worker.ray import Autoscale, Options, deployment
 from tee_worker.run_options import LOOPBACK
 from tee_worker.scale_out.local_cluster import ENVIRONMENT, local_cluster, own_environment
 from tee_worker.scale_out.options import address_of, check_fleet
-from tee_worker.scale_out.secrecy import check_own_cluster, is_loopback
+from tee_worker.scale_out.secrecy import check_own_cluster, check_secrecy, is_loopback
 from tee_worker.split_run import check
 
 APPLICATION = "shmbroker"
@@ -63,7 +63,7 @@ def run(options: Options, replicas: int, autoscale: Autoscale | None, address: s
                 on_note(f"starting a Ray cluster of {nodes} {'node' if nodes == 1 else 'nodes'} on this machine alone ...")
                 address = stack.enter_context(local_cluster(nodes, math.ceil(most / nodes) * math.ceil(options.cpus)))
                 signals.take_back()
-            stack.enter_context(_connected(address))
+            stack.enter_context(_connected(address, options.trust_cluster))
             signals.take_back()  # Ray ends the process at SIGTERM, and leaves what is here to be given back
             check_own_cluster(trusted=options.trust_cluster)
             stack.enter_context(_served(application, options))
@@ -121,27 +121,33 @@ def _no_cluster(address: str, why: str) -> BadInput:
     return BadInput(f"no Ray cluster answers at {address}: {why}; --local-nodes N starts one on this machine")
 
 
-def _check_answers(address: str) -> None:
-    """Raise :class:`BadInput` where nobody listens at HOST:PORT: Ray itself tries again for minutes. Other forms of addresses are left to it."""
+def _check_address(address: str, trusted: bool) -> None:
+    """Raise :class:`BadInput` for a HOST:PORT that would be refused once it is reached, or where nobody listens.
+
+    Ray itself tries again for minutes, also where the other side asks for TLS and this one has none. Other forms of addresses are left to it.
+    """
     host, separator, port = address.rpartition(":")
     if not separator or not port.isdecimal() or "/" in host:
         return
+    host = host.strip("[]")
+    check_secrecy([host], trusted=trusted)
     try:
-        socket.create_connection((host.strip("[]"), int(port)), _ANSWER_SECONDS).close()
+        socket.create_connection((host, int(port)), _ANSWER_SECONDS).close()
     except (OSError, OverflowError) as error:
         raise _no_cluster(address, getattr(error, "strerror", None) or str(error)) from None
 
 
 @contextlib.contextmanager
-def _connected(address: str) -> Iterator[None]:
+def _connected(address: str, trusted: bool) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
-    _check_answers(address)
+    _check_address(address, trusted)
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise _no_cluster(address, str(error).splitlines()[0]) from None
+        why = f"{str(error).splitlines()[0]} (one with TLS or a token needs the same variables here, docs/scale-out.md)"
+        raise _no_cluster(address, why) from None
     try:
         yield
     finally:

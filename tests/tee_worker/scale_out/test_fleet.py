@@ -268,3 +268,10 @@ def test_an_address_where_no_cluster_listens_is_told_at_once(cycling: Path) -> N
     assert done.returncode == 1
     assert f"no Ray cluster answers at {address}: Connection refused" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_an_address_beyond_loopback_is_refused_before_it_is_reached(cycling: Path) -> None:
+    command = [sys.executable, "-m", "tee_worker", "ray", "--model", str(cycling), "--port", "0", "--address", "192.0.2.1:6379"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env={**os.environ, "RAY_USE_TLS": "1"})
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: this cluster is not on loopback and lacks token authentication (RAY_AUTH_MODE=token)")
