@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import re
 import sys
 from collections.abc import Callable
@@ -13,13 +13,11 @@ import pytest
 
 import shmbroker
 
-PATH = Path(__file__).parents[2] / "docs" / "protocol" / "weak_memory.py"
-_spec = importlib.util.spec_from_file_location("weak_memory", PATH)
-assert _spec is not None
-assert _spec.loader is not None
-model = importlib.util.module_from_spec(_spec)
-sys.modules["weak_memory"] = model  # where its dataclasses look for their types
-_spec.loader.exec_module(model)
+PROTOCOL = Path(__file__).parents[2] / "docs" / "protocol"
+sys.path.insert(0, str(PROTOCOL))  # as for a program that lies there
+model: Any = importlib.import_module("weak_memory")
+core: Any = importlib.import_module("core_programs")
+sys.path.remove(str(PROTOCOL))
 
 INCLUDE = Path(shmbroker.get_include()) / "shmbroker"
 LANE = Path(shmbroker.__file__).parent / "lane"
@@ -30,13 +28,13 @@ HEADERS = {path.name: path.read_text() for path in INCLUDE.glob("*.h")}
 
 
 def test_the_orders_of_the_headers_are_those_that_were_checked() -> None:
-    assert model.orders_in(HEADERS["word.h"]) == model.ORDERS
+    assert core.orders_in(HEADERS["word.h"]) == core.ORDERS
 
 
 def test_every_access_of_the_table_is_a_step_of_the_model() -> None:
     """So that none is in the headers under a form that the model does not read."""
     accesses = re.findall(r"^#define SHMBROKER_(\w+)\(.*?atomic_(?:store|load|thread_fence|signal_fence)", HEADERS["word.h"], re.MULTILINE)
-    assert set(accesses) == set(model.ORDERS) | model.OF_THE_COMPILER
+    assert set(accesses) == set(core.ORDERS) | core.OF_THE_COMPILER
     assert len(re.findall(r"\batomic_(?:\w+)\(", HEADERS["word.h"])) == len(accesses)
 
 
@@ -44,18 +42,18 @@ def test_the_functions_of_the_headers_take_the_steps_of_the_model_in_its_order()
     taken: dict[str, list[str]] = {}
     for program in model.PROGRAMS:
         functions: dict[str, list[str]] = {}
-        model.PROGRAMS[program](lambda seen=functions: model.Thread(model.ORDERS, frozenset(), seen))
+        model.PROGRAMS[program](lambda seen=functions: core.Thread(core.ORDERS, frozenset(), seen))
         for name, steps in functions.items():
             assert taken.setdefault(name, steps) == steps
     in_headers: dict[str, list[str]] = {}
     for name in ("queue.h", "doorbell.h"):
-        in_headers |= model.functions_in(HEADERS[name])
+        in_headers |= core.functions_in(HEADERS[name])
     assert taken == in_headers
-    assert set(model.ORDERS) == {step for steps in taken.values() for step in steps}
+    assert set(core.ORDERS) == {step for steps in taken.values() for step in steps}
 
 
 def test_no_other_header_takes_a_step_on_a_word() -> None:
-    steps = re.compile("|".join(rf"SHMBROKER_{step}\(" for step in model.ORDERS))
+    steps = re.compile("|".join(rf"SHMBROKER_{step}\(" for step in core.ORDERS))
     assert [name for name, text in HEADERS.items() if steps.search(text)] == sorted(
         ["word.h", "queue.h", "doorbell.h"], key=list(HEADERS).index
     )
@@ -72,14 +70,14 @@ def test_no_other_header_takes_a_step_on_a_word() -> None:
 def test_an_order_that_was_changed_in_the_header_alone_is_seen(change: str, by: str) -> None:
     changed, count = re.subn(change, by, HEADERS["word.h"])
     assert count == 1
-    assert model.orders_in(changed) != model.ORDERS
+    assert core.orders_in(changed) != core.ORDERS
 
 
 def test_steps_that_were_exchanged_in_a_header_alone_are_seen() -> None:
     put_up, fence = "    SHMBROKER_PUT_UP(sleeping);\n", "    SHMBROKER_FENCE();\n"
     assert put_up + fence in HEADERS["doorbell.h"]
-    exchanged = model.functions_in(HEADERS["doorbell.h"].replace(put_up + fence, fence + put_up))
-    assert exchanged["before_sleep"] != model.functions_in(HEADERS["doorbell.h"])["before_sleep"] == ["PUT_UP", "FENCE"]
+    exchanged = core.functions_in(HEADERS["doorbell.h"].replace(put_up + fence, fence + put_up))
+    assert exchanged["before_sleep"] != core.functions_in(HEADERS["doorbell.h"])["before_sleep"] == ["PUT_UP", "FENCE"]
 
 
 USES = {
@@ -120,19 +118,19 @@ def test_a_planted_fault_is_found(fault: str) -> None:
 
 
 def test_every_order_that_is_not_relaxed_is_planted_as_a_weaker_one() -> None:
-    assert {step for step, order in model.ORDERS.items() if order != "relaxed"} == {name.split()[0] for name in model.FAULTS} & set(
-        model.ORDERS
+    assert {step for step, order in core.ORDERS.items() if order != "relaxed"} == {name.split()[0] for name in model.FAULTS} & set(
+        core.ORDERS
     )
 
 
 def test_the_documents_list_every_program_fault_and_order() -> None:
-    text = (PATH.parent / "README.md").read_text()
+    text = (PROTOCOL / "README.md").read_text()
     for program in model.PROGRAMS:
         assert len(re.findall(rf"^\| {re.escape(program)} \| \d+ \|$", text, re.MULTILINE)) == 1
     assert re.findall(rf"^\| (.+) \| (?:{model.RACE}|{model.ASLEEP}) \|$", text, re.MULTILINE) == list(model.FAULTS)
-    table = re.findall(r"^\| (`[^|:]+)[^|]*\| (\w+)", (PATH.parents[1] / "c.md").read_text().split("## Memory orders")[1], re.MULTILINE)
-    told = {step: order for steps, order in table for step in re.findall(r"`(\w+)`", steps) if step in model.ORDERS}
-    assert told == model.ORDERS
+    table = re.findall(r"^\| (`[^|:]+)[^|]*\| (\w+)", (PROTOCOL.parent / "c.md").read_text().split("## Memory orders")[1], re.MULTILINE)
+    told = {step: order for steps, order in table for step in re.findall(r"`(\w+)`", steps) if step in core.ORDERS}
+    assert told == core.ORDERS
 
 
 # --- the model's memory is that of C11 ------------------------------------------------------------------------------------------------------
@@ -144,7 +142,7 @@ def ends(*programs: Write) -> set[tuple[int, ...]]:
     """What the locations, in the order of their names, may have after these threads."""
     threads = []
     for program in programs:
-        thread = model.Thread(model.ORDERS, frozenset(), {})
+        thread = core.Thread(core.ORDERS, frozenset(), {})
         program(thread)
         threads.append(thread)
     search = model.Search(threads)
