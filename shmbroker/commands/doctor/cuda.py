@@ -29,7 +29,7 @@ def checks(settings: Settings) -> Iterator[Check]:
     yield ok("CUDA", f"{len(devices)} devices: {', '.join(devices)}; CUDA {torch.version.cuda}", devices=devices)
     yield from _confidential()
     yield _pinning()
-    yield _ipc()
+    yield ipc()
 
 
 def _without(settings: Settings) -> Check:
@@ -74,7 +74,7 @@ def _pinning() -> Check:
     )
 
 
-def _ipc() -> Check:
+def ipc() -> Check:
     """Export a handle for real."""
     from shmbroker.arena import CudaRuntime
     from shmbroker.errors import CudaRefused

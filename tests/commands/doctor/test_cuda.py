@@ -16,7 +16,7 @@ from tests.gpu_worker.fake_cuda import NOT_SUPPORTED, FakeCuda
 def test_an_allocation_is_exported_for_real_and_freed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: str, state: State) -> None:
     driver = FakeCuda(tmp_path, {refused: NOT_SUPPORTED})
     monkeypatch.setattr(shmbroker.arena, "CudaRuntime", lambda index: driver)
-    check = cuda._ipc()
+    check = cuda.ipc()
     assert (check.state, check.figures) == (state, {"ipc": state is State.OK})
     assert (f"{refused}: refused ({NOT_SUPPORTED})" in check.text) == bool(refused)
     assert not driver.mapped
